@@ -1,0 +1,21 @@
+"""Which records made a model what it is: a library and a command line of its own, in plain torch."""
+
+from attribution.engine.errors import EngineError, TrainingDiverged
+from attribution.engine.task import Batch, Recipe, Records, Task, TensorRecords, epoch_order, initial_state_from_seed
+from attribution.engine.training import TrainedRun, metagradients, replay_values, train
+
+__all__ = [
+    "Batch",
+    "EngineError",
+    "Recipe",
+    "Records",
+    "Task",
+    "TensorRecords",
+    "TrainedRun",
+    "TrainingDiverged",
+    "epoch_order",
+    "initial_state_from_seed",
+    "metagradients",
+    "replay_values",
+    "train",
+]
