@@ -1,0 +1,233 @@
+"""Rows hold the work, the broker only wakes it (DESIGN §2).
+
+    queued → running (lease, heartbeat, attempt) → done | failed
+
+A worker claims a row with one conditional `update()`, which also takes over an expired lease; every later write checks
+`attempt`, so that a worker that was thought dead cannot write over its successor. The sweeper re-sends what was lost.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ClassVar, Self, TypeVar
+
+from celery import current_app
+from django.db import close_old_connections, connection, models, transaction
+from django.db.models import F, Q
+from django.utils import timezone
+from kombu.exceptions import OperationalError
+
+from marketplace.errors import DomainError
+
+logger = logging.getLogger(__name__)
+
+LEASE = timedelta(seconds=20)
+HEARTBEAT_SECONDS = 5.0
+#: A row whose message went out this long ago without being claimed is sent again.
+RESEND_AFTER = timedelta(seconds=10)
+MAX_ATTEMPTS = 5
+
+
+class LostLease(Exception):
+    """Another worker holds the job now; whatever this one was about to write is not written."""
+
+
+class Job(models.Model):
+    """Work as a row. A subclass names its task and queue; the task takes the row's id and nothing else."""
+
+    class Status(models.TextChoices):
+        QUEUED = "queued"
+        RUNNING = "running"
+        DONE = "done"
+        FAILED = "failed"
+
+    #: dotted name of the Celery task that does this work
+    task_name: ClassVar[str]
+
+    status = models.CharField(max_length=10, choices=Status, default=Status.QUEUED, db_index=True)
+    attempt = models.PositiveIntegerField(default=0)
+    queued_at = models.DateTimeField(default=timezone.now)
+    sent_at = models.DateTimeField(default=timezone.now)
+    started_at = models.DateTimeField(null=True, blank=True)
+    finished_at = models.DateTimeField(null=True, blank=True)
+    lease_expires_at = models.DateTimeField(null=True, blank=True)
+    progress_done = models.PositiveBigIntegerField(default=0)
+    progress_total = models.PositiveBigIntegerField(default=0)
+    error_code = models.CharField(max_length=60, blank=True)
+    error_message = models.TextField(blank=True)
+    error_pointers = models.JSONField(default=dict, blank=True)
+
+    class Meta:
+        abstract = True
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(status="running", lease_expires_at__isnull=False)
+                | (~Q(status="running") & Q(lease_expires_at__isnull=True)),
+                name="%(app_label)s_%(class)s_lease_iff_running",
+            ),
+        ]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status in (self.Status.DONE, self.Status.FAILED)
+
+    def write(self, **changes: Any) -> None:
+        """Change the row, if this worker still holds it.
+
+        Raises:
+            LostLease: the lease ran out and another worker took the job.
+        """
+        held = type(self)._default_manager.filter(pk=self.pk, attempt=self.attempt, status=self.Status.RUNNING)
+        if held.update(**changes) != 1:
+            raise LostLease(f"{type(self).__name__} {self.pk} attempt {self.attempt}")
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def lock(self) -> Self:
+        """Inside a transaction: hold the row, so that what is written with it is this attempt's alone.
+
+        Raises:
+            LostLease: see `write`.
+        """
+        held = (
+            type(self)
+            ._default_manager.select_for_update()
+            .filter(pk=self.pk, attempt=self.attempt, status=self.Status.RUNNING)
+            .first()
+        )
+        if held is None:
+            raise LostLease(f"{type(self).__name__} {self.pk} attempt {self.attempt}")
+        return held
+
+    def finish(self) -> None:
+        self.write(status=self.Status.DONE, lease_expires_at=None, finished_at=timezone.now())
+
+    def fail(self, *, code: str, message: str, pointers: dict[str, str] | None = None) -> None:
+        self.write(
+            status=self.Status.FAILED,
+            lease_expires_at=None,
+            finished_at=timezone.now(),
+            error_code=code,
+            error_message=message,
+            error_pointers=pointers or {},
+        )
+
+    def progress(self, *, done: int, total: int) -> None:
+        self.write(progress_done=done, progress_total=total)
+
+
+J = TypeVar("J", bound=Job)
+
+
+def wake(job: Job) -> None:
+    """Tell a worker that the row is there, once the row is committed. A broker that is down loses nothing: the sweeper sends it again."""
+    name, pk = job.task_name, job.pk
+    transaction.on_commit(lambda: _send(name, pk))
+
+
+def _send(task_name: str, pk: int) -> None:
+    try:
+        current_app.send_task(task_name, args=[pk], retry=False)
+    except (OperationalError, ConnectionError, OSError) as error:
+        logger.warning("Broker did not take the message task=%s id=%s error=%s", task_name, pk, error)
+
+
+def claim(model: type[J], pk: int) -> J | None:
+    """Take a queued row or an expired lease; `None` if neither, which is every second delivery of a message."""
+    wall = timezone.now()
+    free = Q(status=Job.Status.QUEUED) | Q(status=Job.Status.RUNNING, lease_expires_at__lt=wall)
+    taken = model._default_manager.filter(free, pk=pk).update(
+        status=Job.Status.RUNNING,
+        attempt=F("attempt") + 1,
+        started_at=wall,
+        lease_expires_at=wall + LEASE,
+    )
+    if not taken:
+        return None
+    job = model._default_manager.get(pk=pk)
+    logger.info("Claimed %s id=%s attempt=%s", model.__name__, pk, job.attempt)
+    return job
+
+
+@contextmanager
+def claimed(model: type[J], pk: int) -> Iterator[J | None]:
+    """Claim, keep the lease alive while the body runs, and book how it ended.
+
+    A `DomainError` is the input's fault: the job fails with its message. Anything else may pass: the row goes back to
+    the queue until `MAX_ATTEMPTS`, and the exception goes on to the worker's log.
+    """
+    job = claim(model, pk)
+    if job is None:
+        yield None
+        return
+    stop = threading.Event()
+    beating = threading.Thread(target=_beat, args=(job, stop), name=f"lease-{pk}", daemon=True)
+    beating.start()
+    try:
+        yield job
+        if type(job)._default_manager.filter(pk=pk, attempt=job.attempt, status=Job.Status.RUNNING).exists():
+            job.finish()
+    except LostLease:
+        logger.warning("Lease was lost %s id=%s attempt=%s", model.__name__, pk, job.attempt)
+    except DomainError as error:
+        job.fail(code=error.code, message=error.message, pointers=error.pointers)
+        logger.info("Refused %s id=%s code=%s", model.__name__, pk, error.code)
+    except Exception as error:
+        _give_back(job, error)
+        raise
+    finally:
+        stop.set()
+        beating.join()
+
+
+def _give_back(job: Job, error: Exception) -> None:
+    try:
+        if job.attempt >= MAX_ATTEMPTS:
+            job.fail(
+                code="internal",
+                message=f"It failed {job.attempt} times; the last error was {type(error).__name__}. We have been told.",
+            )
+        else:
+            job.write(status=Job.Status.QUEUED, lease_expires_at=None, sent_at=timezone.now())
+    except LostLease:
+        logger.warning("Lease was lost while failing id=%s attempt=%s", job.pk, job.attempt)
+
+
+def _beat(job: Job, stop: threading.Event) -> None:
+    """Extend the lease until told to stop; a lost lease is noticed by the worker's next write."""
+    try:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            close_old_connections()
+            extended = (
+                type(job)
+                ._default_manager.filter(pk=job.pk, attempt=job.attempt, status=Job.Status.RUNNING)
+                .update(lease_expires_at=timezone.now() + LEASE)
+            )
+            if not extended:
+                return
+    finally:
+        connection.close()  # this thread's own
+
+
+def sweep() -> int:
+    """Send again every row that waits without a worker; returns how many."""
+    wall = timezone.now()
+    sent = 0
+    for model in job_models():
+        waiting = Q(sent_at__lt=wall - RESEND_AFTER) & (
+            Q(status=Job.Status.QUEUED) | Q(status=Job.Status.RUNNING, lease_expires_at__lt=wall)
+        )
+        for pk in model._default_manager.filter(waiting).order_by("pk").values_list("pk", flat=True)[:1000]:
+            model._default_manager.filter(pk=pk).update(sent_at=wall)
+            _send(model.task_name, pk)
+            sent += 1
+    return sent
+
+
+def job_models() -> list[type[Job]]:
+    """Every concrete job, in a fixed order."""
+    from django.apps import apps
+
+    return sorted((m for m in apps.get_models() if issubclass(m, Job)), key=lambda m: m._meta.label)

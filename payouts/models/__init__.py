@@ -1,0 +1,25 @@
+"""Who is owed what, and what has been paid."""
+
+from payouts.models.ledger import Account, JournalEntry, Posting
+from payouts.models.payees import PayeeAccount
+from payouts.models.payments import Payment, StripeEvent
+from payouts.models.pools import Division, DivisionLine, RoyaltyPool
+from payouts.models.royalties import RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
+from payouts.models.transfers import Payout, PayoutRun
+
+__all__ = [
+    "Account",
+    "Division",
+    "DivisionLine",
+    "JournalEntry",
+    "PayeeAccount",
+    "Payment",
+    "Payout",
+    "PayoutRun",
+    "Posting",
+    "RoyaltyInvoice",
+    "RoyaltyInvoiceLine",
+    "RoyaltyPool",
+    "RoyaltyReport",
+    "StripeEvent",
+]

@@ -1,0 +1,82 @@
+"""Double entry, append-only, integer micros, one currency per entry; what must not be is refused by PostgreSQL itself.
+
+The triggers are plain SQL in migration `0002_ledger_rules`: an entry's legs must be as many as it declares (two or more, at most
+1,000), sum to zero and share its currency, checked once per entry at commit; a leg must belong to an entry of its own
+transaction; UPDATE, DELETE and TRUNCATE are refused.
+"""
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+MAX_LEGS = 1_000
+
+
+class Account(models.Model):
+    """A named heap of money; `payouts.chart` gives the codes and says what each is for."""
+
+    class Kind(models.TextChoices):
+        ASSET = "asset"
+        LIABILITY = "liability"
+        REVENUE = "revenue"
+        EXPENSE = "expense"
+
+    code = models.CharField(max_length=80, unique=True)  # "payable:17:USD"
+    kind = models.CharField(max_length=9, choices=Kind)
+    currency = models.CharField(max_length=3)
+    party = models.ForeignKey("marketplace.Party", models.PROTECT, null=True, related_name="accounts")
+    created_at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return self.code
+
+
+class JournalEntry(models.Model):
+    """One movement of money, made whole in one transaction and never changed; the key makes it happen once."""
+
+    class Kind(models.TextChoices):
+        SALE = "sale"
+        UPFRONT = "upfront"
+        RELEASE = "release"
+        ROYALTY = "royalty"
+        ROYALTY_SPLIT = "royalty_split"
+        SETTLE = "settle"  # pending funds became available
+        PAYOUT_INTENT = "payout_intent"
+        PAYOUT_SENT = "payout_sent"
+        PAYOUT_REVERSAL = "payout_reversal"
+        REVERSAL = "reversal"
+
+    key = models.CharField(max_length=160, unique=True)
+    kind = models.CharField(max_length=16, choices=Kind)
+    currency = models.CharField(max_length=3)
+    n_legs = models.PositiveIntegerField()
+    booked_at = models.DateTimeField()  # business time
+    created_at = models.DateTimeField(default=timezone.now)
+    reverses = models.OneToOneField("self", models.PROTECT, null=True, related_name="reversed_by")
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(condition=Q(n_legs__gte=2, n_legs__lte=MAX_LEGS), name="entry_has_2_to_1000_legs")
+        ]
+
+    def __str__(self) -> str:
+        return self.key
+
+
+class Posting(models.Model):
+    """One leg of a journal entry: debits positive, credits negative; the legs sum to zero."""
+
+    entry = models.ForeignKey(JournalEntry, models.PROTECT, related_name="postings")
+    leg = models.PositiveIntegerField()  # 0 … n_legs − 1, so that no leg can join a checked entry
+    account = models.ForeignKey(Account, models.PROTECT, related_name="postings")
+    amount_micros = models.BigIntegerField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["entry", "account"], name="one_posting_per_account"),
+            models.UniqueConstraint(fields=["entry", "leg"], name="one_posting_per_leg"),
+            models.CheckConstraint(condition=~Q(amount_micros=0), name="posting_not_zero"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.account}: {self.amount_micros}"

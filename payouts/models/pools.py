@@ -1,0 +1,91 @@
+"""What waits to be divided, and every line of every division."""
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from marketplace.money import Money
+
+
+class RoyaltyPool(models.Model):
+    """The part of one order line's price that waits for a measured result; released once."""
+
+    order_line = models.OneToOneField("marketplace.OrderLine", models.PROTECT, related_name="pool")
+    version = models.ForeignKey("marketplace.DatasetVersion", models.PROTECT, related_name="pools")
+    amount_micros = models.BigIntegerField()
+    currency = models.CharField(max_length=3)
+    deadline = models.DateTimeField()  # then the best result there is divides it, or the count
+    released_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="pool_positive")]
+
+    def __str__(self) -> str:
+        return f"Pool of {self.order_line}"
+
+    @property
+    def amount(self) -> Money:
+        return Money(self.amount_micros, self.currency)
+
+
+class Division(models.Model):
+    """One amount divided among one version's payees: an upfront share, a pool, or a dataset's part of a royalty."""
+
+    class Source(models.TextChoices):
+        UPFRONT = "upfront"
+        POOL = "pool"
+        ROYALTY = "royalty"
+
+    key = models.CharField(max_length=120, unique=True)  # "upfront:line:3", "release:pool:3", "royalty:line:9"
+    source = models.CharField(max_length=7, choices=Source)
+    version = models.ForeignKey("marketplace.DatasetVersion", models.PROTECT, related_name="divisions")
+    order_line = models.ForeignKey("marketplace.OrderLine", models.PROTECT, null=True, related_name="divisions")
+    pool = models.OneToOneField(RoyaltyPool, models.PROTECT, null=True, related_name="division")
+    invoice_line = models.OneToOneField(
+        "payouts.RoyaltyInvoiceLine", models.PROTECT, null=True, related_name="division"
+    )
+    result = models.ForeignKey(
+        "attribution.AttributionResult", models.PROTECT, null=True, related_name="divisions"
+    )  # null: by count
+    amount_micros = models.BigIntegerField()
+    currency = models.CharField(max_length=3)
+    labellers_bps = models.PositiveIntegerField()
+    due_at = models.DateTimeField()  # the later of the hold and the charge's available_on
+    divided_at = models.DateTimeField()  # business time
+
+    class Meta:
+        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="division_positive")]
+
+    def __str__(self) -> str:
+        return self.key
+
+    @property
+    def amount(self) -> Money:
+        return Money(self.amount_micros, self.currency)
+
+
+class DivisionLine(models.Model):
+    """What one payee gets of one division in one role, with the integer weight that gave it; nobody gets a zero line."""
+
+    class Role(models.TextChoices):
+        RIGHTS_HOLDER = "rights_holder"
+        LABELLER = "labeller"
+
+    division = models.ForeignKey(Division, models.PROTECT, related_name="lines")
+    party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="division_lines")
+    role = models.CharField(max_length=13, choices=Role)
+    n_records = models.PositiveBigIntegerField()
+    weight = models.BigIntegerField()  # records when by count, parts per quadrillion when by result
+    amount_micros = models.BigIntegerField()
+    due_at = models.DateTimeField()  # the division's, or later for a payee on a longer hold
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["division", "party", "role"], name="one_line_per_division_party_role"),
+            models.CheckConstraint(condition=Q(amount_micros__gt=0), name="line_positive"),
+        ]
+        indexes = [models.Index(fields=["party", "due_at"], name="line_due")]
+
+    def __str__(self) -> str:
+        return f"{self.party}: {self.amount_micros} of {self.division}"
