@@ -138,25 +138,23 @@ def system_services() -> Urls | None:
 
 
 def _joined(var: Path) -> Urls:
-    """Wait for the guardian's word that both servers are ready, starting a guardian wherever there is none."""
-    guardian: subprocess.Popen[bytes] | None = None
+    """Wait for the guardian's word that both servers are ready, starting a guardian where there is none."""
     deadline = time.monotonic() + START_SECONDS + 10
     while time.monotonic() < deadline:
         state = _find_state(var)
         if state and state.guardian.is_alive():
             return state.urls
-        if guardian and guardian.poll() not in (None, 0):
+        with _log(var, "embedded") as log:
+            launched = subprocess.run(
+                [sys.executable, "-P", __file__, "guard", str(var)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C in our terminal is for us
+                check=False,
+            )
+        if launched.returncode != 0:
             break
-        if guardian is None or guardian.poll() == 0:  # 0: it found another guardian, which may have been leaving
-            with _log(var, "embedded") as log:
-                guardian = subprocess.Popen(
-                    [sys.executable, "-P", __file__, "guard", str(var)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,  # Ctrl-C in our terminal is for us
-                )
-        time.sleep(POLL_SECONDS)
     raise EmbeddedError(f"The embedded servers did not start.\n{_log_tails(var)}")
 
 
@@ -222,12 +220,31 @@ def _started(pid: int) -> int | None:
 # --- the guardian
 
 
-def guard(var: Path) -> None:
-    """Start the servers, restart what dies, stop them when nobody holds the lock. One guardian per `var`; others return."""
+def launch(var: Path) -> int:
+    """Leave a guardian running, and return once the servers are ready (0) or cannot be (1); its log says why."""
+    heard, told = os.pipe()
+    if os.fork():  # so the guardian is nobody's child: it may outlive the holder that wanted it first
+        os.close(told)
+        return 0 if os.read(heard, 1) else 1
+    os.close(heard)
+    try:
+        guard(var, told)
+    except (EmbeddedError, OSError, subprocess.SubprocessError):
+        logger.exception("The guardian gave up")
+        return 1
+    return 0
+
+
+def guard(var: Path, told: int) -> None:
+    """Start the servers, restart what dies, stop them when nobody holds the lock. One guardian per `var`; others return.
+
+    A byte goes to `told`, a pipe, once there is nothing left to wait for.
+    """
     with _opened(var / "embedded.guardian") as office, _opened(var / "embedded.lock") as lock:
         patience = time.monotonic() + 1  # its predecessor may be on the way out
         while not _try_lock(office, fcntl.LOCK_EX):
             if time.monotonic() > patience:
+                os.write(told, b"!")
                 return
             time.sleep(POLL_SECONDS)
         if _try_lock(lock, fcntl.LOCK_EX):
@@ -238,6 +255,8 @@ def guard(var: Path) -> None:
         with contextlib.ExitStack() as stack:
             watched = _started_servers(var, stack)
             logger.info("Started servers var=%s", var)
+            with contextlib.suppress(BrokenPipeError):  # whoever launched us was killed meanwhile
+                os.write(told, b"!")
             while not _try_lock(lock, fcntl.LOCK_EX):
                 for server in watched:
                     server.revive()
@@ -325,7 +344,7 @@ class Server:
                 stdin=configuration,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_dies_with(os.getpid(), self.stop_signal),
+                preexec_fn=dies_with(os.getpid(), self.stop_signal),
                 **_as_user(self.user),
             )
         deadline = time.monotonic() + START_SECONDS
@@ -406,7 +425,7 @@ class Postgres(Server):
                 stderr=log,
                 check=True,
                 timeout=START_SECONDS,
-                preexec_fn=_dies_with(os.getpid(), signal.SIGTERM),
+                preexec_fn=dies_with(os.getpid(), signal.SIGTERM),
                 **_as_user(self.user),
             )
         if self.data.exists():
@@ -609,7 +628,7 @@ def _evict(name: str, data: Path) -> None:
     raise EmbeddedError(f"Processes {left} of {data} do not end")
 
 
-def _dies_with(parent: int, signum: signal.Signals) -> Callable[[], None]:
+def dies_with(parent: int, signum: signal.Signals) -> Callable[[], None]:
     """For `preexec_fn`: the kernel sends `signum` when the parent, even by SIGKILL, is gone."""
 
     def tie() -> None:
@@ -686,8 +705,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if sys.argv[1:2] != ["guard"] or len(sys.argv) != 3:
         raise SystemExit("usage: embedded.py guard VAR")
-    try:
-        guard(Path(sys.argv[2]))
-    except (EmbeddedError, OSError, subprocess.SubprocessError):
-        logger.exception("The guardian gave up")
-        raise SystemExit(1) from None
+    raise SystemExit(launch(Path(sys.argv[2])))
