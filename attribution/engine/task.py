@@ -206,9 +206,7 @@ class Task:
         for name in [*expected, *given]:
             if name not in given or name not in expected:
                 where = "the model lacks it" if name in given else "missing"
-                raise EngineError(
-                    f"{where}; take build().state_dict()", pointer=f"/recipe/initial_state/{name}"
-                )
+                raise EngineError(f"{where}; take build().state_dict()", pointer=f"/recipe/initial_state/{name}")
             if expected[name].shape != given[name].shape or expected[name].dtype != given[name].dtype:
                 raise EngineError(
                     f"is {given[name].dtype} {tuple(given[name].shape)}, the model has "
@@ -218,9 +216,7 @@ class Task:
         names = [name for name, _ in module.named_parameters()]
         for number, (regex, _) in enumerate(recipe.groups):
             if not any(re.search(regex, name) for name in names):
-                raise EngineError(
-                    f"{regex!r} matches no parameter of {names}", pointer=f"/recipe/groups/{number}/0"
-                )
+                raise EngineError(f"{regex!r} matches no parameter of {names}", pointer=f"/recipe/groups/{number}/0")
 
     @cached_property
     def _module(self) -> nn.Module:

@@ -198,9 +198,7 @@ class Program:
         factor = (self.recipe.clip_norm / (_sqrt(squares) + 1e-6)).clamp(max=1)  # (R,); torch's own 1e-6
         return {name: g * factor.reshape(-1, *[1] * (g.ndim - 1)) for name, g in gradients.items()}
 
-    def adjoint(
-        self, state: State, weights: Tensor, outer: "Adjoint"
-    ) -> tuple["Adjoint", Tensor]:
+    def adjoint(self, state: State, weights: Tensor, outer: "Adjoint") -> tuple["Adjoint", Tensor]:
         """Pull the adjoint of the next state back through one step.
 
         Returns:
@@ -293,7 +291,10 @@ class Program:
         state = self.initial(1)
         index = torch.arange(min(2, self.task.n_train))
         with preserved_generator():
-            for pointer, records, training in (("/loss", self.task.train, True), ("/measurement", self.task.queries, False)):
+            for pointer, records, training in (
+                ("/loss", self.task.train, True),
+                ("/measurement", self.task.queries, False),
+            ):
                 size = min(len(records), len(index))
                 self.module.train(training)
                 with torch.no_grad():

@@ -1,0 +1,38 @@
+"""Influence as the inner product of gradients at the final weights.
+
+    score[i, q] = ∂loss_i/∂θ · ∂measurement_q/∂θ
+
+Positive: a step along record i's gradient lowers the measurement of query q. Known up to scale only (the step sizes and
+how often i was seen are left out), and blind to curvature and to everything before the last step. It is what most tools
+call a baseline. Charpiat et al. 2019, arXiv:2102.13262; the last term of TracIn, Pruthi et al. 2020, arXiv:2002.08484.
+"""
+
+import torch
+from torch import Tensor
+
+from attribution.engine.gradients import block_rows, record_gradients
+from attribution.engine.task import Task
+from attribution.engine.training import Program, Progress, State, train
+
+CALIBRATED = False
+
+
+def score(task: Task, *, state: State | None = None, progress: Progress | None = None) -> Tensor:
+    """Score every record against every query at `state`; without one, train by the recipe first.
+
+    Returns:
+        (n_train, n_query) float32; a class of copies has its score at the representative, 0 elsewhere.
+    """
+    program = Program(task)
+    state = state or train(task).state
+    rows = block_rows(program, state)
+    scores = torch.zeros(task.n_train, task.n_query)
+    players = task.representative.unique()
+    for q in torch.arange(task.n_query).split(rows):
+        queries = record_gradients(program, state, task.queries, q, of_loss=False)  # (n_chunk, d)
+        for i in players.split(rows):
+            records = record_gradients(program, state, task.train, i, of_loss=True)
+            scores[i[:, None], q] = (records @ queries.T).float()
+        if progress:
+            progress(int(q[-1]) + 1, task.n_query)
+    return scores

@@ -1,0 +1,54 @@
+"""The gradient that each record, or each query, has at one set of weights.
+
+g_i = ∂ loss_i / ∂θ        one row per record, parameters flattened in the model's own order
+"""
+
+import torch
+from torch import Tensor
+
+from attribution.engine.task import Records, seed_of
+from attribution.engine.training import Program, State, Tensors, preserved_generator
+
+BLOCK_BYTES = 2**28  # of gradients held at once
+
+
+def parameter_count(program: Program, state: State) -> int:
+    return sum(p[0].numel() for p in state.parameters.values())
+
+
+def record_gradients(program: Program, state: State, records: Records, index: Tensor, *, of_loss: bool) -> Tensor:
+    """Per-example gradients (B, d) at a state of one run, of the training loss or of the measurement, in eval mode."""
+    module = program.module.train(of_loss)  # its own flag picks the loss or the measurement
+    module.model.eval()
+    fixed = state.frozen | {name: b[0] for name, b in state.buffers.items()}
+    names = list(state.parameters)
+
+    def one(parameters: Tensors, *record: Tensor) -> Tensor:
+        batch = tuple(part[None] for part in record)
+        tensors = {f"model.{name}": t for name, t in (parameters | fixed).items()}
+        return torch.func.functional_call(module, tensors, (batch,))[0]
+
+    parameters = {name: p[0].detach() for name, p in state.parameters.items()}
+    batch = records[index]
+    with preserved_generator():
+        found = torch.vmap(torch.func.grad(one), in_dims=(None, *[0] * len(batch)), randomness="different")(
+            parameters, *batch
+        )
+    return torch.cat([found[name].reshape(len(index), -1) for name in names], 1)
+
+
+def sketched(gradients: Tensor, width: int, seed: int) -> Tensor:
+    """Project (B, d) to (B, width) by a count sketch: each coordinate, with a random sign, joins one random bucket.
+
+    Inner products are kept in expectation (Charikar, Chen, Farach-Colton 2002), at a cost linear in d.
+    """
+    generator = torch.Generator().manual_seed(seed_of("sketch", seed))
+    d = gradients.shape[1]
+    bucket = torch.randint(width, (d,), generator=generator)
+    sign = (torch.randint(2, (d,), generator=generator) * 2 - 1).to(gradients.dtype)
+    return torch.zeros(len(gradients), width, dtype=gradients.dtype).index_add_(1, bucket, gradients * sign)
+
+
+def block_rows(program: Program, state: State) -> int:
+    """How many records' gradients fit a block."""
+    return max(1, min(1024, BLOCK_BYTES // (8 * parameter_count(program, state))))
