@@ -1,4 +1,4 @@
-from django.apps import AppConfig
+from django.apps import AppConfig, apps
 from django.db.models.signals import post_migrate
 
 
@@ -8,4 +8,5 @@ class PortalConfig(AppConfig):
     def ready(self) -> None:
         from portal.roles import grant_after_migrate
 
-        post_migrate.connect(grant_after_migrate, sender=self)
+        # Django sends the signal once per app that has models, after the last migration; one of them is enough.
+        post_migrate.connect(grant_after_migrate, sender=apps.get_app_config("marketplace"))

@@ -1,0 +1,102 @@
+"""Which database role, broker and secrets each process of the product gets (DESIGN §2).
+
+In demo mode the embedded servers stand in for whatever the environment does not name; in production every variable is
+given, process by process, by whoever deploys it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg import sql
+
+from portal import embedded
+from portal.roles import APP, OWNER, WORKER, create_roles
+
+DATABASE = "residual"
+
+
+def var_dir() -> Path:
+    return Path(os.environ.get("RESIDUAL_VAR") or Path(__file__).resolve().parent.parent / "var").resolve()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The variables of each kind of process; a worker that parses or measures never sees the app's role or a Stripe key."""
+
+    owner: dict[str, str]
+    app: dict[str, str]
+    worker: dict[str, str]
+    stripe: dict[str, str] = field(default_factory=dict)
+
+    def of(self, process: str) -> dict[str, str]:
+        """The whole environment of web, ingest, attribution, default, payments or beat."""
+        role = self.worker if process in ("ingest", "attribution") else self.app
+        secrets = self.stripe if process in ("web", "payments") else {}
+        return _inherited() | role | secrets | {"RESIDUAL_PROCESS": process}
+
+
+def _inherited() -> dict[str, str]:
+    secret = ("DATABASE_", "STRIPE_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(secret)}
+
+
+@contextmanager
+def demo_environment(var: Path | None = None) -> Iterator[Environment]:
+    """Hold the demo's servers; make its database and roles where they are missing.
+
+    Raises:
+        EmbeddedError: a server did not start.
+    """
+    var = var or var_dir()
+    common = {
+        "RESIDUAL_MODE": "demo",
+        "RESIDUAL_VAR": str(var),
+        "SECRET_KEY": os.environ.get("SECRET_KEY") or embedded.demo_secret_key(var),
+    }
+    if "DATABASE_URL" in os.environ and "REDIS_URL" in os.environ:
+        common["REDIS_URL"] = os.environ["REDIS_URL"]
+        app = os.environ["DATABASE_URL"]
+        owner = os.environ.get("DATABASE_OWNER_URL", app)
+        worker = os.environ.get("DATABASE_WORKER_URL", app)
+        yield environment_of(common, owner=owner, app=app, worker=worker)
+        return
+    with embedded.servers(var) as urls:
+        common["REDIS_URL"] = urls.redis
+        make_database(urls.database, DATABASE)
+        yield environment_of(
+            common,
+            **{role: role_url(urls.database, f"residual_{role}", DATABASE) for role in ("owner", "app", "worker")},
+        )
+
+
+def environment_of(common: dict[str, str], *, owner: str, app: str, worker: str) -> Environment:
+    return Environment(
+        owner=common | {"DATABASE_URL": owner},
+        app=common | {"DATABASE_URL": app},
+        worker=common | {"DATABASE_URL": worker},
+    )
+
+
+def make_database(superuser_url: str, name: str, *, template: str | None = None) -> None:
+    """Make the roles and the database, owned by the owner's role, unless they are there."""
+    with psycopg.connect(superuser_url, autocommit=True) as connection:
+        create_roles(connection)
+        if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
+            return
+        make = sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(name), sql.Identifier(OWNER))
+        if template:
+            make += sql.SQL(" TEMPLATE {}").format(sql.Identifier(template))
+        connection.execute(make)
+
+
+def role_url(superuser_url: str, role: str, database: str) -> str:
+    """The same server, for another role and database; both servers of ours trust a role without a password."""
+    assert role in (OWNER, APP, WORKER, "postgres")
+    parts = urlsplit(superuser_url)
+    address = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{role}@{address}", path=f"/{database}").geturl()
