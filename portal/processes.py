@@ -88,6 +88,7 @@ class Supervisor:
         self.grace_seconds = grace_seconds
         self.children: dict[str, Child] = {}
         self._mark = secrets.token_hex(16)
+        self._seen: dict[int, int] = {}  # every process of ours so far: pid → start
         self._reaper: subprocess.Popen[bytes] | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -107,6 +108,9 @@ class Supervisor:
             signal.signal(signum, signal.SIG_IGN)  # an impatient second Ctrl-C must not cut this short; it is bounded
         try:
             self.stop_all()
+            for pid, started in self._seen.items():
+                if _start_of(pid) == started:  # an orphan that left group, session and environment behind
+                    os.kill(pid, signal.SIGKILL)
         finally:
             assert self._reaper and self._reaper.stdin
             self._reaper.stdin.close()  # it looks once more for what slipped away, and ends
@@ -175,6 +179,7 @@ class Supervisor:
 
     def kill(self, name: str) -> None:
         """SIGKILL a process and its whole group, as a crash would end it; it stays known, for `restart`."""
+        self._seen |= _marked(self._mark)
         child = self.children[name]
         _signal_group(child.process.pid, signal.SIGKILL)
         child.process.wait()
@@ -189,6 +194,7 @@ class Supervisor:
 
     def stop(self, *names: str) -> None:
         """SIGTERM these processes, all at once; after the grace period, SIGKILL whatever is left of their groups."""
+        self._seen |= _marked(self._mark)
         # One that ended by itself is left alone: its number may be another's group by now.
         stopping = [child for child in map(self.children.pop, names) if child.is_running()]
         for child in stopping:
@@ -271,26 +277,35 @@ def reap(mark: str) -> None:
         time.sleep(POLL_SECONDS)  # one of them may just have forked
 
 
-def _marked(mark: str) -> set[int]:
-    """Pids that carry the mark, and the sessions and children of those, should these have cleared their environment."""
+def _marked(mark: str) -> dict[int, int]:
+    """The processes (pid → start) that carry the mark, and the sessions and children of those, which may have dropped it."""
     needle = f"{MARK}={mark}".encode()
     marked: set[int] = set()
     parents: dict[int, int] = {}
     sessions: dict[int, int] = {}
+    starts: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-                state, parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                if state in "ZX":
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if fields[0] in "ZX":
                     continue
                 pid = int(entry.name)
-                parents[pid], sessions[pid] = int(parent), int(session)
+                parents[pid], sessions[pid], starts[pid] = int(fields[1]), int(fields[3]), int(fields[19])
                 if needle in (entry / "environ").read_bytes().split(b"\0"):
                     marked.add(pid)
     own_sessions = {sessions[pid] for pid in marked}
     while more := {pid for pid in parents if parents[pid] in marked or sessions[pid] in own_sessions} - marked:
         marked |= more
-    return marked
+    return {pid: starts[pid] for pid in marked}
+
+
+def _start_of(pid: int) -> int | None:
+    """In clock ticks since boot: with it, a pid names one process for ever."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 # --- the tests and checks of ./run
