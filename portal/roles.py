@@ -26,7 +26,10 @@ APPEND_ONLY = frozenset(
         "payouts_account",
         "payouts_journalentry",
         "payouts_posting",
+        "payouts_division",
         "payouts_divisionline",
+        "payouts_royaltyreport",
+        "payouts_royaltyinvoiceline",
     }
 )
 #: What ingest and attribution write.

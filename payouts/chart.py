@@ -1,0 +1,96 @@
+"""The chart of accounts: every code, and what each heap of money is for.
+
+A code is a name, an id where there are many, and the currency last: `payable:17:USD`. An account exists from its first
+posting on. Debits are positive: an asset or an expense stands above zero, a liability or a revenue below.
+"""
+
+from dataclasses import dataclass
+
+from marketplace.models import OrderLine, Party
+from marketplace.money import MINOR_DIGITS
+from payouts.models import Account, RoyaltyInvoiceLine, RoyaltyPool
+
+
+@dataclass(frozen=True)
+class Purpose:
+    kind: Account.Kind
+    meaning: str
+    has_id: bool = False
+
+
+PURPOSES = {
+    "cash:pending": Purpose(Account.Kind.ASSET, "charged, and not yet available at Stripe"),
+    "cash:available": Purpose(Account.Kind.ASSET, "available at Stripe: what transfers are made of"),
+    "expense:stripe_fees": Purpose(Account.Kind.EXPENSE, "what Stripe kept of the charges"),
+    "revenue:platform_fee": Purpose(Account.Kind.REVENUE, "the platform's part of sales and royalties"),
+    "clearing:upfront": Purpose(Account.Kind.LIABILITY, "an order line's upfront share on its way to payees", True),
+    "clearing:royalty": Purpose(Account.Kind.LIABILITY, "an invoice line's part on its way to payees", True),
+    "pool": Purpose(Account.Kind.LIABILITY, "an order line's royalty pool, until it is released", True),
+    "payable": Purpose(Account.Kind.LIABILITY, "owed to a party", True),
+    "in_transit": Purpose(Account.Kind.LIABILITY, "promised to a payee, and Stripe has not yet answered"),
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code taken apart."""
+
+    name: str
+    id: int | None
+    currency: str
+
+    @property
+    def purpose(self) -> Purpose:
+        return PURPOSES[self.name]
+
+
+def parse(code: str) -> Code:
+    """Take a code apart.
+
+    Raises:
+        ValueError: no such account can exist.
+    """
+    rest, _, currency = code.rpartition(":")
+    name, _, last = rest.rpartition(":")
+    if currency in MINOR_DIGITS:
+        if rest in PURPOSES and not PURPOSES[rest].has_id:
+            return Code(rest, None, currency)
+        if name in PURPOSES and PURPOSES[name].has_id and last.isascii() and last.isdigit() and last == str(int(last)):
+            return Code(name, int(last), currency)
+    raise ValueError(f"{code!r} is no account of the chart")
+
+
+def cash_pending(currency: str) -> str:
+    return f"cash:pending:{currency}"
+
+
+def cash_available(currency: str) -> str:
+    return f"cash:available:{currency}"
+
+
+def stripe_fees(currency: str) -> str:
+    return f"expense:stripe_fees:{currency}"
+
+
+def platform_fee(currency: str) -> str:
+    return f"revenue:platform_fee:{currency}"
+
+
+def upfront(line: OrderLine, currency: str) -> str:
+    return f"clearing:upfront:{line.pk}:{currency}"
+
+
+def royalty(line: RoyaltyInvoiceLine, currency: str) -> str:
+    return f"clearing:royalty:{line.pk}:{currency}"
+
+
+def royalty_pool(pool: RoyaltyPool) -> str:
+    return f"pool:{pool.pk}:{pool.currency}"
+
+
+def payable(party: Party | int, currency: str) -> str:
+    return f"payable:{party if isinstance(party, int) else party.pk}:{currency}"
+
+
+def in_transit(currency: str) -> str:
+    return f"in_transit:{currency}"

@@ -1,0 +1,52 @@
+from marketplace.errors import DomainError
+
+
+class NotFound(DomainError):
+    """It does not exist, or it is not the party's to see; the two are answered alike."""
+
+    code = "not_found"
+    status = 404
+
+
+class ResultNotPublished(DomainError):
+    """Its shares may still change."""
+
+    code = "result_not_published"
+
+
+class NoResultYet(DomainError):
+    """Nothing says yet what the model owes to whom."""
+
+    code = "no_result_yet"
+
+
+class PeriodOverlaps(DomainError):
+    """The model's revenue in part of the period has been reported already."""
+
+    code = "period_overlaps"
+
+
+class AlreadyPaid(DomainError):
+    """There is nothing left to pay."""
+
+    code = "already_paid"
+
+
+class PaymentMismatch(DomainError):
+    """Stripe took money that is not what was asked for; a person must look before anything is booked."""
+
+    code = "payment_mismatch"
+
+
+class PayeeNotServed(DomainError):
+    """Stripe does not reach the payee's country; the money accrues."""
+
+    code = "payee_not_served"
+    status = 422
+
+
+class BadWebhook(DomainError):
+    """The signature is wrong or too old, or the body is no event."""
+
+    code = "bad_webhook"
+    status = 400
