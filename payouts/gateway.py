@@ -1,0 +1,518 @@
+"""The official SDK behind one small door: every call to Stripe is here.
+
+Amounts are integers in minor units, currencies are upper case, as everywhere else in the project; no object of the SDK gets out.
+
+What goes wrong is one of two things, and the rules for payouts rest on the difference:
+
+- `StripeRefused`: Stripe answered 4xx, so **nothing happened**. An intent may be reversed, and tried again under a new key.
+- `StripeUncertain`: a time-out, a lost connection, 5xx, 409 or 429; **it may have happened**. Nothing may be reversed.
+  With `http_status` None, 409 or 429, call again with the same key while Stripe remembers it (23 h to be safe).
+  With `is_key_spent`, the key will only repeat this answer: look the thing up (`find_transfer`) before using a new key.
+  A key that was used with other parameters (400) counts as uncertain too: the call that used it may have succeeded.
+
+The SDK does not retry by itself: its callers are tasks that come back, and they must see every answer.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+import stripe
+from django.conf import settings
+
+from marketplace.errors import DomainError
+
+TIMEOUT_SECONDS = 20.0  # below gunicorn's and Celery's own limits, so that a silent Stripe ends as StripeUncertain
+SIGNATURE_TOLERANCE_SECONDS = 300
+
+
+class StripeRefused(Exception):
+    """Stripe said no, and did nothing.
+
+    Args:
+        code: Stripe's error code, such as "balance_insufficient"; its error type where there is none.
+    """
+
+    def __init__(self, code: str, message: str, http_status: int) -> None:
+        super().__init__(f"{code} ({http_status}): {message}")
+        self.code = code
+        self.message = message
+        self.http_status = http_status
+
+
+class StripeUncertain(Exception):
+    """Nobody knows whether it happened.
+
+    Args:
+        http_status: None when no answer came.
+        retry_after_seconds: how long Stripe asks to wait, where it says so.
+        is_key_spent: the idempotency key would only repeat this answer.
+    """
+
+    def __init__(
+        self, message: str, *, http_status: int | None, retry_after_seconds: float | None, is_key_spent: bool
+    ) -> None:
+        super().__init__(f"{message} (status {http_status})")
+        self.message = message
+        self.http_status = http_status
+        self.retry_after_seconds = retry_after_seconds
+        self.is_key_spent = is_key_spent
+
+
+class BadSignature(DomainError):
+    """The webhook's body was not signed with our endpoint's secret, or too long ago."""
+
+    code = "bad_signature"
+    status = 400
+
+
+@dataclass(frozen=True)
+class CheckoutLine:
+    name: str
+    amount_minor: int  # of one unit
+    quantity: int = 1
+
+
+@dataclass(frozen=True)
+class CheckoutSession:
+    id: str
+    url: str
+
+
+@dataclass(frozen=True)
+class PaidCheckout:
+    """A checkout session and, once it is paid, the charge behind it.
+
+    Stripe books a charge shortly after it succeeds: until then `balance_transaction`, `fee_minor`, `net_minor` and
+    `available_on` are None although `is_paid`; ask again on `charge.updated`, or later.
+    """
+
+    id: str
+    status: str  # open, complete, expired
+    payment_status: str  # unpaid, paid, no_payment_required
+    amount_total_minor: int
+    currency: str
+    order_id: str
+    public_reference: str
+    metadata: dict[str, str]
+    payment_intent: str | None
+    charge: str | None
+    balance_transaction: str | None
+    fee_minor: int | None
+    net_minor: int | None
+    available_on: datetime | None
+
+    @property
+    def is_paid(self) -> bool:
+        return self.payment_status == "paid"
+
+
+@dataclass(frozen=True)
+class PayeeAccountState:
+    id: str
+    details_submitted: bool
+    payouts_enabled: bool
+    transfers_active: bool
+    requirements: list[str]
+    disabled_reason: str | None
+
+    @property
+    def can_be_paid(self) -> bool:
+        return self.transfers_active and self.payouts_enabled
+
+
+@dataclass(frozen=True)
+class Transfer:
+    id: str
+    amount_minor: int
+    currency: str
+    destination: str
+    transfer_group: str
+    destination_payment: str
+    balance_transaction: str | None
+    reversed_minor: int
+    created_at: datetime
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class BalanceTransaction:
+    """One movement of the platform's Stripe balance; `amount_minor` and `net_minor` are signed."""
+
+    id: str
+    kind: str  # charge, transfer, payout, stripe_fee, …
+    source: str | None
+    amount_minor: int
+    fee_minor: int
+    net_minor: int
+    currency: str
+    is_available: bool
+    available_on: datetime
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Event:
+    """A verified webhook; `data` is the object it is about, as Stripe's JSON."""
+
+    id: str
+    type: str
+    account: str | None  # the connected account that it comes from; None: our own
+    created_at: datetime
+    data: dict[str, Any]
+
+
+def create_checkout(
+    *,
+    order_id: str,
+    public_reference: str,
+    lines: Sequence[CheckoutLine],
+    currency: str,
+    success_url: str,
+    cancel_url: str,
+    key: str,
+    metadata: Mapping[str, str] | None = None,
+    customer_email: str | None = None,
+) -> CheckoutSession:
+    """Open a hosted payment page for an order. `{CHECKOUT_SESSION_ID}` in `success_url` is filled in by Stripe.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    marks = {**(metadata or {}), "order": order_id, "reference": public_reference}
+    params: dict[str, Any] = {
+        "mode": "payment",
+        "line_items": [
+            {
+                "quantity": line.quantity,
+                "price_data": {
+                    "currency": currency.lower(),
+                    "unit_amount": line.amount_minor,
+                    "product_data": {"name": line.name},
+                },
+            }
+            for line in lines
+        ],
+        "client_reference_id": public_reference,
+        "metadata": marks,
+        # The charge carries the same marks: whoever reads it in Stripe's dashboard finds the order.
+        "payment_intent_data": {"metadata": marks, "transfer_group": f"order:{order_id}"},
+        "success_url": success_url,
+        "cancel_url": cancel_url,
+    }
+    if customer_email:
+        params["customer_email"] = customer_email
+    with _translated():
+        session = _client().v1.checkout.sessions.create(params, {"idempotency_key": key})  # type: ignore[arg-type]
+    assert session.url is not None  # a hosted session that is open has one
+    return CheckoutSession(id=session.id, url=session.url)
+
+
+def get_checkout(session_id: str) -> PaidCheckout:
+    """Fetch a session with its charge and that charge's fee.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    path = "payment_intent.latest_charge.balance_transaction"
+    with _translated():
+        session = _client().v1.checkout.sessions.retrieve(session_id, {"expand": [path]})
+    body = _plain(session)
+    intent = body["payment_intent"] or {}
+    charge = intent.get("latest_charge") or {}
+    is_charged = charge.get("status") == "succeeded"  # the latest attempt may have been declined
+    booked = (charge.get("balance_transaction") or {}) if is_charged else {}
+    metadata = body["metadata"] or {}
+    return PaidCheckout(
+        id=body["id"],
+        status=body["status"],
+        payment_status=body["payment_status"],
+        amount_total_minor=body["amount_total"],
+        currency=body["currency"].upper(),
+        order_id=metadata.get("order", ""),
+        public_reference=body["client_reference_id"] or "",
+        metadata=metadata,
+        payment_intent=intent.get("id"),
+        charge=charge["id"] if is_charged else None,
+        balance_transaction=booked.get("id"),
+        fee_minor=booked.get("fee"),
+        net_minor=booked.get("net"),
+        available_on=_moment(booked["available_on"]) if booked else None,
+    )
+
+
+def create_payee_account(*, party_id: str, country: str, email: str, key: str) -> str:
+    """Open a connected account that can only receive transfers; its owner completes it on Stripe's own pages.
+
+    The platform bears fees and losses, Stripe collects what the law asks of the payee. Returns the account's id.
+
+    Raises:
+        StripeRefused: `country_unsupported` where Stripe does not reach the payee.
+        StripeUncertain: see the module.
+    """
+    params: dict[str, Any] = {
+        "country": country,
+        "email": email,
+        "controller": {
+            "fees": {"payer": "application"},
+            "losses": {"payments": "application"},
+            "requirement_collection": "stripe",
+            "stripe_dashboard": {"type": "express"},
+        },
+        "capabilities": {"transfers": {"requested": True}},
+        "metadata": {"party": party_id},
+    }
+    if country != getattr(settings, "STRIPE_PLATFORM_COUNTRY", "US"):
+        # Across a border Stripe pays a payee only under its agreement for recipients, and at home only without it.
+        params["tos_acceptance"] = {"service_agreement": "recipient"}
+    with _translated():
+        account = _client().v1.accounts.create(params, {"idempotency_key": key})  # type: ignore[arg-type]
+    return account.id
+
+
+def create_onboarding_link(*, account: str, return_url: str, refresh_url: str) -> str:
+    """A link to Stripe's onboarding page, for the payee who just asked for it: it works once and for minutes.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        link = _client().v1.account_links.create(
+            {
+                "account": account,
+                "type": "account_onboarding",
+                "return_url": return_url,
+                "refresh_url": refresh_url,
+                "collection_options": {"fields": "eventually_due"},
+            }
+        )
+    return link.url
+
+
+def get_account(account: str) -> PayeeAccountState:
+    """What Stripe knows and lacks of a payee.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.accounts.retrieve(account))
+    return account_state(body)
+
+
+def account_state(body: Mapping[str, Any]) -> PayeeAccountState:
+    """The same, from the `data` of an `account.updated` event."""
+    requirements = body.get("requirements") or {}
+    return PayeeAccountState(
+        id=body["id"],
+        details_submitted=bool(body.get("details_submitted")),
+        payouts_enabled=bool(body.get("payouts_enabled")),
+        transfers_active=(body.get("capabilities") or {}).get("transfers") == "active",
+        requirements=list(requirements.get("currently_due") or []),
+        disabled_reason=requirements.get("disabled_reason"),
+    )
+
+
+def create_transfer(
+    *,
+    amount_minor: int,
+    currency: str,
+    destination: str,
+    transfer_group: str,
+    key: str,
+    metadata: Mapping[str, str] | None = None,
+) -> Transfer:
+    """Send available funds to a payee's account.
+
+    Raises:
+        StripeRefused: nothing was sent; `balance_insufficient` when the platform's available funds do not suffice.
+        StripeUncertain: it may have been sent; see the module.
+    """
+    params: dict[str, Any] = {
+        "amount": amount_minor,
+        "currency": currency.lower(),
+        "destination": destination,
+        "transfer_group": transfer_group,
+        "metadata": dict(metadata or {}),
+    }
+    with _translated():
+        body = _plain(_client().v1.transfers.create(params, {"idempotency_key": key}))  # type: ignore[arg-type]
+    return _transfer(body)
+
+
+def find_transfer(transfer_group: str) -> Transfer | None:
+    """The one transfer of a group, if it was made.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        found = _client().v1.transfers.list({"transfer_group": transfer_group, "limit": 2}).data
+    # Two would mean that somebody was paid twice; no code path may go on from there.
+    assert len(found) <= 1, f"{len(found)} transfers in group {transfer_group}"
+    return _transfer(_plain(found[0])) if found else None
+
+
+def transfers_in_payout(*, account: str, payout: str) -> list[str]:
+    """The transfers that one automatic payout of a connected account carried to its bank, by id.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        movements = _client().v1.balance_transactions.list(
+            {"payout": payout, "type": "payment", "limit": 100, "expand": ["data.source"]}, {"stripe_account": account}
+        )
+        sources = [_plain(movement)["source"] for movement in movements.auto_paging_iter()]
+    return [source["source_transfer"] for source in sources if source["source_transfer"]]
+
+
+def balance() -> dict[str, tuple[int, int]]:
+    """The platform's Stripe balance: currency → (pending, available), minor units.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.balance.retrieve())
+    held: dict[str, tuple[int, int]] = {}
+    for entry in body["pending"]:
+        held[entry["currency"].upper()] = (entry["amount"], 0)
+    for entry in body["available"]:
+        currency = entry["currency"].upper()
+        held[currency] = (held.get(currency, (0, 0))[0], entry["amount"])
+    return held
+
+
+def balance_transactions(since: str | None = None) -> Iterator[BalanceTransaction]:
+    """Every movement of the platform's balance after the one with this id, oldest first; None: from the beginning.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module; also in the middle of the iteration.
+    """
+    with _translated():
+        transactions = _client().v1.balance_transactions
+        if since is not None:
+            # Paging backwards from a cursor, the SDK yields from old to new.
+            for entry in transactions.list({"ending_before": since, "limit": 100}).auto_paging_iter():
+                yield _balance_transaction(_plain(entry))
+        else:
+            # Stripe's lists begin with the newest and know no other order, so the first reading holds them all.
+            everything = list(transactions.list({"limit": 100}).auto_paging_iter())
+            for entry in reversed(everything):
+                yield _balance_transaction(_plain(entry))
+
+
+def parse_event(payload: bytes, signature: str, secret: str) -> Event:
+    """Read a webhook whose signature is right and recent.
+
+    Raises:
+        BadSignature: it is neither, or the body is not an event.
+    """
+    if not secret:
+        raise ValueError("A webhook secret is missing; an empty one would accept what anybody signs")
+    try:
+        stripe.WebhookSignature.verify_header(
+            payload.decode("utf-8"), signature, secret, tolerance=SIGNATURE_TOLERANCE_SECONDS
+        )
+        body = json.loads(payload)
+        return Event(
+            id=body["id"],
+            type=body["type"],
+            account=body.get("account"),
+            created_at=_moment(body["created"]),
+            data=body["data"]["object"],
+        )
+    except stripe.SignatureVerificationError as error:
+        raise BadSignature(f"The webhook's signature is wrong or too old: {error.user_message or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadSignature("The webhook's body is not an event of Stripe.") from error
+
+
+@lru_cache(maxsize=4)
+def _client_for(api_key: str, api_base: str | None) -> stripe.StripeClient:
+    return stripe.StripeClient(
+        api_key,
+        base_addresses={"api": api_base} if api_base else {},
+        http_client=stripe.RequestsClient(timeout=TIMEOUT_SECONDS),
+        max_network_retries=0,
+    )
+
+
+def _client() -> stripe.StripeClient:
+    return _client_for(settings.STRIPE_API_KEY, settings.STRIPE_API_BASE)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The SDK's errors as the two that matter."""
+    try:
+        yield
+    except stripe.StripeError as error:
+        status = error.http_status
+        message = error.user_message or str(error)
+        is_reused_key = isinstance(error, stripe.IdempotencyError) and status != 409
+        if status is not None and 400 <= status < 500 and status not in (409, 429) and not is_reused_key:
+            raise StripeRefused(error.code or _error_type(error), message, status) from error
+        raise StripeUncertain(
+            message,
+            http_status=status,
+            retry_after_seconds=_retry_after(error),
+            is_key_spent=is_reused_key or (status is not None and status not in (409, 429)),
+        ) from error
+
+
+def _error_type(error: stripe.StripeError) -> str:
+    return (error.error and error.error.type) or "unknown"
+
+
+def _retry_after(error: stripe.StripeError) -> float | None:
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    try:
+        return float(headers["retry-after"])
+    except (KeyError, ValueError):  # absent, or a date, which Stripe does not send
+        return None
+
+
+def _plain(thing: stripe.StripeObject) -> dict[str, Any]:
+    """An SDK object as plain dictionaries and lists."""
+    plain: dict[str, Any] = thing.to_dict()
+    return plain
+
+
+def _moment(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, tz=UTC)
+
+
+def _transfer(body: Mapping[str, Any]) -> Transfer:
+    return Transfer(
+        id=body["id"],
+        amount_minor=body["amount"],
+        currency=body["currency"].upper(),
+        destination=body["destination"],
+        transfer_group=body["transfer_group"] or "",
+        destination_payment=body["destination_payment"],
+        balance_transaction=body["balance_transaction"],
+        reversed_minor=body["amount_reversed"],
+        created_at=_moment(body["created"]),
+        metadata=dict(body["metadata"]),
+    )
+
+
+def _balance_transaction(body: Mapping[str, Any]) -> BalanceTransaction:
+    return BalanceTransaction(
+        id=body["id"],
+        kind=body["type"],
+        source=body["source"],
+        amount_minor=body["amount"],
+        fee_minor=body["fee"],
+        net_minor=body["net"],
+        currency=body["currency"].upper(),
+        is_available=body["status"] == "available",
+        available_on=_moment(body["available_on"]),
+        created_at=_moment(body["created"]),
+    )
