@@ -1,0 +1,243 @@
+"""Orders: placed at the price that the buyer saw, paid once, and from then on licenses."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from django.db import IntegrityError, transaction
+
+from marketplace import clock
+from marketplace.errors import DomainError, InvalidInput, KeyReused, NotAllowed
+from marketplace.models import (
+    ApiKey,
+    AuditEvent,
+    Dataset,
+    DatasetVersion,
+    License,
+    Membership,
+    Offer,
+    Order,
+    OrderLine,
+    Party,
+    User,
+)
+from marketplace.money import Money
+
+logger = logging.getLogger(__name__)
+
+MAX_LINES = 200
+#: What still carries Stripe's fee: five dollars, or about as much where nothing is exchanged.
+MIN_TOTAL = {"USD": 5_000_000, "EUR": 5_000_000, "GBP": 5_000_000, "JPY": 750_000_000}
+
+
+class OfferNotOpen(DomainError):
+    """The offer was replaced, or its dataset is no longer for sale."""
+
+    code = "offer_not_open"
+
+
+class PriceChanged(DomainError):
+    """The offers cost something else than the buyer expects."""
+
+    code = "price_changed"
+
+
+class OrderNotPayable(DomainError):
+    """The order was cancelled before the money came."""
+
+    code = "order_not_payable"
+
+
+def place_order(
+    *,
+    buyer: Party,
+    key: str,
+    offers: Sequence[Offer],
+    expected_total: Money,
+    accepted_name: str,
+    user: User | None = None,
+    api_key: ApiKey | None = None,
+) -> Order:
+    """Order a line per offer; the same key and request give the same order, however often and however fast.
+
+    Args:
+        key: the buyer's idempotency key.
+        expected_total: what the buyer was shown; an order is never placed at another price.
+        accepted_name: the name under which the buyer accepts every line's contract.
+        user, api_key: who acts for the buyer: one of the two.
+
+    Raises:
+        KeyReused: the key stands for another request.
+        NotAllowed: the user may not buy in the party's name.
+        InvalidInput: no offers, one twice, two currencies, no name, or too small a total.
+        OfferNotOpen, PriceChanged: see the classes.
+    """
+    if (user is None) == (api_key is None):
+        raise ValueError("An order is placed by a user or by an API key")
+    if api_key is not None and api_key.party_id != buyer.pk:
+        raise ValueError(f"API key {api_key.pk} does not act for party {buyer.pk}")
+    if user is not None and not _may_buy(user, buyer):
+        raise NotAllowed(f"Only an owner of {buyer.name} can buy in its name; ask one of them.")
+
+    accepted_name = accepted_name.strip()
+    request_sha256 = _request_digest(offers, expected_total, accepted_name)
+    if placed := _find_placed(buyer, key, request_sha256):
+        return placed
+    _check_request(offers, expected_total, accepted_name)
+    _check_open(offers, expected_total)
+    try:
+        with transaction.atomic():
+            order = Order.objects.create(
+                buyer=buyer,
+                placed_by=user,
+                total_micros=expected_total.micros,
+                currency=expected_total.currency,
+                key=key,
+                request_sha256=request_sha256,
+                accepted_name=accepted_name,
+                placed_at=clock.now(),
+            )
+            OrderLine.objects.bulk_create(
+                OrderLine(order=order, offer=offer, version_id=offer.version_id, price_micros=offer.price_micros)
+                for offer in offers
+            )
+            AuditEvent.objects.create(
+                actor=user,
+                party=buyer,
+                action="order.placed",
+                target=f"order:{order.pk}",
+                detail={
+                    "offers": [offer.pk for offer in offers],
+                    "total_micros": order.total_micros,
+                    "currency": order.currency,
+                    "api_key": api_key and api_key.pk,
+                },
+            )
+    except IntegrityError:
+        # Another request with this key was first; anything else that the database refused is not ours to hide.
+        if placed := _find_placed(buyer, key, request_sha256):
+            return placed
+        raise
+    logger.info("Placed order=%s buyer=%s micros=%s %s", order.pk, buyer.pk, order.total_micros, order.currency)
+    return order
+
+
+@transaction.atomic
+def mark_paid(*, order: Order, paid_at: datetime) -> list[License]:
+    """Turn a placed order into licenses, once; again, it answers with the same licenses.
+
+    Raises:
+        OrderNotPayable: it was cancelled.
+    """
+    # The update waits for a second one that is on its way, and then finds nothing left to do.
+    first = Order.objects.filter(pk=order.pk, status=Order.Status.PLACED).update(
+        status=Order.Status.PAID, paid_at=paid_at
+    )
+    if first:
+        now = clock.now()
+        License.objects.bulk_create(
+            License(
+                order_line=line,
+                licensee_id=order.buyer_id,
+                version_id=line.version_id,
+                offer=line.offer,
+                policy_sha256=line.offer.policy_sha256,
+                granted_at=now,
+                expires_at=now + timedelta(days=line.offer.term_days),
+                disclosure_due_at=now + timedelta(days=line.offer.disclosure_due_days),
+            )
+            for line in order.lines.select_related("offer").order_by("pk")
+        )
+        AuditEvent.objects.create(
+            party_id=order.buyer_id,
+            action="order.paid",
+            target=f"order:{order.pk}",
+            detail={"paid_at": f"{paid_at:%FT%TZ}"},
+        )
+        logger.info("Paid order=%s micros=%s %s", order.pk, order.total_micros, order.currency)
+    order.refresh_from_db(fields=["status", "paid_at"])
+    if order.status != Order.Status.PAID:
+        raise OrderNotPayable(f"Order {order.public_id} is {order.status}; its payment has to be returned.")
+    return list(License.objects.filter(order_line__order=order).order_by("order_line"))
+
+
+def _may_buy(user: User, buyer: Party) -> bool:
+    return Membership.objects.filter(party=buyer, user=user, role=Membership.Role.OWNER).exists()
+
+
+def _request_digest(offers: Sequence[Offer], total: Money, accepted_name: str) -> str:
+    asked = [sorted(offer.pk for offer in offers), total.micros, total.currency, accepted_name]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _find_placed(buyer: Party, key: str, request_sha256: str) -> Order | None:
+    placed = Order.objects.filter(buyer=buyer, key=key).first()
+    if placed is not None and placed.request_sha256 != request_sha256:
+        raise KeyReused(
+            "This Idempotency-Key was used for another order; send a new key for a new order.",
+            pointers={"Idempotency-Key": f"belongs to order {placed.public_id}"},
+        )
+    return placed
+
+
+def _check_request(offers: Sequence[Offer], total: Money, accepted_name: str) -> None:
+    if not 0 < len(offers) <= MAX_LINES:
+        raise InvalidInput(
+            f"An order has 1 to {MAX_LINES} offers; this one has {len(offers)}.", pointers={"/offers": "wrong number"}
+        )
+    seen: set[int] = set()
+    for index, offer in enumerate(offers):
+        if offer.dataset_id in seen:
+            raise InvalidInput(
+                "An order has one line per dataset; raise nothing but the seats of an offer to license it more widely.",
+                pointers={f"/offers/{index}": "the same dataset again"},
+            )
+        seen.add(offer.dataset_id)
+        if offer.currency != total.currency:
+            raise InvalidInput(
+                f"One order has one currency: this offer is in {offer.currency}, the expected total in "
+                f"{total.currency}. Place an order per currency.",
+                pointers={f"/offers/{index}": f"is in {offer.currency}"},
+            )
+    if not 2 <= len(accepted_name) <= 120:
+        raise InvalidInput(
+            "Accept the contract by typing your full name (2 to 120 characters).",
+            pointers={"/accepted_name": "missing" if not accepted_name else "wrong length"},
+        )
+
+
+def _check_open(offers: Sequence[Offer], expected_total: Money) -> None:
+    current = {
+        offer.dataset_id: offer
+        for offer in Offer.objects.filter(dataset__in={offer.dataset_id for offer in offers})
+        .select_related("dataset", "version")
+        .order_by("dataset", "-number")
+        .distinct("dataset")
+    }
+    for index, offer in enumerate(offers):
+        newest = current[offer.dataset_id]
+        if newest.dataset.status != Dataset.Status.LISTED or newest.version.status != DatasetVersion.Status.PUBLISHED:
+            raise OfferNotOpen(
+                f"{newest.dataset.title} is not for sale.", pointers={f"/offers/{index}": "its dataset is not listed"}
+            )
+    costs = Money(sum(current[offer.dataset_id].price_micros for offer in offers), expected_total.currency)
+    if costs != expected_total and all(newest.currency == costs.currency for newest in current.values()):
+        raise PriceChanged(
+            f"The price has changed: the order costs {costs}, not {expected_total}. "
+            "Look at the offers again and confirm the new total.",
+            pointers={"/expected_total": f"is {expected_total}, should be {costs}"},
+        )
+    for index, offer in enumerate(offers):
+        newest = current[offer.dataset_id]
+        if newest.pk != offer.pk:
+            raise OfferNotOpen(
+                f"The terms of {newest.dataset.title} have changed; read offer {newest.number} and order that one.",
+                pointers={f"/offers/{index}": f"replaced by offer {newest.pk}"},
+            )
+    if costs.micros < MIN_TOTAL[costs.currency]:
+        raise InvalidInput(
+            f"An order is at least {Money(MIN_TOTAL[costs.currency], costs.currency)}; this one is {costs}.",
+            pointers={"/expected_total": "too small"},
+        )
