@@ -274,6 +274,24 @@ def test_finding_no_test_is_a_failure(recorder):
     assert processes.main(["test", *PYTEST, str(recorder), "-k", "nothing_has_this_name"]) == 5
 
 
+def test_check_does_everything_and_reports_the_first_failure(monkeypatch):
+    done = []
+
+    def foreground(argv: list[str], **extra_env: str) -> int:
+        done.append(argv[1:4])
+        return {"mypy": 2, "pytest": 1}.get(argv[2], 0)
+
+    monkeypatch.setattr(processes, "_foreground", foreground)
+    assert processes.main(["check", "tests/portal"]) == 2
+    assert done == [
+        ["-m", "ruff", "format"],
+        ["-m", "ruff", "check"],
+        ["-m", "mypy"],
+        ["manage.py", "makemigrations", "--check"],
+        ["-m", "pytest", "tests/portal"],
+    ]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_the_tests_do_not_outlive_the_command(recorder, signum):
     (recorder / "test_recorder.py").write_text(
