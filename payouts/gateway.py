@@ -407,6 +407,17 @@ def balance_transactions(since: str | None = None) -> Iterator[BalanceTransactio
                 yield _balance_transaction(_plain(entry))
 
 
+def get_balance_transaction(identifier: str) -> BalanceTransaction:
+    """One movement of the platform's balance, as it stands now.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.balance_transactions.retrieve(identifier))
+    return _balance_transaction(body)
+
+
 def parse_event(payload: bytes, signature: str, secret: str) -> Event:
     """Read a webhook whose signature is right and recent.
 
@@ -457,7 +468,7 @@ def _translated() -> Iterator[None]:
         message = error.user_message or str(error)
         is_reused_key = isinstance(error, stripe.IdempotencyError) and status != 409
         if status is not None and 400 <= status < 500 and status not in (409, 429) and not is_reused_key:
-            raise StripeRefused(error.code or _error_type(error), message, status) from error
+            raise StripeRefused(_code(error), message, status) from error
         raise StripeUncertain(
             message,
             http_status=status,
@@ -466,8 +477,10 @@ def _translated() -> Iterator[None]:
         ) from error
 
 
-def _error_type(error: stripe.StripeError) -> str:
-    return (error.error and error.error.type) or "unknown"
+def _code(error: stripe.StripeError) -> str:
+    # Some of the SDK's classes keep the code only inside the error object.
+    inner = error.error
+    return error.code or (inner and (inner.code or inner.type)) or "unknown"
 
 
 def _retry_after(error: stripe.StripeError) -> float | None:

@@ -20,7 +20,7 @@ from payouts.local_stripe.app import LocalStripe
 THREADS = 8
 
 
-class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+class Server(BaseApplication):
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._app: LocalStripe | None = None
@@ -34,7 +34,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "threads": THREADS,
             # Clients hold connections open; closing one just as it is used would look like a time-out after success.
             "keepalive": 75,
-            "graceful_timeout": 3,
+            "graceful_timeout": 1,
             "loglevel": "warning",
             "proc_name": "local-stripe",
             "control_socket_disable": True,

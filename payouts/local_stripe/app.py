@@ -12,7 +12,7 @@ import hmac
 import json
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -89,6 +89,8 @@ class LocalStripe:
     def _answer(self, request: Request) -> Response:
         try:
             (kind, path), values = self._urls.bind_to_environ(request.environ).match()
+            if kind == "api" and request.method == "HEAD":
+                raise MethodNotAllowed  # werkzeug allows it wherever GET is; Stripe does not
         except (NotFound, MethodNotAllowed):
             sentence = f"Unrecognized request URL ({request.method}: {request.path})."
             return self._sent(request, new_id("req", 14), *_refused(StripeError(sentence, status=404)))
@@ -131,7 +133,7 @@ class LocalStripe:
 
     # The API
 
-    def _api(self, request: Request, path: str, values: dict[str, str]) -> Response:
+    def _api(self, request: Request, path: str, values: Mapping[str, Any]) -> Response:
         request_id = new_id("req", 14)
         headers: dict[str, str] = {}
         try:
@@ -170,7 +172,7 @@ class LocalStripe:
             raise StripeError(f"Invalid API Key provided: {hidden}", status=401, remembered=False)
 
     def _perform(
-        self, request: Request, request_id: str, path: str, values: dict[str, str]
+        self, request: Request, request_id: str, path: str, values: Mapping[str, Any]
     ) -> tuple[int, str, dict[str, str]]:
         self._authenticate(request)
         version = request.headers.get("Stripe-Version", schema.API_VERSION)
@@ -203,7 +205,7 @@ class LocalStripe:
         request_id: str,
         chosen: endpoints.Endpoint,
         params: dict[str, Any],
-        values: dict[str, str],
+        values: Mapping[str, Any],
         *,
         account: str,
         key: str,
@@ -254,7 +256,7 @@ class LocalStripe:
         request_id: str,
         chosen: endpoints.Endpoint,
         params: dict[str, Any],
-        values: dict[str, str],
+        values: Mapping[str, Any],
         *,
         account: str,
         key: str | None,

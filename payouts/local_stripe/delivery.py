@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 from payouts.local_stripe import store
@@ -105,9 +106,7 @@ class Courier:
             try:
                 self._settle()
                 for delivery in self._due():
-                    self._pool.submit(send, delivery).add_done_callback(
-                        lambda done, sent=delivery: self._done(sent, done)
-                    )
+                    self._pool.submit(send, delivery).add_done_callback(partial(self._done, delivery))
             except Exception:
                 logger.exception("Courier stumbled")
 

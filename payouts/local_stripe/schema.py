@@ -153,7 +153,7 @@ def decode(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for name, value in pairs:
         head, bracket, rest = name.partition("[")
         parts = _KEY_PARTS.findall(bracket + rest)
-        if not head or "".join(f"[{part}]" for part in parts) != bracket + rest:
+        if not head or "]" in head or "".join(f"[{part}]" for part in parts) != bracket + rest:
             raise StripeError(f"Invalid parameter name: {name}", param=name, remembered=False)
         node = decoded
         for here, following in zip([head, *parts], [*parts, None], strict=True):

@@ -167,7 +167,8 @@ def listed(
         before: only those with a lower sequence number.
         after: only those with a higher one.
     """
-    clauses, values = ["kind = ?", "account = ?"], [kind, account]
+    clauses = ["kind = ?", "account = ?"]
+    values: list[Any] = [kind, account]
     for field, operator, value in where:
         if operator == "in":
             clauses.append(f"json_extract(body, '$.{field}') IN ({', '.join('?' * len(value))})")
