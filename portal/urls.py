@@ -1,1 +1,22 @@
-urlpatterns: list = []
+"""Every address of the site. The packages' own pages and webhooks are included as they stand."""
+
+from importlib.util import find_spec
+
+from django.contrib import admin
+from django.urls import URLPattern, URLResolver, include, path
+
+from marketplace.api.views import disclosure_schema, download
+from portal.health import healthz, readyz
+
+PAGES = ("marketplace.web.urls", "payouts.web.urls", "portal.pages.urls")
+
+urlpatterns: list[URLPattern | URLResolver] = [
+    path("healthz", healthz, name="healthz"),
+    path("readyz", readyz, name="readyz"),
+    path("api/v1/", include("portal.api")),
+    path("schemas/disclosure/1.json", disclosure_schema, name="disclosure-schema"),
+    path("downloads/<str:token>", download, name="download"),
+    path("admin/", admin.site.urls),
+    path("accounts/", include("allauth.urls")),
+    *(path("", include(pages)) for pages in PAGES if find_spec(pages)),
+]

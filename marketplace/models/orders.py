@@ -20,6 +20,7 @@ class Order(models.Model):
     public_id = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
     buyer = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="orders")
     placed_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")  # null: by API key
+    api_key = models.ForeignKey("marketplace.ApiKey", models.PROTECT, null=True, related_name="orders")  # its spending
     status = models.CharField(max_length=10, choices=Status, default=Status.PLACED)
     total_micros = models.BigIntegerField()
     currency = models.CharField(max_length=3)

@@ -9,14 +9,13 @@ from datetime import datetime, timedelta
 from django.db import IntegrityError, transaction
 
 from marketplace import clock
-from marketplace.errors import DomainError, InvalidInput, KeyReused, NotAllowed
+from marketplace.errors import DomainError, InvalidInput, KeyReused
 from marketplace.models import (
     ApiKey,
     AuditEvent,
     Dataset,
     DatasetVersion,
     License,
-    Membership,
     Offer,
     Order,
     OrderLine,
@@ -24,6 +23,7 @@ from marketplace.models import (
     User,
 )
 from marketplace.money import Money
+from marketplace.services.authority import require_authority
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,13 @@ class PriceChanged(DomainError):
     """The offers cost something else than the buyer expects."""
 
     code = "price_changed"
+
+
+class SpendingLimitReached(DomainError):
+    """The API key may not spend this much."""
+
+    code = "spending_limit_reached"
+    status = 403
 
 
 class OrderNotPayable(DomainError):
@@ -72,14 +79,14 @@ def place_order(
         KeyReused: the key stands for another request.
         NotAllowed: the user may not buy in the party's name.
         InvalidInput: no offers, one twice, two currencies, no name, or too small a total.
-        OfferNotOpen, PriceChanged: see the classes.
+        OfferNotOpen, PriceChanged, SpendingLimitReached: see the classes.
     """
     if (user is None) == (api_key is None):
         raise ValueError("An order is placed by a user or by an API key")
     if api_key is not None and api_key.party_id != buyer.pk:
         raise ValueError(f"API key {api_key.pk} does not act for party {buyer.pk}")
-    if user is not None and not _may_buy(user, buyer):
-        raise NotAllowed(f"Only an owner of {buyer.name} can buy in its name; ask one of them.")
+    if user is not None:
+        require_authority(user=user, party=buyer, to="buy in its name")
 
     accepted_name = accepted_name.strip()
     request_sha256 = _request_digest(offers, expected_total, accepted_name)
@@ -89,9 +96,12 @@ def place_order(
     _check_open(offers, expected_total)
     try:
         with transaction.atomic():
+            if api_key is not None:
+                _check_limit(api_key, expected_total)
             order = Order.objects.create(
                 buyer=buyer,
                 placed_by=user,
+                api_key=api_key,
                 total_micros=expected_total.micros,
                 currency=expected_total.currency,
                 key=key,
@@ -161,10 +171,6 @@ def mark_paid(*, order: Order, paid_at: datetime) -> list[License]:
     if order.status != Order.Status.PAID:
         raise OrderNotPayable(f"Order {order.public_id} is {order.status}; its payment has to be returned.")
     return list(License.objects.filter(order_line__order=order).order_by("order_line"))
-
-
-def _may_buy(user: User, buyer: Party) -> bool:
-    return Membership.objects.filter(party=buyer, user=user, role=Membership.Role.OWNER).exists()
 
 
 def _request_digest(offers: Sequence[Offer], total: Money, accepted_name: str) -> str:
@@ -240,4 +246,22 @@ def _check_open(offers: Sequence[Offer], expected_total: Money) -> None:
         raise InvalidInput(
             f"An order is at least {Money(MIN_TOTAL[costs.currency], costs.currency)}; this one is {costs}.",
             pointers={"/expected_total": "too small"},
+        )
+
+
+def _check_limit(api_key: ApiKey, total: Money) -> None:
+    """Inside the transaction: the key's row is locked, so that two orders at once cannot both take what is left."""
+    limit = ApiKey.objects.select_for_update().get(pk=api_key.pk).spending_limit_micros
+    if limit is None:
+        return
+    spent = sum(
+        Order.objects.filter(api_key=api_key, currency=total.currency)
+        .exclude(status=Order.Status.CANCELLED)
+        .values_list("total_micros", flat=True)
+    )
+    if spent + total.micros > limit:
+        raise SpendingLimitReached(
+            f"This key may spend {Money(limit, total.currency)} in all and has spent {Money(spent, total.currency)}; "
+            f"the order is {total}. Ask an owner of {api_key.party.name} for a key with a higher limit.",
+            pointers={"/expected_total": "above the key's spending limit"},
         )

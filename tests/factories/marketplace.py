@@ -150,21 +150,25 @@ class PublishedVersionFactory(DjangoModelFactory):
             role: dict(version.contributions.filter(role=role).values_list("number", "party"))
             for role in Contribution.Role.values
         }
-        n_copies = len(copies or {})
         frozen = {
-            "status": DatasetVersion.Status.PUBLISHED,
+            "status": DatasetVersion.Status.FROZEN,
             "merkle_root": merkle_root(digests).hex(),
             "n_records": len(holder),
-            "n_copies": n_copies,
             "size_bytes": len(data),
             "parquet_sha256": sha256,
             "parquet_key": key,
             "features": _features(content, labels),
             "frozen_at": timezone.now(),
-            "published_at": timezone.now(),
         }
+        published_at = fields.pop("published_at", None) or timezone.now()
         for name, value in (frozen | fields).items():
             setattr(version, name, value)
+        version.save()  # frozen first: the database refuses to publish a draft
+        version.status, version.published_at, version.n_copies = (
+            version.Status.PUBLISHED,
+            published_at,
+            len(copies or {}),
+        )
         version.save()
         for row, (original, original_row) in (copies or {}).items():
             first = RecordFingerprint.objects.get(version=original, row=original_row)
