@@ -79,7 +79,7 @@ FRAME = Markup("""<!doctype html>
 <style>{style}</style>
 </head>
 <body>
-<p class="note" style="margin:0">Local Stripe — play money. No card is charged and no bank is reached.</p>
+<header class="note">Local Stripe — play money. No card is charged and no bank is reached.</header>
 <main>
 {content}
 </main>
@@ -311,14 +311,10 @@ def _field(
         v=given.get(name, ""),
         e=rendered,
         h=Markup('<p class="hint" id="{}-hint">{}</p>').format(name, hint) if hint else "",
-        w=Markup('<p class="wrong" id="{}-wrong">{}</p>').format(name, wrong[name]) if name in wrong else "",
+        w=Markup('<p class="wrong" role="alert" id="{}-wrong">{}</p>').format(name, wrong[name])
+        if name in wrong
+        else "",
     )
-
-
-def _summary(wrong: dict[str, str]) -> Markup:
-    if not wrong:
-        return Markup("")
-    return Markup('<p class="wrong" role="alert">{}</p>').format(" ".join(wrong.values()))
 
 
 def _pay_form(session: Body, given: dict[str, str], wrong: dict[str, str], *, status: int = 200) -> Response:
@@ -334,7 +330,6 @@ def _pay_form(session: Body, given: dict[str, str], wrong: dict[str, str], *, st
         """<h1>Pay Residual</h1>
 <p class="amount">{total}</p>
 <ul>{items}</ul>
-{summary}
 <form method="post">
 {email}{card}
 <div class="pair">{expiry}{cvc}</div>
@@ -345,7 +340,6 @@ def _pay_form(session: Body, given: dict[str, str], wrong: dict[str, str], *, st
     ).format(
         total=total,
         items=items,
-        summary=_summary(wrong),
         email=_field("email", "E-mail", kept, wrong, type="email", autocomplete="email"),
         card=_field(
             "card_number",
@@ -456,13 +450,11 @@ def _onboarding_form(account: Body, given: dict[str, str], wrong: dict[str, str]
     content = Markup(
         """<h1>Get paid by Residual</h1>
 <p>Tell us who you are and which bank account your money goes to.</p>
-{summary}
 <form method="post">
 {name}{country}{number}{routing}
 <button type="submit">Agree and finish</button>
 </form>"""
     ).format(
-        summary=_summary(wrong),
         name=_field("name", "Full name", given, wrong, autocomplete="name"),
         country=_field(
             "country",
