@@ -36,7 +36,7 @@ class ColumnMapping:
         """
         pointers: dict[str, str] = {}
         if unknown := sorted(set(mapping) - set(cls.__dataclass_fields__)):
-            pointers |= {f"mapping/{name}": "There is no such field." for name in unknown}
+            pointers |= dict.fromkeys(unknown, "There is no such field.")
         content = mapping.get("content", ())
         content = [content] if isinstance(content, str) else content
         if (
@@ -44,15 +44,15 @@ class ColumnMapping:
             or not content
             or not all(isinstance(name, str) and name for name in content)
         ):
-            pointers["mapping/content"] = 'Name the content columns: "text", ["width", "height"] or "pixel_*".'
+            pointers["content"] = 'Name the content columns: "text", ["width", "height"] or "pixel_*".'
         for name in ("label", "rights_holder", "labeller", "kind"):
             if not isinstance(mapping.get(name, ""), str):
-                pointers[f"mapping/{name}"] = 'Give a column name, or "" for none.'
+                pointers[name] = 'Give a column name, or "" for none.'
         if mapping.get("kind", "") not in KINDS:
-            pointers["mapping/kind"] = "Say vector or text, or leave it out."
+            pointers["kind"] = "Say vector or text, or leave it out."
         rows = mapping.get("preview_rows", 20)
         if not isinstance(rows, int) or isinstance(rows, bool) or not 0 <= rows <= MAX_PREVIEW_ROWS:
-            pointers["mapping/preview_rows"] = f"Give a number from 0 to {MAX_PREVIEW_ROWS}."
+            pointers["preview_rows"] = f"Give a number from 0 to {MAX_PREVIEW_ROWS}."
         if pointers:
             where, what = next(iter(pointers.items()))
             raise FileRefused(f"{where}: {what}", code="mapping_invalid", pointers=pointers)
@@ -81,7 +81,7 @@ class ColumnMapping:
             )
         known = set(columns)
         singles = {role: getattr(self, role) for role in ("label", "rights_holder", "labeller") if getattr(self, role)}
-        missing = {f"mapping/{role}": name for role, name in singles.items() if name not in known}
+        missing = {role: name for role, name in singles.items() if name not in known}
         content: list[str] = []
         for wanted in self.content:
             if wanted in known:
@@ -89,12 +89,12 @@ class ColumnMapping:
             else:
                 found = [name for name in columns if fnmatchcase(name, wanted) and name not in singles.values()]
             if not found:
-                missing["mapping/content"] = wanted
+                missing["content"] = wanted
             content += found
         if missing:
             where, name = next(iter(missing.items()))
             raise FileRefused(
-                f"{filename} has no column {name!r} for {where.removeprefix('mapping/')}. It has: {_names(columns)}.",
+                f"{filename} has no column {name!r} for {where}. It has: {_names(columns)}.",
                 code="column_missing",
                 pointers={where: f"There is no column {name!r}." for where, name in missing.items()},
             )
@@ -103,7 +103,7 @@ class ColumnMapping:
             raise FileRefused(
                 f"Column {both[0]!r} of {filename} is used for two things; name another for one of them.",
                 code="column_used_twice",
-                pointers={"mapping/content": f"Column {both[0]!r} is used twice."},
+                pointers={"content": f"Column {both[0]!r} is used twice."},
             )
         return ResolvedColumns(
             content=tuple(content), label=self.label, rights_holder=self.rights_holder, labeller=self.labeller

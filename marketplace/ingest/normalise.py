@@ -180,7 +180,7 @@ def normalise(
         features={"content": content_statistics.feature(), "label": {"classes": classes}},
         statistics={
             "content": content_statistics.as_dict(),
-            "label": {name: labels.counts[name] for name in classes or ()},
+            "label": {name: labels.counts[name] for name in classes},
             "n_rights_holders": len(holders.names),
             "n_labellers": len(labellers.names),
         },
@@ -403,10 +403,8 @@ class _LabelStatistics:
         if not self.are_classes:
             self.counts = {}
 
-    def classes(self) -> list[str] | None:
-        """Sorted, whole numbers by value; None where labels are too many or too long to be classes."""
-        if not self.are_classes:
-            return None
+    def classes(self) -> list[str]:
+        """Sorted, whole numbers by value; none where labels are too many or too long to be classes."""
         try:
             return sorted(self.counts, key=int)
         except ValueError:

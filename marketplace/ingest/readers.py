@@ -125,7 +125,7 @@ class CsvReader(Reader):
             raise FileRefused(
                 f"Text content is one column; {len(self.columns.content)} are mapped.",
                 code="mapping_invalid",
-                pointers={"mapping/content": "Name one text column."},
+                pointers={"content": "Name one text column."},
             )
         self._input: pa.NativeFile | None = None
         self._quotes = 0
@@ -481,7 +481,7 @@ def _wrong_type(filename: str, column: str, type_: pa.DataType, wanted: str) -> 
     return FileRefused(
         f"Column {column!r} of {filename} holds {str(type_)[:80]}; it must be {wanted}.",
         code="column_type",
-        pointers={"mapping": f"Column {column!r} holds {str(type_)[:80]}."},
+        pointers={"content": f"Column {column!r} holds {str(type_)[:80]}."},
     )
 
 

@@ -1,0 +1,29 @@
+"""Who may act in a party's name; every service that writes for a party asks here."""
+
+from marketplace.errors import NotAllowed
+from marketplace.models import Membership, Party, User
+
+
+def require_authority(*, user: User, party: Party, to: str) -> Membership:
+    """The membership by which `user` may sign for `party`.
+
+    Raises:
+        NotAllowed: not a member, or without the authority; `to` completes the sentence.
+    """
+    membership = Membership.objects.filter(party=party, user=user).first()
+    if membership is None or not membership.has_authority:
+        raise NotAllowed(f"Only an owner of {party.name} can {to}; ask one of them.")
+    return membership
+
+
+def require_editor(*, user: User, party: Party, to: str) -> Membership:
+    """The membership by which `user` may upload and describe for `party`.
+
+    Raises:
+        NotAllowed: not a member, or one who only reads.
+    """
+    roles = (Membership.Role.OWNER, Membership.Role.EDITOR)
+    membership = Membership.objects.filter(party=party, user=user, role__in=roles).first()
+    if membership is None:
+        raise NotAllowed(f"Only an owner or editor of {party.name} can {to}; ask one of them.")
+    return membership

@@ -1,0 +1,184 @@
+"""Exact copies, by fingerprint: within a version, and against everything published before it.
+
+Within a version two label events on one item (one content, one rights holder, two labellers) are no copies of each
+other; whatever else repeats a content is a copy of the first row that has it. Against published versions, whatever
+repeats a content is a copy of its first registrant: of that version's label events on the item the one by the same
+labeller, otherwise the first. An original is never itself a copy, so there are no chains to follow.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from django.db import connection
+
+from marketplace.ingest.normalise import FINGERPRINT_ROW
+from marketplace.models import Contribution, DatasetVersion, RecordCopy
+
+#: Serialises publications, so that "first" means something: copies are looked for while nobody else registers.
+PUBLICATION_LOCK = 0x7265_7369
+COPY_ROWS = 50_000
+
+_COPY = "COPY marketplace_recordfingerprint (version_id, row, fingerprint, holder, labeller) FROM STDIN (FORMAT BINARY)"
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)  # no flags, no extension
+_COPY_TRAILER = b"\xff\xff"
+_COPY_ROW = np.dtype(
+    [
+        ("n_fields", ">i2"),
+        *(
+            part
+            for name, type_ in (
+                ("version", ">i8"),
+                ("row", ">i8"),
+                ("fingerprint", FINGERPRINT_ROW["fingerprint"]),
+                ("holder", ">i4"),
+                ("labeller", ">i4"),
+            )
+            for part in ((f"{name}_bytes", ">i4"), (name, type_))
+        ),
+    ]
+)
+
+# Sets, not a lookup per record: a content that was registered a million times must not be met a million times a million.
+_ORIGINALS = """
+WITH mine AS (
+    SELECT f.fingerprint, f.row, f.holder, f.labeller, party.party_id AS labeller_party,
+        first_value(f.row) OVER content AS first_row,
+        first_value(f.holder) OVER content AS first_holder,
+        first_value(f.labeller) OVER content AS first_labeller,
+        min(f.row) OVER (PARTITION BY f.fingerprint, f.holder, f.labeller) AS first_same_row
+    FROM marketplace_recordfingerprint f
+    LEFT JOIN marketplace_contribution party
+        ON party.version_id = f.version_id AND party.role = 'labeller' AND party.number = f.labeller
+    WHERE f.version_id = %(version)s
+    WINDOW content AS (PARTITION BY f.fingerprint ORDER BY f.row)
+), registered AS (
+    SELECT o.fingerprint, o.version_id, o.row, v.published_at,
+        holder.party_id AS holder_party, labeller.party_id AS labeller_party
+    FROM marketplace_recordfingerprint o
+    JOIN marketplace_datasetversion v ON v.id = o.version_id AND v.status = 'published' AND v.id <> %(version)s
+    JOIN marketplace_contribution holder
+        ON holder.version_id = o.version_id AND holder.role = 'rights_holder' AND holder.number = o.holder
+    LEFT JOIN marketplace_contribution labeller
+        ON labeller.version_id = o.version_id AND labeller.role = 'labeller' AND labeller.number = o.labeller
+    WHERE o.fingerprint IN (SELECT fingerprint FROM mine)
+        AND NOT EXISTS (
+            SELECT FROM marketplace_recordcopy c WHERE c.version_id = o.version_id AND c.row = o.row
+        )
+), first_registered AS (
+    SELECT DISTINCT ON (fingerprint) * FROM registered ORDER BY fingerprint, published_at, version_id, row
+), first_by_labeller AS (
+    SELECT DISTINCT ON (r.fingerprint, r.labeller_party) r.*
+    FROM registered r JOIN first_registered USING (fingerprint, version_id)
+    ORDER BY r.fingerprint, r.labeller_party, r.row
+), within AS (
+    SELECT *, CASE
+        WHEN holder = first_holder AND labeller >= 0 AND first_labeller >= 0 THEN first_same_row
+        ELSE first_row END AS original_row
+    FROM mine
+), originals AS (
+    SELECT w.row,
+        CASE WHEN first.row IS NULL THEN %(version)s ELSE first.version_id END AS original_version,
+        CASE WHEN first.row IS NULL THEN w.original_row ELSE coalesce(same.row, first.row) END AS original_row,
+        CASE WHEN first.row IS NULL THEN holder.party_id ELSE coalesce(same.holder_party, first.holder_party) END AS payee,
+        CASE
+            WHEN first.row IS NULL THEN labeller.party_id
+            WHEN same.row IS NULL THEN first.labeller_party
+            ELSE same.labeller_party
+        END AS labeller
+    FROM within w
+    LEFT JOIN first_registered first ON first.fingerprint = w.fingerprint
+    LEFT JOIN first_by_labeller same
+        ON same.fingerprint = w.fingerprint AND same.labeller_party = w.labeller_party
+    JOIN marketplace_recordfingerprint own ON own.version_id = %(version)s AND own.row = w.original_row
+    JOIN marketplace_contribution holder
+        ON holder.version_id = %(version)s AND holder.role = 'rights_holder' AND holder.number = own.holder
+    LEFT JOIN marketplace_contribution labeller
+        ON labeller.version_id = %(version)s AND labeller.role = 'labeller' AND labeller.number = own.labeller
+    WHERE first.row IS NOT NULL OR w.original_row <> w.row
+)
+"""
+
+
+_COUNT = f"""{_ORIGINALS}
+SELECT count(*) FILTER (WHERE original_version = %(version)s), count(*) FILTER (WHERE original_version <> %(version)s)
+FROM originals
+"""  # noqa: S608
+
+_INSERT = f"""{_ORIGINALS}
+INSERT INTO marketplace_recordcopy (version_id, row, original_version_id, original_row, payee_id, labeller_id)
+SELECT %(version)s, row, original_version, original_row, payee, labeller FROM originals ORDER BY row
+"""  # noqa: S608
+
+_COUNT_PER_CONTRIBUTION = """
+UPDATE marketplace_contribution c SET n_copies = found.n
+FROM (
+    SELECT CASE %(role)s WHEN 'labeller' THEN f.labeller ELSE f.holder END AS number, count(*) AS n
+    FROM marketplace_recordcopy r
+    JOIN marketplace_recordfingerprint f ON f.version_id = r.version_id AND f.row = r.row
+    WHERE r.version_id = %(version)s GROUP BY 1
+) found
+WHERE c.version_id = %(version)s AND c.role = %(role)s AND c.number = found.number
+"""
+
+
+@dataclass(frozen=True)
+class CopyCounts:
+    """Counts only: whose the originals are is not the uploader's to know."""
+
+    within: int  # repeat an earlier row of the same version
+    of_listed: int  # repeat a record that was published before
+
+    @property
+    def total(self) -> int:
+        return self.within + self.of_listed
+
+
+def write_fingerprints(*, version: DatasetVersion, path: Path) -> None:
+    """Load a file of `FINGERPRINT_ROW`s by PostgreSQL's binary COPY, inside the caller's transaction."""
+    row = 0
+    with path.open("rb") as file, connection.cursor() as cursor, cursor.copy(_COPY) as copy:
+        copy.write(_COPY_HEADER)
+        while chunk := file.read(FINGERPRINT_ROW.itemsize * COPY_ROWS):
+            records = np.frombuffer(chunk, dtype=FINGERPRINT_ROW)
+            rows = np.empty(len(records), dtype=_COPY_ROW)
+            rows["n_fields"] = 5
+            for name in ("version", "row", "fingerprint", "holder", "labeller"):
+                rows[f"{name}_bytes"] = _COPY_ROW[name].itemsize
+            rows["version"] = version.pk
+            rows["row"] = np.arange(row, row + len(records))
+            for name in ("fingerprint", "holder", "labeller"):
+                rows[name] = records[name]
+            copy.write(rows.tobytes())
+            row += len(records)
+        copy.write(_COPY_TRAILER)
+    if row != version.n_records:
+        raise ValueError(f"{row} fingerprints for {version.n_records} records of version {version.pk}")
+
+
+def count_copies(*, version: DatasetVersion) -> CopyCounts:
+    """As things stand now; only `write_copies`, at publication, is final."""
+    with connection.cursor() as cursor:
+        cursor.execute(_COUNT, {"version": version.pk})
+        within, of_listed = cursor.fetchone()
+    return CopyCounts(within=within, of_listed=of_listed)
+
+
+def write_copies(*, version: DatasetVersion) -> CopyCounts:
+    """Settle which records of a version repeat an earlier one, and whose they are.
+
+    The caller holds the publication lock and publishes the version in the same transaction.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_INSERT, {"version": version.pk})
+        for role in Contribution.Role.values:
+            cursor.execute(_COUNT_PER_CONTRIBUTION, {"version": version.pk, "role": role})
+    copies = RecordCopy.objects.filter(version=version)
+    within = copies.filter(original_version=version).count()
+    return CopyCounts(within=within, of_listed=copies.count() - within)
+
+
+def hold_publication_lock() -> None:
+    """Wait for, and hold until the transaction ends, the right to be the next to publish."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [PUBLICATION_LOCK])

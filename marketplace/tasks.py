@@ -1,0 +1,21 @@
+from celery import shared_task
+
+from marketplace import jobs
+from marketplace.models import Upload
+from marketplace.services import versions
+
+
+@shared_task(acks_late=True)
+def ingest_upload(upload_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(Upload, upload_id) as upload:
+        if upload:
+            versions.ingest(upload)
+    versions.discard_finished_files()
+
+
+@shared_task
+def sweep_jobs() -> None:
+    """Wake again what waits without a worker, and remove uploaded files that nobody needs any more."""
+    jobs.sweep()
+    versions.discard_finished_files()
