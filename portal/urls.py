@@ -1,11 +1,10 @@
 """Every address of the site. The packages' own pages and webhooks are included as they stand."""
 
-from importlib.util import find_spec
-
 from django.contrib import admin
 from django.urls import URLPattern, URLResolver, include, path
 
 from marketplace.api.views import disclosure_schema, download
+from portal.api import landed
 from portal.health import healthz, readyz
 
 PAGES = ("marketplace.web.urls", "payouts.web.urls", "portal.pages.urls")
@@ -18,5 +17,5 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("downloads/<str:token>", download, name="download"),
     path("admin/", admin.site.urls),
     path("accounts/", include("allauth.urls")),
-    *(path("", include(pages)) for pages in PAGES if find_spec(pages)),
+    *(path("", include(pages)) for pages in PAGES if landed(pages)),
 ]
