@@ -18,6 +18,7 @@ from payouts.gateway import BadSignature, CheckoutLine, StripeRefused, StripeUnc
 from payouts.local_stripe import process
 from payouts.local_stripe.process import Handle
 
+http = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 KEY = "sk_test_the_gateways"
 CARD = {"email": "carol@example.org", "expiry": "12/34", "cvc": "123", "name": "Carol"}
 PENDING_CARD, AVAILABLE_CARD = "4242424242424242", "4000000000000077"
@@ -52,19 +53,19 @@ def _checkout(key: str, *, amount_minor: int = 12_900, currency: str = "USD") ->
 
 
 def _pay(session: gateway.CheckoutSession, card: str) -> int:
-    return httpx.post(session.url, data=CARD | {"card_number": card}).status_code
+    return http.post(session.url, data=CARD | {"card_number": card}).status_code
 
 
 def _payee(server: Handle) -> str:
     account = gateway.create_payee_account(party_id="9", country="DE", email="a@example.org", key=f"p{time.time_ns()}")
     link = gateway.create_onboarding_link(account=account, return_url="http://s.test/r", refresh_url="http://s.test/f")
     form = {"name": "Alice", "country": "DE", "account_number": "DE89370400440532013000"}
-    assert httpx.post(link, data=form).status_code == 303
+    assert http.post(link, data=form).status_code == 303
     return account
 
 
 def _advance(server: Handle, seconds: int) -> None:
-    httpx.post(f"{server.url}/_control/clock", json={"advance_seconds": seconds}, auth=(KEY, "")).raise_for_status()
+    http.post(f"{server.url}/_control/clock", json={"advance_seconds": seconds}, auth=(KEY, "")).raise_for_status()
 
 
 def test_a_checkout_is_paid_and_carries_our_order(stripe_server: Handle) -> None:
@@ -114,7 +115,7 @@ def test_a_payee_onboards_and_is_paid(stripe_server: Handle) -> None:
     assert gateway.balance()["USD"] == (pending, available - 5_000)
 
     _advance(stripe_server, DAY)
-    payouts = httpx.get(f"{stripe_server.url}/v1/payouts", auth=(KEY, ""), headers={"Stripe-Account": payee}).json()
+    payouts = http.get(f"{stripe_server.url}/v1/payouts", auth=(KEY, ""), headers={"Stripe-Account": payee}).json()
     assert gateway.transfers_in_payout(account=payee, payout=payouts["data"][0]["id"]) == [sent.id]
 
 

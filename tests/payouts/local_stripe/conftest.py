@@ -28,6 +28,8 @@ CARD = {
 }
 IBAN = {"name": "Alice", "country": "DE", "account_number": "DE89 3704 0044 0532 0130 00"}
 DAY = 24 * 3600
+#: One client for all, since each would read the system's certificates anew; no connection outlives the server it led to.
+http = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 _numbers = itertools.count(1)
 
 
@@ -61,13 +63,13 @@ class LocalStripe:
         ).v1
 
     def post(self, path: str, data: dict[str, Any], **headers: str) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", data=data, headers=headers, auth=(KEY, ""), timeout=30)
+        return http.post(f"{self.url}{path}", data=data, headers=headers, auth=(KEY, ""))
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", headers=headers, auth=(KEY, ""), timeout=30)
+        return http.get(f"{self.url}{path}", headers=headers, auth=(KEY, ""))
 
     def advance(self, seconds: int) -> int:
-        answer = httpx.post(f"{self.url}/_control/clock", json={"advance_seconds": seconds}, auth=(KEY, ""))
+        answer = http.post(f"{self.url}/_control/clock", json={"advance_seconds": seconds}, auth=(KEY, ""))
         assert answer.status_code == 200, answer.text
         return int(answer.json()["now"])
 
@@ -89,7 +91,7 @@ class LocalStripe:
     def paid(self, amount: int = 10_000, currency: str = "usd", *, card: str = "", **more: Any) -> Any:
         """A checkout session that was paid on its page; with its charge and balance transaction."""
         session = self.session(amount, currency, **more)
-        answer = httpx.post(session.url, data=CARD | ({"card_number": card} if card else {}))
+        answer = http.post(session.url, data=CARD | ({"card_number": card} if card else {}))
         assert answer.status_code == 303, answer.text
         expand = {"expand": ["payment_intent.latest_charge.balance_transaction"]}
         return self.sdk.checkout.sessions.retrieve(session.id, expand)
@@ -111,7 +113,7 @@ class LocalStripe:
 
     def onboarded(self, **more: Any) -> str:
         account = self.account(**more)
-        answer = httpx.post(self.onboarding_link(account.id), data=IBAN)
+        answer = http.post(self.onboarding_link(account.id), data=IBAN)
         assert answer.status_code == 303, answer.text
         return str(account.id)
 

@@ -1,17 +1,16 @@
 """The manners of the API: keys, versions, parameters, lists, expansion, accounts."""
 
-import httpx
 import pytest
 import stripe
 
 from payouts.local_stripe import schema
 
-from .conftest import KEY, LocalStripe
+from .conftest import KEY, LocalStripe, http
 
 
 @pytest.mark.parametrize("auth", [{}, {"Authorization": "Bearer sk_test_another_key"}, {"Authorization": "Basic eDo="}])
 def test_a_wrong_key_is_refused_before_anything_else(local: LocalStripe, auth: dict[str, str]) -> None:
-    answer = httpx.get(f"{local.url}/v1/balance", headers=auth)
+    answer = http.get(f"{local.url}/v1/balance", headers=auth)
 
     assert (answer.status_code, answer.json()["error"]["type"]) == (401, "invalid_request_error")
     assert KEY not in answer.text
@@ -153,12 +152,12 @@ def test_an_event_that_stripe_does_not_send_cannot_be_asked_for(local: LocalStri
 @pytest.mark.parametrize("seconds", [-1, 1.5, "soon", None, True, 10**12])
 def test_the_clock_only_goes_forward(local: LocalStripe, seconds: object) -> None:
     before = local.now()
-    answer = httpx.post(f"{local.url}/_control/clock", json={"advance_seconds": seconds}, auth=(KEY, ""))
+    answer = http.post(f"{local.url}/_control/clock", json={"advance_seconds": seconds}, auth=(KEY, ""))
 
     assert answer.status_code == 400
     assert 0 <= local.now() - before <= 2
 
 
 def test_the_controls_need_the_key(local: LocalStripe) -> None:
-    assert httpx.get(f"{local.url}/_control/clock").status_code == 401
-    assert httpx.post(f"{local.url}/_control/clock", json={"advance_seconds": 5}).status_code == 401
+    assert http.get(f"{local.url}/_control/clock").status_code == 401
+    assert http.post(f"{local.url}/_control/clock", json={"advance_seconds": 5}).status_code == 401

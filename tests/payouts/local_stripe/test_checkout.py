@@ -1,6 +1,5 @@
 """Buying: the session, its hosted page, and what a payment leaves behind."""
 
-import httpx
 import pytest
 import stripe
 from hypothesis import given
@@ -8,7 +7,7 @@ from hypothesis import strategies as st
 
 from payouts.local_stripe.funds import processing_fee
 
-from .conftest import CARD, DAY, LocalStripe
+from .conftest import CARD, DAY, LocalStripe, http
 
 
 def _line(currency: str, *, amount: int = 1_000) -> dict:
@@ -56,7 +55,7 @@ def test_the_session_is_unpaid_until_someone_pays(local: LocalStripe) -> None:
 
 
 def test_the_page_says_what_is_paid_for_and_that_it_is_play_money(local: LocalStripe) -> None:
-    page = httpx.get(local.session(12_900).url)
+    page = http.get(local.session(12_900).url)
 
     assert page.status_code == 200
     for words in ("USD 129.00", "Digits", "Local Stripe — play money", "http://shop.test/cart", "<label"):
@@ -68,7 +67,7 @@ def test_the_page_says_what_is_paid_for_and_that_it_is_play_money(local: LocalSt
 def test_what_people_wrote_is_escaped(local: LocalStripe) -> None:
     product = {"currency": "usd", "unit_amount": 500, "product_data": {"name": "<script>alert(1)</script>"}}
     session = local.session(line_items=[{"price_data": product, "quantity": 1}])
-    page = httpx.post(session.url, data=CARD | {"name": '"><script>', "cvc": "x"})
+    page = http.post(session.url, data=CARD | {"name": '"><script>', "cvc": "x"})
 
     assert page.status_code == 400
     assert "<script" not in page.text
@@ -77,7 +76,7 @@ def test_what_people_wrote_is_escaped(local: LocalStripe) -> None:
 def test_paying_twice_charges_once(local: LocalStripe) -> None:
     before = local.funds()[0]
     session = local.session(10_000)
-    answers = [httpx.post(session.url, data=CARD) for _ in range(2)]
+    answers = [http.post(session.url, data=CARD) for _ in range(2)]
 
     assert [answer.status_code for answer in answers] == [303, 303]
     assert {answer.headers["Location"] for answer in answers} == {f"http://shop.test/done?session={session.id}"}
@@ -87,7 +86,7 @@ def test_paying_twice_charges_once(local: LocalStripe) -> None:
 def test_a_declined_card_pays_nothing_and_another_may_follow(local: LocalStripe) -> None:
     before = local.funds()
     session = local.session(10_000)
-    declined = httpx.post(session.url, data=CARD | {"card_number": "4000 0000 0000 0002"})
+    declined = http.post(session.url, data=CARD | {"card_number": "4000 0000 0000 0002"})
     tried = local.sdk.checkout.sessions.retrieve(session.id, {"expand": ["payment_intent.latest_charge"]})
 
     assert declined.status_code == 402
@@ -103,7 +102,7 @@ def test_a_declined_card_pays_nothing_and_another_may_follow(local: LocalStripe)
     )
     assert local.funds() == before
 
-    assert httpx.post(session.url, data=CARD).status_code == 303
+    assert http.post(session.url, data=CARD).status_code == 303
     assert local.sdk.checkout.sessions.retrieve(session.id).payment_intent == tried.payment_intent.id
     assert local.funds()[0] - before[0] == 10_000 - 320
 
@@ -123,7 +122,7 @@ def test_a_declined_card_pays_nothing_and_another_may_follow(local: LocalStripe)
 )
 def test_a_form_that_cannot_be_right_says_why(local: LocalStripe, field: str, value: str, words: str) -> None:
     session = local.session()
-    page = httpx.post(session.url, data=CARD | {field: value})
+    page = http.post(session.url, data=CARD | {field: value})
 
     assert page.status_code == 400
     assert words in page.text
@@ -184,12 +183,12 @@ def test_a_session_expires_after_a_day_or_when_told(local: LocalStripe) -> None:
     for session in (told, forgotten):
         assert local.sdk.checkout.sessions.retrieve(session.id).status == "expired"
     assert local.sdk.events.list({"type": "checkout.session.expired"}).data[0].data.object.id == forgotten.id
-    assert httpx.post(f"{local.url}/c/pay/{told.id}", data=CARD).status_code == 410
+    assert http.post(f"{local.url}/c/pay/{told.id}", data=CARD).status_code == 410
     with pytest.raises(stripe.InvalidRequestError):
         local.sdk.checkout.sessions.expire(told.id)
 
 
 def test_an_unknown_link_is_a_page_too(local: LocalStripe) -> None:
-    assert httpx.get(f"{local.url}/c/pay/cs_test_none").status_code == 404
-    assert httpx.get(f"{local.url}/setup/e/acct_1/link_1").status_code == 404
-    assert "play money" in httpx.get(local.url).text
+    assert http.get(f"{local.url}/c/pay/cs_test_none").status_code == 404
+    assert http.get(f"{local.url}/setup/e/acct_1/link_1").status_code == 404
+    assert "play money" in http.get(local.url).text

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import httpx
 import pytest
 import stripe
 
-from .conftest import DAY, IBAN, LocalStripe
+from .conftest import DAY, IBAN, LocalStripe, http
 
 
 def _transfer(
@@ -49,11 +48,11 @@ def test_onboarding_makes_an_account_payable(local: LocalStripe) -> None:
     assert "external_account" in account.requirements.currently_due
 
     link = local.onboarding_link(account.id)
-    page = httpx.get(link)
+    page = http.get(link)
     assert page.status_code == 200
     assert "play money" in page.text
     assert "<script" not in page.text
-    done = httpx.post(link, data=IBAN)
+    done = http.post(link, data=IBAN)
     assert (done.status_code, done.headers["Location"]) == (303, "http://shop.test/return")
 
     ready = local.sdk.accounts.retrieve(account.id)
@@ -69,11 +68,11 @@ def test_onboarding_makes_an_account_payable(local: LocalStripe) -> None:
 def test_an_onboarding_link_works_once_and_for_minutes(local: LocalStripe) -> None:
     account = local.account().id
     used, late = local.onboarding_link(account), local.onboarding_link(account)
-    httpx.post(used, data=IBAN)
+    http.post(used, data=IBAN)
     local.advance(5 * 60)
 
     for link in (used, late):
-        assert httpx.get(link).headers["Location"] == "http://shop.test/refresh"
+        assert http.get(link).headers["Location"] == "http://shop.test/refresh"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_an_onboarding_link_works_once_and_for_minutes(local: LocalStripe) -> No
 )
 def test_bad_bank_details_are_named_and_kept_out(local: LocalStripe, field: str, value: str, words: str) -> None:
     account = local.account().id
-    page = httpx.post(local.onboarding_link(account), data=IBAN | {field: value})
+    page = http.post(local.onboarding_link(account), data=IBAN | {field: value})
 
     assert page.status_code == 400
     assert words in page.text

@@ -12,6 +12,7 @@ import pytest
 
 from payouts.local_stripe import process
 
+http = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 STARTER = """
 import pathlib, sys, time
 from payouts.local_stripe import process
@@ -28,7 +29,7 @@ def test_it_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
     assert starter.stdout is not None
     with starter.stdout:
         url, pid = starter.stdout.readline().split()
-    assert httpx.get(url).status_code == 200
+    assert http.get(url).status_code == 200
     starter.kill()
     starter.wait()
 
@@ -37,12 +38,12 @@ def test_it_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     with pytest.raises(httpx.ConnectError):
-        httpx.get(url)
+        http.get(url)
 
 
 def test_it_ends_in_good_order(tmp_path: Path) -> None:
     with process.start(tmp_path, secret_key="sk_test_x") as handle:
-        assert httpx.get(handle.url).status_code == 200
+        assert http.get(handle.url).status_code == 200
 
     assert not _group_lives(handle.process.pid)
     handle.stop()  # harmless again
@@ -50,7 +51,7 @@ def test_it_ends_in_good_order(tmp_path: Path) -> None:
 
 def test_a_crashed_worker_is_replaced(tmp_path: Path) -> None:
     with process.start(tmp_path, secret_key="sk_test_x") as handle:
-        made = httpx.post(f"{handle.url}/v1/customers", data={"name": "A"}, auth=("sk_test_x", "")).json()
+        made = http.post(f"{handle.url}/v1/customers", data={"name": "A"}, auth=("sk_test_x", "")).json()
         (worker,) = subprocess.check_output(["pgrep", "-P", str(handle.process.pid)], text=True).split()
         os.kill(int(worker), signal.SIGKILL)
 
@@ -58,7 +59,7 @@ def test_a_crashed_worker_is_replaced(tmp_path: Path) -> None:
         deadline = time.monotonic() + 15
         while True:
             try:
-                answer = httpx.get(url, auth=("sk_test_x", ""))
+                answer = http.get(url, auth=("sk_test_x", ""))
                 break
             except httpx.TransportError:
                 assert time.monotonic() < deadline

@@ -11,7 +11,7 @@ import stripe
 
 from payouts.local_stripe import schema
 
-from .conftest import CARD, DAY, LocalStripe, Receiver
+from .conftest import CARD, DAY, LocalStripe, Receiver, http
 
 
 def _endpoint(
@@ -98,7 +98,7 @@ def test_a_kill_loses_no_state_and_no_webhook(
     _endpoint(local, taker, events=("checkout.session.completed",))
     local.advance(3600)
     session = local.session(10_000)
-    assert httpx.post(session.url, data=CARD).status_code == 303
+    assert http.post(session.url, data=CARD).status_code == 303
     first = local.post("/v1/customers", {"email": "k@example.org"}, **{"Idempotency-Key": "k"})
     taker.wait("checkout.session.completed")
     local.handle.kill()
@@ -124,7 +124,7 @@ def test_a_kill_in_the_middle_of_payments_leaves_whole_payments(own: Callable[..
 
     def pay(session: stripe.checkout.Session) -> None:
         with contextlib.suppress(httpx.TransportError):  # the kill
-            httpx.post(str(session.url), data=CARD | {"card_number": "4000000000000077"}, timeout=10)
+            http.post(str(session.url), data=CARD | {"card_number": "4000000000000077"}, timeout=10)
             answered.append(session.id)
 
     with ThreadPoolExecutor(4) as pool:
