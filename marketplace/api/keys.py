@@ -4,6 +4,7 @@ import hashlib
 import secrets
 from typing import Any
 
+from django.db import transaction
 from django.utils import timezone
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from rest_framework.authentication import BaseAuthentication, get_authorization_header
@@ -12,21 +13,31 @@ from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 
 from marketplace.errors import InvalidInput
-from marketplace.models import ApiKey, Party, User
+from marketplace.models import ApiKey, AuditEvent, Party, User
+from marketplace.services.authority import require_authority
 
 PREFIX = "rk_"
 
 
+@transaction.atomic
 def create_api_key(
     *, party: Party, user: User, name: str, scopes: list[str], spending_limit_micros: int | None = None
 ) -> tuple[ApiKey, str]:
-    """Make a key; its text is in the answer and nowhere else."""
+    """Make a key; its text is in the answer and nowhere else.
+
+    Raises:
+        NotAllowed: the user may not manage the party's keys.
+        InvalidInput: no scope, an unknown one, or a negative limit.
+    """
+    require_authority(user=user, party=party, to="make keys for it")
     unknown = sorted(set(scopes) - set(ApiKey.Scope.values))
     if unknown or not scopes:
         raise InvalidInput(
             f"Choose at least one scope of {', '.join(ApiKey.Scope.values)}.",
             pointers={"scopes": f"unknown: {', '.join(unknown)}" if unknown else "empty"},
         )
+    if spending_limit_micros is not None and spending_limit_micros < 0:
+        raise InvalidInput("A spending limit is 0 or more.", pointers={"spending_limit": "negative"})
     text = PREFIX + secrets.token_urlsafe(32)
     key = ApiKey.objects.create(
         party=party,
@@ -37,7 +48,22 @@ def create_api_key(
         spending_limit_micros=spending_limit_micros,
         created_by=user,
     )
+    AuditEvent.objects.create(
+        actor=user, party=party, action="key.made", target=f"key:{key.pk}", detail={"scopes": key.scopes}
+    )
     return key, text
+
+
+@transaction.atomic
+def revoke_api_key(*, key: ApiKey, user: User) -> None:
+    """End a key at once and for ever; again, nothing more happens.
+
+    Raises:
+        NotAllowed: the user may not manage the party's keys.
+    """
+    require_authority(user=user, party=key.party, to="revoke its keys")
+    if ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=timezone.now()):
+        AuditEvent.objects.create(actor=user, party=key.party, action="key.revoked", target=f"key:{key.pk}")
 
 
 def _digest(text: str) -> str:
