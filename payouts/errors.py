@@ -45,8 +45,15 @@ class PayeeNotServed(DomainError):
     status = 422
 
 
-class BadWebhook(DomainError):
-    """The signature is wrong or too old, or the body is no event."""
+class StripeUnavailable(DomainError):
+    """Stripe did not answer, or not clearly; nothing was charged, and trying again is safe."""
 
-    code = "bad_webhook"
-    status = 400
+    code = "stripe_unavailable"
+    status = 503
+
+
+class StripeDeclined(DomainError):
+    """Stripe refused what was asked of it."""
+
+    code = "stripe_declined"
+    status = 422

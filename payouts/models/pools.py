@@ -50,6 +50,9 @@ class Division(models.Model):
     amount_micros = models.BigIntegerField()
     currency = models.CharField(max_length=3)
     labellers_bps = models.PositiveIntegerField()
+    # The sums of each pot's weights, zero lines included, so that a line can be recomputed without the others.
+    holders_weight = models.BigIntegerField(default=0)
+    labellers_weight = models.BigIntegerField(default=0)  # 0: nobody labelled, there is no such pot
     due_at = models.DateTimeField()  # the later of the hold and the charge's available_on
     divided_at = models.DateTimeField()  # business time
 

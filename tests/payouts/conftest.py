@@ -1,17 +1,35 @@
-"""A database in which tests may commit: a clone of the test database, since what the ledger holds cannot be truncated."""
+"""A database in which tests may commit, and a local Stripe that the services talk to."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from django.db import connection, connections
 from psycopg import sql
 
+from marketplace.models import Party
+from payouts.local_stripe import process
+from payouts.models import PayeeAccount
+from payouts.services import payees
+
+CARD = {"email": "carol@example.org", "card_number": "4242424242424242", "expiry": "12/34", "cvc": "123", "name": "C"}
+BANK = {"name": "A. Payee", "country": "DE", "account_number": "DE89370400440532013000"}
+DAY = 24 * 3600
+
+
+@pytest.fixture(autouse=True)
+def quick_passwords(settings: Any) -> None:
+    """No test here is about passwords, and hashing them well takes a third of a second each."""
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
 
 @pytest.fixture
 def committed_db(django_db_setup: Any, django_db_blocker: Any, superuser_url: str) -> Iterator[str]:
-    """For tests with threads or second connections; the clone is dropped afterwards. Gives its name."""
+    """A clone of the test database, since what the ledger holds cannot be truncated; dropped afterwards. Gives its name."""
     original = connection.settings_dict["NAME"]
     clone = f"{original}_clone"
     with django_db_blocker.unblock():
@@ -29,3 +47,55 @@ def committed_db(django_db_setup: Any, django_db_blocker: Any, superuser_url: st
             connection.settings_dict["NAME"] = original
             with psycopg.connect(superuser_url, autocommit=True) as server:
                 server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(clone)))
+
+
+@dataclass
+class StripeWorld:
+    """The local Stripe as a buyer, a payee and time act on it."""
+
+    handle: process.Handle
+
+    def pay(self, url: str) -> None:
+        """What a buyer does on the checkout's page."""
+        answer = httpx.post(url, data=CARD)
+        assert answer.status_code == 303, answer.text
+
+    def advance(self, *, days: float) -> None:
+        self._control("POST", "clock", json={"advance_seconds": int(days * DAY)})
+
+    def onboard(self, party: Party) -> PayeeAccount:
+        """What a payee does on Stripe's onboarding page, and the event that follows."""
+        url = payees.start_onboarding(party=party, return_url="http://shop.test/", refresh_url="http://shop.test/")
+        answer = httpx.post(url, data=BANK)
+        assert answer.status_code == 303, answer.text
+        account = PayeeAccount.objects.get(party=party).stripe_account_id
+        payee = payees.refresh_payee(account)
+        assert payee is not None and payee.is_ready
+        return payee
+
+    def objects(self, path: str, **headers: str) -> list[dict[str, Any]]:
+        """A whole list of Stripe's, newest first."""
+        answer = httpx.get(f"{self.handle.url}/v1/{path}", auth=(self.handle.secret_key, ""), headers=headers)
+        assert answer.status_code == 200, answer.text
+        found: list[dict[str, Any]] = answer.json()["data"]
+        return found
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return self.objects(f"events?type={kind}&limit=100")
+
+    def _control(self, method: str, what: str, **given: Any) -> Any:
+        answer = httpx.request(
+            method, f"{self.handle.url}/_control/{what}", auth=(self.handle.secret_key, ""), timeout=30, **given
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+@pytest.fixture
+def stripe(tmp_path: Path, settings: Any) -> Iterator[StripeWorld]:
+    """A local Stripe of this test's own, so that its balance is this test's ledger's; each of its answers is checked."""
+    handle = process.start(tmp_path / "stripe", secret_key="sk_test_of_the_services", payout_days=1)
+    settings.STRIPE_API_BASE, settings.STRIPE_API_KEY = handle.url, handle.secret_key
+    yield StripeWorld(handle)
+    handle.kill()
+    assert "Traceback" not in handle.log.read_text(encoding="utf-8")

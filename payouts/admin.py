@@ -1,0 +1,131 @@
+"""Money can be looked at here and changed nowhere: what moves it are services, and what they wrote stays."""
+
+from typing import Any
+
+from django.contrib import admin
+from django.http import HttpRequest
+
+from payouts.models import (
+    Account,
+    Division,
+    DivisionLine,
+    JournalEntry,
+    PayeeAccount,
+    Payment,
+    Payout,
+    PayoutRun,
+    Posting,
+    RoyaltyInvoice,
+    RoyaltyInvoiceLine,
+    RoyaltyPool,
+    RoyaltyReport,
+    StripeEvent,
+)
+
+
+class ReadOnly:
+    def has_add_permission(self, request: HttpRequest, *args: Any) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, *args: Any) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, *args: Any) -> bool:
+        return False
+
+
+class PostingInline(ReadOnly, admin.TabularInline):
+    model = Posting
+    fields = ["leg", "account", "amount_micros"]
+    extra = 0
+
+
+class DivisionLineInline(ReadOnly, admin.TabularInline):
+    model = DivisionLine
+    fields = ["party", "role", "n_records", "weight", "amount_micros", "due_at"]
+    extra = 0
+
+
+class InvoiceLineInline(ReadOnly, admin.TabularInline):
+    model = RoyaltyInvoiceLine
+    fields = ["version", "license", "result", "share_ppq", "rate_bps", "amount_micros", "is_capped"]
+    extra = 0
+
+
+@admin.register(Account)
+class AccountAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["code", "kind", "currency", "party"]
+    list_filter = ["kind", "currency"]
+    list_select_related = ["party"]
+    search_fields = ["code"]
+
+
+@admin.register(JournalEntry)
+class JournalEntryAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["key", "kind", "currency", "n_legs", "booked_at"]
+    list_filter = ["kind", "currency"]
+    search_fields = ["key"]
+    inlines = [PostingInline]
+
+
+@admin.register(Division)
+class DivisionAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["key", "source", "version", "result", "amount", "divided_at"]
+    list_filter = ["source", "currency"]
+    list_select_related = ["version__dataset", "result__model"]
+    search_fields = ["key"]
+    inlines = [DivisionLineInline]
+
+
+@admin.register(RoyaltyPool)
+class RoyaltyPoolAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "version", "amount", "deadline", "released_at"]
+    list_filter = ["currency"]
+    list_select_related = ["version__dataset"]
+
+
+@admin.register(RoyaltyReport)
+class RoyaltyReportAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["model", "licensee", "period_start", "period_end", "revenue", "reported_at"]
+    list_select_related = ["model", "licensee"]
+
+
+@admin.register(RoyaltyInvoice)
+class RoyaltyInvoiceAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "status", "total", "issued_at", "paid_at"]
+    list_filter = ["status", "currency"]
+    inlines = [InvoiceLineInline]
+
+
+@admin.register(Payment)
+class PaymentAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "status", "amount", "charge_id", "paid_at", "available_on", "settled_at"]
+    list_filter = ["status", "currency"]
+    search_fields = ["checkout_id", "charge_id", "balance_transaction_id"]
+
+
+@admin.register(PayeeAccount)
+class PayeeAccountAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["party", "stripe_account_id", "transfers_active", "payouts_enabled", "updated_at"]
+    list_select_related = ["party"]
+
+
+@admin.register(PayoutRun)
+class PayoutRunAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["key", "status", "attempt", "due_until", "planned_at", "error_message"]
+    list_filter = ["status", "currency"]
+
+
+@admin.register(Payout)
+class PayoutAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "party", "amount", "status", "transfer_id", "refusal_code", "intended_at"]
+    list_filter = ["status", "currency"]
+    list_select_related = ["party"]
+    search_fields = ["transfer_id", "bank_payout_id"]
+
+
+@admin.register(StripeEvent)
+class StripeEventAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["event_id", "endpoint", "type", "account", "status", "attempt", "error_message", "received_at"]
+    list_filter = ["status", "endpoint", "type"]
+    search_fields = ["event_id", "account"]

@@ -1,0 +1,147 @@
+"""What a client may say about money, and what it gets back."""
+
+from drf_spectacular.utils import OpenApiExample, extend_schema_serializer
+from rest_framework import serializers
+
+from marketplace.api.fields import MoneyField
+from marketplace.models import TrainedModel
+from payouts.models import RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
+
+
+@extend_schema_serializer(
+    examples=[
+        OpenApiExample(
+            "A month's revenue",
+            value={
+                "model": "digits-mlp",
+                "period_start": "2026-10-01",
+                "period_end": "2026-10-31",
+                "revenue": {"amount": "12500.00", "currency": "USD"},
+            },
+            request_only=True,
+        )
+    ]
+)
+class RoyaltyReportInput(serializers.Serializer):
+    model = serializers.SlugRelatedField(
+        slug_field="slug", queryset=TrainedModel.objects.all(), help_text="The slug of a model of yours."
+    )
+    period_start = serializers.DateField()
+    period_end = serializers.DateField(help_text="The last day of the period.")
+    revenue = MoneyField(help_text="What the model earned in the period, in this currency.")
+
+
+class RoyaltyInvoiceLineOutput(serializers.ModelSerializer):
+    """One dataset's part: revenue · share · rate, capped as its license says."""
+
+    dataset = serializers.SlugField(source="version.dataset.slug")
+    version = serializers.IntegerField(source="version.number")
+    license = serializers.UUIDField(source="license.public_id")
+    result = serializers.IntegerField(source="result.number")
+    share_ppq = serializers.IntegerField(help_text="Parts per quadrillion of the model's value.")
+    amount = serializers.SerializerMethodField()
+
+    class Meta:
+        model = RoyaltyInvoiceLine
+        fields = ["dataset", "version", "license", "result", "share_ppq", "rate_bps", "amount", "is_capped"]
+
+    def get_amount(self, line: RoyaltyInvoiceLine) -> str:
+        return _text(line.amount_micros)
+
+
+class RoyaltyInvoiceOutput(serializers.ModelSerializer):
+    total = MoneyField()
+    lines = RoyaltyInvoiceLineOutput(many=True)
+
+    class Meta:
+        model = RoyaltyInvoice
+        fields = ["id", "status", "total", "platform_fee_bps", "issued_at", "paid_at", "lines"]
+
+
+class RoyaltyReportOutput(serializers.ModelSerializer):
+    model = serializers.SlugField(source="model.slug")
+    revenue = MoneyField()
+    invoice = RoyaltyInvoiceOutput()
+
+    class Meta:
+        model = RoyaltyReport
+        fields = ["id", "model", "period_start", "period_end", "revenue", "reported_at", "invoice"]
+
+
+class CheckoutOutput(serializers.Serializer):
+    url = serializers.URLField(help_text="Where a person pays, at Stripe.")
+
+
+class StatementLineOutput(serializers.Serializer):
+    """`amount` is `pot · weight / weight_total`, to the micro."""
+
+    divided_at = serializers.DateTimeField()
+    source = serializers.CharField()
+    dataset = serializers.CharField()
+    version = serializers.IntegerField()
+    model = serializers.CharField(help_text="Empty when divided by count.")
+    result = serializers.CharField()
+    role = serializers.CharField()
+    n_records = serializers.IntegerField()
+    weight = serializers.IntegerField()
+    weight_total = serializers.IntegerField()
+    share_low = serializers.FloatField(allow_null=True, help_text="95 % interval of the measured share.")
+    share_high = serializers.FloatField(allow_null=True)
+    divided = MoneyField()
+    pot = MoneyField()
+    amount = MoneyField()
+    due_at = serializers.DateTimeField()
+
+
+class StatementPayoutOutput(serializers.Serializer):
+    payout_id = serializers.IntegerField()
+    booked_at = serializers.DateTimeField()
+    what = serializers.CharField()
+    amount = serializers.SerializerMethodField(help_text="Negative where a payout was booked back.")
+
+    def get_amount(self, payout: object) -> str:
+        return str(payout.amount.amount_text(exact=True))  # type: ignore[attr-defined]
+
+
+class CurrencyStatementOutput(serializers.Serializer):
+    """opening + earned − paid_out = closing."""
+
+    currency = serializers.CharField()
+    opening = MoneyField()
+    earned = MoneyField()
+    paid_out = MoneyField()
+    closing = MoneyField()
+    lines = StatementLineOutput(many=True)
+    payouts = StatementPayoutOutput(many=True)
+
+
+class StatementOutput(serializers.Serializer):
+    party = serializers.CharField(source="party.name")
+    year = serializers.IntegerField()
+    month = serializers.IntegerField()
+    currencies = CurrencyStatementOutput(many=True)
+
+
+class WaitOutput(serializers.Serializer):
+    due_at = serializers.DateTimeField()
+    amount = MoneyField()
+    n_lines = serializers.IntegerField()
+
+
+class EarningsOutput(serializers.Serializer):
+    """earned = pending + due + in_transit + sent + paid."""
+
+    currency = serializers.CharField()
+    earned = MoneyField()
+    pending = MoneyField(help_text="Held, or not available at Stripe yet.")
+    due = MoneyField()
+    in_transit = MoneyField()
+    sent = MoneyField()
+    paid = MoneyField(help_text="In the bank.")
+    reason = serializers.CharField(help_text="What the due money waits for.")
+    waits = WaitOutput(many=True)
+
+
+def _text(micros: int) -> str:
+    whole, fraction = divmod(micros, 1_000_000)
+    return f"{whole}.{fraction:06}"

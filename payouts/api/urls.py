@@ -1,0 +1,13 @@
+from django.urls import path
+
+from payouts.api.views import EarningsView, RoyaltyInvoiceViewSet, RoyaltyReportViewSet, StatementCsvView, StatementView
+
+routes = [
+    ("royalty-reports", RoyaltyReportViewSet, "royalty-report"),
+    ("royalty-invoices", RoyaltyInvoiceViewSet, "royalty-invoice"),
+]
+paths = [
+    path("statements/<str:month>/", StatementView.as_view(), name="api-statement"),
+    path("statements/<str:month>/csv/", StatementCsvView.as_view(), name="api-statement-csv"),
+    path("earnings/", EarningsView.as_view(), name="api-earnings"),
+]

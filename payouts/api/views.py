@@ -1,0 +1,138 @@
+import re
+from typing import ClassVar
+
+from django.conf import settings
+from django.db.models import QuerySet
+from django.http import HttpResponse
+from drf_spectacular.types import OpenApiTypes
+from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema, extend_schema_view
+from rest_framework import status
+from rest_framework.decorators import action
+from rest_framework.mixins import ListModelMixin, RetrieveModelMixin
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+from rest_framework.viewsets import GenericViewSet
+
+from marketplace.api.keys import idempotency_key
+from marketplace.errors import InvalidInput
+from marketplace.models import ApiKey, Party
+from payouts.api.serializers import (
+    CheckoutOutput,
+    EarningsOutput,
+    RoyaltyInvoiceOutput,
+    RoyaltyReportInput,
+    RoyaltyReportOutput,
+    StatementOutput,
+)
+from payouts.models import RoyaltyInvoice, RoyaltyReport
+from payouts.selectors import earnings_of, reportable_models_of, royalty_invoices_of, royalty_reports_of
+from payouts.services.royalties import report_revenue, start_invoice_checkout
+from payouts.services.statements import Statement, statement, statement_csv
+
+IDEMPOTENCY_KEY = OpenApiParameter(
+    "Idempotency-Key",
+    str,
+    OpenApiParameter.HEADER,
+    required=True,
+    description="1 to 255 characters, new for each report and the same on a retry.",
+)
+MONTH = OpenApiParameter("month", str, OpenApiParameter.PATH, description="2026-03")
+
+
+@extend_schema_view(list=extend_schema(summary="Your revenue reports, with their invoices"))
+class RoyaltyReportViewSet(ListModelMixin, GenericViewSet):
+    scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.REPORT}
+    serializer_class = RoyaltyReportOutput
+    queryset = RoyaltyReport.objects.none()
+
+    def get_queryset(self) -> QuerySet[RoyaltyReport]:
+        return royalty_reports_of(self.request.auth.party)
+
+    @extend_schema(
+        summary="Report a model's revenue",
+        description="For a period that is over, once per model, period and currency. The invoice has a line per cited "
+        "dataset with a rate; below Stripe's smallest charge nothing is due.",
+        parameters=[IDEMPOTENCY_KEY],
+        request=RoyaltyReportInput,
+        responses={201: RoyaltyReportOutput},
+    )
+    def create(self, request: Request) -> Response:
+        data = RoyaltyReportInput(data=request.data)
+        data.fields["model"].queryset = reportable_models_of(request.auth.party)  # type: ignore[attr-defined]
+        data.is_valid(raise_exception=True)
+        invoice = report_revenue(licensee=request.auth.party, key=idempotency_key(request), **data.validated_data)
+        seen = self.get_queryset().get(pk=invoice.report_id)
+        return Response(RoyaltyReportOutput(seen).data, status=status.HTTP_201_CREATED)
+
+
+@extend_schema_view(
+    list=extend_schema(summary="Your royalty invoices"), retrieve=extend_schema(summary="One of your royalty invoices")
+)
+class RoyaltyInvoiceViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
+    scopes: ClassVar[dict[str, str]] = {"checkout": ApiKey.Scope.REPORT}
+    serializer_class = RoyaltyInvoiceOutput
+    queryset = RoyaltyInvoice.objects.none()
+    lookup_url_kwarg = "id"
+    lookup_value_converter = "int"
+
+    def get_queryset(self) -> QuerySet[RoyaltyInvoice]:
+        return royalty_invoices_of(self.request.auth.party)
+
+    @extend_schema(
+        summary="Where to pay the invoice",
+        description="The address of a page at Stripe; asking again gives the same page while it is open. The invoice is "
+        "paid once Stripe has confirmed it.",
+        request=None,
+        responses={200: CheckoutOutput},
+    )
+    @action(detail=True, methods=["post"])
+    def checkout(self, request: Request, id: int) -> Response:
+        invoice = self.get_object()
+        back = f"{settings.BASE_URL}/models/{invoice.report.model.slug}/"
+        url = start_invoice_checkout(invoice=invoice, success_url=back, cancel_url=back)
+        return Response(CheckoutOutput({"url": url}).data)
+
+
+class StatementView(APIView):
+    @extend_schema(
+        summary="Your statement of a month",
+        operation_id="statements_retrieve",
+        parameters=[MONTH],
+        responses={200: StatementOutput},
+    )
+    def get(self, request: Request, month: str) -> Response:
+        return Response(StatementOutput(_statement(request.auth.party, month)).data)
+
+
+class StatementCsvView(APIView):
+    @extend_schema(
+        summary="Your statement of a month, as CSV",
+        operation_id="statements_csv_retrieve",
+        parameters=[MONTH],
+        responses={(200, "text/csv"): OpenApiTypes.STR},
+    )
+    def get(self, request: Request, month: str) -> HttpResponse:
+        text = statement_csv(_statement(request.auth.party, month))
+        name = f"residual-{month}.csv"
+        return HttpResponse(
+            text,
+            content_type="text/csv; charset=utf-8",
+            headers={"Content-Disposition": f'attachment; filename="{name}"'},
+        )
+
+
+class EarningsView(APIView):
+    @extend_schema(
+        summary="What you have earned, per currency, and where each part of it is",
+        operation_id="earnings_retrieve",
+        responses={200: OpenApiResponse(EarningsOutput(many=True))},
+    )
+    def get(self, request: Request) -> Response:
+        return Response(EarningsOutput(earnings_of(request.auth.party), many=True).data)
+
+
+def _statement(party: Party, month: str) -> Statement:
+    if not re.fullmatch(r"\d{4}-\d{2}", month, re.ASCII):
+        raise InvalidInput(f"{month!r} is no month; write it as 2026-03.", pointers={"/month": "no month"})
+    return statement(party=party, year=int(month[:4]), month=int(month[5:]))

@@ -1,0 +1,143 @@
+"""A checkout at Stripe for one order or one royalty invoice: opened here, and checked here once Stripe says it is paid."""
+
+import logging
+from collections.abc import Sequence
+
+from django.db import transaction
+
+from marketplace import clock
+from marketplace.money import Money
+from payouts import gateway
+from payouts.errors import AlreadyPaid, PaymentMismatch, StripeDeclined, StripeUnavailable
+from payouts.models import Payment
+
+logger = logging.getLogger(__name__)
+
+MAX_ITEMS = 100  # that Stripe lists on its page
+
+
+class NotBookedByStripe(Exception):
+    """Stripe has the money and has not yet written its balance transaction; ask again."""
+
+
+def reference_of(payment: Payment) -> str:
+    """What a checkout is for, as Stripe is told and must say again."""
+    if payment.order is not None:
+        return str(payment.order.public_id)
+    return f"royalty-invoice-{payment.invoice_id}"
+
+
+@transaction.atomic
+def open_checkout(*, payment: Payment, lines: Sequence[gateway.CheckoutLine], success_url: str, cancel_url: str) -> str:
+    """The address of the payment's page at Stripe: the open one, or a new one if it has expired.
+
+    The row stays locked while Stripe is asked, so that two clicks at once give one page.
+
+    Raises:
+        AlreadyPaid: it is, or Stripe says so and the webhook is on its way.
+        StripeUnavailable, StripeDeclined: see the classes.
+    """
+    payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
+    if payment.status == Payment.Status.PAID:
+        raise AlreadyPaid("This has been paid.")
+    try:
+        if payment.checkout_id:
+            known = gateway.get_checkout(payment.checkout_id)
+            if known.status == "open":
+                return payment.checkout_url
+            if known.status == "complete":
+                raise AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
+            payment.checkout_attempt += 1
+        session = _create(payment, lines, success_url, cancel_url)
+    except gateway.StripeUncertain as error:
+        raise StripeUnavailable("Stripe did not answer. Nothing was charged; try again in a minute.") from error
+    except gateway.StripeRefused as error:
+        raise StripeDeclined(f"Stripe does not accept this payment: {error.message}") from error
+    payment.checkout_id, payment.checkout_url = session.id, session.url
+    payment.save(update_fields=["checkout_id", "checkout_url", "checkout_attempt"])
+    logger.info("Opened checkout payment=%s micros=%s %s", payment.pk, payment.amount_micros, payment.currency)
+    return session.url
+
+
+def fetch_checkout(session_id: str) -> gateway.PaidCheckout | None:
+    """What Stripe itself says of a session; `None` while it is not paid.
+
+    Raises:
+        NotBookedByStripe: see the class.
+        gateway.StripeRefused, gateway.StripeUncertain: ask again.
+    """
+    checkout = gateway.get_checkout(session_id)
+    if not checkout.is_paid:
+        return None
+    if checkout.balance_transaction is None:
+        raise NotBookedByStripe(f"Checkout {session_id}")
+    return checkout
+
+
+def find_payment(checkout: gateway.PaidCheckout) -> Payment:
+    """The payment that a paid session is for.
+
+    Raises:
+        PaymentMismatch: none of ours.
+    """
+    named = checkout.metadata.get("payment", "")
+    payment = Payment.objects.filter(pk=int(named)).first() if named.isdigit() else None
+    if payment is None:
+        raise PaymentMismatch(f"Checkout {checkout.id} is paid, and we know of no payment that it is for.")
+    return payment
+
+
+def take_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment | None:
+    """Inside the transaction that books it: mark the payment paid; `None` if it was already.
+
+    Raises:
+        PaymentMismatch: amount, currency or purpose is not ours, or another session has paid already.
+    """
+    payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
+    if payment.status == Payment.Status.PAID:
+        if payment.charge_id == checkout.charge:
+            return None
+        raise PaymentMismatch(
+            f"Payment {payment.pk} was paid twice: by charge {payment.charge_id} and by {checkout.charge}. Refund one."
+        )
+    wanted = (payment.amount.to_minor(), payment.currency, reference_of(payment))
+    given = (checkout.amount_total_minor, checkout.currency, checkout.public_reference)
+    if wanted != given or not checkout.is_paid:
+        raise PaymentMismatch(f"Payment {payment.pk} asked for {wanted}; checkout {checkout.id} is for {given}.")
+    assert checkout.fee_minor is not None and checkout.available_on is not None
+    payment.status = Payment.Status.PAID
+    payment.checkout_id = checkout.id
+    payment.charge_id = checkout.charge
+    payment.balance_transaction_id = checkout.balance_transaction
+    payment.fee_micros = Money.from_minor(checkout.fee_minor, payment.currency).micros
+    payment.available_on = checkout.available_on
+    payment.paid_at = clock.now()
+    payment.save()
+    return payment
+
+
+def _create(
+    payment: Payment, lines: Sequence[gateway.CheckoutLine], success_url: str, cancel_url: str
+) -> gateway.CheckoutSession:
+    """Ask with the attempt's key, and with the next one if that key is bound to other addresses or to an old error.
+
+    A session of the earlier key was never shown to anybody: its address is stored in the transaction that holds the row.
+    """
+    if len(lines) > MAX_ITEMS:
+        lines = [gateway.CheckoutLine(f"{len(lines)} datasets", payment.amount.to_minor())]
+    while True:
+        try:
+            return gateway.create_checkout(
+                order_id=reference_of(payment),
+                public_reference=reference_of(payment),
+                lines=lines,
+                currency=payment.currency,
+                success_url=success_url,
+                cancel_url=cancel_url,
+                key=f"checkout:{payment.pk}:{payment.checkout_attempt}",
+                metadata={"payment": str(payment.pk)},
+            )
+        except gateway.StripeUncertain as error:
+            if error.http_status is None or error.http_status >= 500 or not error.is_key_spent:
+                raise
+            payment.checkout_attempt += 1

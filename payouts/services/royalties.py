@@ -1,0 +1,470 @@
+"""Royalty pools released by results, and royalties on a model's revenue: reported, invoiced, paid and divided."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+
+from django.db import IntegrityError, transaction
+from django.db.models import Exists, OuterRef, Q, Sum
+
+from attribution.models import PPQ, AttributionResult, Share
+from attribution.selectors import latest_result
+from marketplace import clock
+from marketplace.errors import InvalidInput, KeyReused
+from marketplace.models import Citation, License, Offer, Party, TrainedModel
+from marketplace.money import MAX_MICROS, Money
+from payouts import chart, gateway, ledger
+from payouts.allocation import allocate
+from payouts.errors import AlreadyPaid, NoResultYet, NotFound, PeriodOverlaps, ResultNotPublished
+from payouts.models import (
+    Division,
+    JournalEntry,
+    Payment,
+    RoyaltyInvoice,
+    RoyaltyInvoiceLine,
+    RoyaltyPool,
+    RoyaltyReport,
+)
+from payouts.services import checkouts
+from payouts.services.divisions import divide
+
+logger = logging.getLogger(__name__)
+
+PLATFORM_FEE_BPS = 1_000  # of a royalty; a sale's is on its offer
+#: Stripe charges nothing smaller; what an invoice below it would ask is not asked.
+MIN_CHARGE_MINOR = {"USD": 50, "EUR": 50, "GBP": 30, "JPY": 50}
+#: The strongest evidence first: which result releases a pool at its deadline.
+GRADES = [
+    AttributionResult.Grade.REPLAYED,
+    AttributionResult.Grade.ESTIMATED,
+    AttributionResult.Grade.METERED,
+    AttributionResult.Grade.DECLARED,
+]
+
+
+# --- pools ------------------------------------------------------------------------------------------------------------
+
+
+@transaction.atomic
+def release_pool(*, pool: RoyaltyPool, result: AttributionResult | None) -> list[JournalEntry]:
+    """Owe every contributor their share of an order line's royalty pool, once; without a result, by count.
+
+    Raises:
+        ResultNotPublished: its shares may still change.
+        ValueError: the result's model does not cite the license of this pool's order line.
+    """
+    if result and result.status != AttributionResult.Status.PUBLISHED:
+        raise ResultNotPublished(f"Result {result.pk} is still {result.status}; money waits for published shares.")
+    locked = RoyaltyPool.objects.select_for_update(of=("self",)).select_related(
+        "version", "order_line__offer", "order_line__order__buyer", "order_line__order__payment"
+    )
+    pool = locked.get(pk=pool.pk)
+    if result and not Citation.objects.filter(disclosure=result.disclosure_id, license__order_line=pool.order_line_id):
+        raise ValueError(f"Result {result.pk} is of a model that does not cite the license behind pool {pool.pk}")
+
+    order = pool.order_line.order
+    division = divide(
+        key=f"release:pool:{pool.pk}",
+        source=Division.Source.POOL,
+        version=pool.version,
+        amount=pool.amount,
+        labellers_bps=pool.order_line.offer.labellers_bps,
+        buyer=order.buyer,
+        payment=getattr(order, "payment", None),
+        result=result,
+        order_line=pool.order_line,
+        pool=pool,
+    )
+    RoyaltyPool.objects.filter(pk=pool.pk, released_at=None).update(released_at=division.divided_at)
+    return list(JournalEntry.objects.filter(key__startswith=f"{division.key}:").order_by("pk"))
+
+
+def divide_what_is_ready() -> int:
+    """Release every pool that a replayed result or its deadline frees, and divide every paid royalty; returns how many.
+
+    One that fails does not hold up the others; the first failure is raised once all have had their turn.
+    """
+    failures: list[Exception] = []
+    n_divided = 0
+    for pool in _pools_to_release():
+        try:
+            release_pool(pool=pool, result=_releasing_result(pool))
+            n_divided += 1
+        except Exception as error:
+            logger.exception("Pool was not released pool=%s", pool.pk)
+            failures.append(error)
+    undivided = RoyaltyInvoiceLine.objects.filter(invoice=OuterRef("pk"), division=None, amount_micros__gt=0)
+    for invoice in RoyaltyInvoice.objects.filter(Exists(undivided), status=RoyaltyInvoice.Status.PAID).order_by("pk"):
+        try:
+            divide_royalty(invoice=invoice)
+            n_divided += 1
+        except Exception as error:
+            logger.exception("Royalty was not divided invoice=%s", invoice.pk)
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return n_divided
+
+
+def _citing_results(pool: RoyaltyPool | OuterRef) -> Q:
+    line = pool.order_line_id if isinstance(pool, RoyaltyPool) else pool
+    return Q(disclosure__citations__license__order_line=line, status=AttributionResult.Status.PUBLISHED)
+
+
+def _pools_to_release() -> Iterable[RoyaltyPool]:
+    replayed = AttributionResult.objects.filter(
+        _citing_results(OuterRef("order_line")), grade=AttributionResult.Grade.REPLAYED
+    )
+    ready = Q(Exists(replayed)) | Q(deadline__lte=clock.now())
+    return RoyaltyPool.objects.filter(ready, released_at=None).order_by("pk")
+
+
+def _releasing_result(pool: RoyaltyPool) -> AttributionResult | None:
+    """The first replayed result; at the deadline without one, the latest of the strongest grade; or none: by count."""
+    citing = AttributionResult.objects.filter(_citing_results(pool)).distinct()
+    first = citing.filter(grade=AttributionResult.Grade.REPLAYED).order_by("published_at", "pk").first()
+    if first is not None:
+        return first
+    return min(citing.order_by("-published_at", "-pk"), key=lambda result: GRADES.index(_grade(result)), default=None)
+
+
+def _grade(result: AttributionResult) -> AttributionResult.Grade:
+    return AttributionResult.Grade(result.grade)
+
+
+# --- royalties: report and invoice ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuotedLine:
+    """One dataset's part before rounding to whole minor units: revenue · share · rate, up to the cap's remainder."""
+
+    license: License
+    share_ppq: int
+    rate_bps: int
+    micros: int
+    is_capped: bool
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What a model would owe on a revenue: `lines` exactly, `total` as it would be charged."""
+
+    result: AttributionResult
+    lines: list[QuotedLine]
+    total: Money
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is enough for Stripe to charge. Less is asked for by nobody: it does not roll over yet."""
+        return self.total.micros >= Money.from_minor(MIN_CHARGE_MINOR[self.total.currency], self.total.currency).micros
+
+
+def quote_royalty(*, model: TrainedModel, revenue: Money) -> Quote:
+    """What the model would owe if it reported this revenue now.
+
+    Raises:
+        NoResultYet: no published result says what it owes to whom.
+        InvalidInput: a revenue below zero or beyond the largest amount.
+    """
+    _check_revenue(revenue)
+    result = latest_result(model)
+    if result is None:
+        raise NoResultYet(f"{model.name} has no published result yet; report its revenue once it has been measured.")
+    lines = _quoted_lines(result, revenue)
+    total = Money(sum(line.micros for line in lines), revenue.currency).floor_to_minor()
+    return Quote(result, lines, total)
+
+
+def report_revenue(
+    *,
+    licensee: Party,
+    model: TrainedModel,
+    period_start: date,
+    period_end: date,
+    revenue: Money,
+    key: str,
+) -> RoyaltyInvoice:
+    """Take a licensee's statement of a model's revenue and make the invoice; the same key and report give the same one.
+
+    Raises:
+        NotFound: the model is not theirs.
+        InvalidInput: a period that is reversed or not over, or a revenue that cannot be.
+        PeriodOverlaps: part of it has been reported in this currency.
+        NoResultYet: see `quote_royalty`.
+        KeyReused: the key stands for another report.
+    """
+    if model.owner_id != licensee.pk:
+        raise NotFound("There is no such model, or it is not yours.")
+    asked = [model.pk, str(period_start), str(period_end), revenue.micros, revenue.currency]
+    request_sha256 = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    if known := _find_reported(licensee, key, request_sha256):
+        return known
+    _check_revenue(revenue)
+    if period_end < period_start:
+        raise InvalidInput(
+            f"The period ends on {period_end}, before it starts on {period_start}.",
+            pointers={"/period_end": "before period_start"},
+        )
+    if period_end >= clock.today():
+        raise InvalidInput(
+            f"The period ends on {period_end}, which is not over; report it from the next day on.",
+            pointers={"/period_end": "not over yet"},
+        )
+    try:
+        with transaction.atomic():
+            TrainedModel.objects.select_for_update().get(pk=model.pk)  # one report at a time: overlaps and caps
+            if known := _find_reported(licensee, key, request_sha256):
+                return known
+            return _invoice(licensee, model, period_start, period_end, revenue, key, request_sha256)
+    except IntegrityError:  # the same key for another model of theirs, at the same moment
+        if known := _find_reported(licensee, key, request_sha256):
+            return known
+        raise
+
+
+def _invoice(
+    licensee: Party,
+    model: TrainedModel,
+    period_start: date,
+    period_end: date,
+    revenue: Money,
+    key: str,
+    request_sha256: str,
+) -> RoyaltyInvoice:
+    overlapping = RoyaltyReport.objects.filter(
+        model=model, currency=revenue.currency, period_start__lte=period_end, period_end__gte=period_start
+    ).first()
+    if overlapping is not None:
+        raise PeriodOverlaps(
+            f"{model.name}'s revenue from {overlapping.period_start} to {overlapping.period_end} has been reported in "
+            f"{revenue.currency}; report the days outside it.",
+            pointers={"/period_start": "overlaps an earlier report"},
+        )
+    report = RoyaltyReport.objects.create(
+        model=model,
+        licensee=licensee,
+        period_start=period_start,
+        period_end=period_end,
+        revenue_micros=revenue.micros,
+        currency=revenue.currency,
+        key=key,
+        request_sha256=request_sha256,
+        reported_at=clock.now(),
+    )
+    # A license may stand behind several models: its cap is shared, so its row is held while the remainder is read.
+    cited = Citation.objects.filter(disclosure__model=model).values("license")
+    list(License.objects.select_for_update(of=("self",)).filter(pk__in=cited).order_by("pk"))
+    quote = quote_royalty(model=model, revenue=revenue)
+    invoice = RoyaltyInvoice.objects.create(
+        report=report,
+        total_micros=quote.total.micros,
+        currency=revenue.currency,
+        platform_fee_bps=PLATFORM_FEE_BPS,
+        status=RoyaltyInvoice.Status.OPEN if quote.is_due else RoyaltyInvoice.Status.NOTHING_DUE,
+        issued_at=clock.now(),
+    )
+    owed = {line.license.pk: line.micros for line in quote.lines if line.micros}
+    # Each part is rounded in proportion, so none rises above what is exact, nor above its cap.
+    charged = allocate(quote.total, owed) if owed else {}
+    RoyaltyInvoiceLine.objects.bulk_create(
+        RoyaltyInvoiceLine(
+            invoice=invoice,
+            version_id=line.license.version_id,
+            license=line.license,
+            result=quote.result,
+            share_ppq=line.share_ppq,
+            rate_bps=line.rate_bps,
+            amount_micros=charged[line.license.pk].micros if line.license.pk in charged else 0,
+            is_capped=line.is_capped,
+        )
+        for line in quote.lines
+    )
+    logger.info(
+        "Invoiced royalty invoice=%s model=%s revenue=%s total=%s %s",
+        invoice.pk,
+        model.pk,
+        revenue.micros,
+        quote.total.micros,
+        revenue.currency,
+    )
+    return invoice
+
+
+def _quoted_lines(result: AttributionResult, revenue: Money) -> list[QuotedLine]:
+    """`revenue · paid_share_d · rate_d` for every cited dataset with a rate, in whole micros, rounded down.
+
+    The trainer's own data never dilutes the others; data without a rate does only where its share was replayed.
+    """
+    citations = (
+        Citation.objects.filter(disclosure=result.disclosure_id)
+        .select_related("license__offer", "version__dataset")
+        .order_by("position")
+    )
+    shares = dict(
+        Share.objects.filter(result=result, partition=Share.Partition.RIGHTS_HOLDER)
+        .values("version")
+        .annotate(ppq=Sum("paid_ppq"))
+        .values_list("version", "ppq")
+    )
+    owner = result.model.owner_id
+    others = [citation for citation in citations if citation.version.dataset.owner_id != owner]
+    rated = [citation for citation in others if citation.license.offer.royalty_bps]
+    diluting = others if result.grade == AttributionResult.Grade.REPLAYED else rated
+    whole = sum(shares.get(citation.version_id, 0) for citation in diluting)
+    if whole == 0:
+        return []
+    lines = []
+    for citation in rated:
+        offer = citation.license.offer
+        share_ppq = shares.get(citation.version_id, 0) * PPQ // whole
+        micros = revenue.micros * share_ppq * offer.royalty_bps // (PPQ * 10_000)
+        left = _left_of_cap(citation.license, offer, revenue.currency)
+        is_capped = left is not None and micros > left
+        lines.append(
+            QuotedLine(
+                license=citation.license,
+                share_ppq=share_ppq,
+                rate_bps=offer.royalty_bps,
+                micros=left if is_capped and left is not None else micros,
+                is_capped=is_capped,
+            )
+        )
+    return lines
+
+
+def _left_of_cap(license: License, offer: Offer, currency: str) -> int | None:
+    """What the license may still cost in royalties, over its whole life; `None`: no cap in this currency."""
+    if offer.royalty_cap_micros is None or offer.currency != currency:
+        return None  # nothing is exchanged, so a cap binds what is reported in its own currency
+    invoiced = (
+        RoyaltyInvoiceLine.objects.filter(license=license, invoice__currency=currency)
+        .exclude(invoice__status=RoyaltyInvoice.Status.NOTHING_DUE)
+        .aggregate(sum=Sum("amount_micros"))["sum"]
+    )
+    return max(0, offer.royalty_cap_micros - (invoiced or 0))
+
+
+def _check_revenue(revenue: Money) -> None:
+    if not 0 <= revenue.micros <= MAX_MICROS:
+        raise InvalidInput(
+            f"A revenue is between 0 and {Money(MAX_MICROS, revenue.currency)}; {revenue} is not.",
+            pointers={"/revenue/amount": "negative" if revenue.micros < 0 else "too large"},
+        )
+
+
+def _find_reported(licensee: Party, key: str, request_sha256: str) -> RoyaltyInvoice | None:
+    report = RoyaltyReport.objects.filter(licensee=licensee, key=key).select_related("invoice").first()
+    if report is None:
+        return None
+    if report.request_sha256 != request_sha256:
+        raise KeyReused(
+            "This Idempotency-Key was used for another report; send a new key for a new report.",
+            pointers={"Idempotency-Key": "belongs to another report"},
+        )
+    invoice: RoyaltyInvoice = report.invoice
+    return invoice
+
+
+# --- royalties: payment and division ----------------------------------------------------------------------------------
+
+
+def start_invoice_checkout(*, invoice: RoyaltyInvoice, success_url: str, cancel_url: str) -> str:
+    """The address at Stripe where the licensee pays the invoice.
+
+    Raises:
+        AlreadyPaid: it is paid, or asks for nothing.
+        StripeUnavailable, StripeDeclined: see `payouts.errors`.
+    """
+    if invoice.status != RoyaltyInvoice.Status.OPEN:
+        raise AlreadyPaid(
+            "This invoice has been paid."
+            if invoice.status == RoyaltyInvoice.Status.PAID
+            else "This invoice asks for nothing."
+        )
+    payment, _ = Payment.objects.get_or_create(
+        invoice=invoice, defaults={"currency": invoice.currency, "amount_micros": invoice.total_micros}
+    )
+    report = invoice.report
+    name = f"Royalties of {report.model.name}, {report.period_start} to {report.period_end}"
+    lines = [gateway.CheckoutLine(name, invoice.total.to_minor())]  # one item: parts may be fractions of a cent
+    return checkouts.open_checkout(payment=payment, lines=lines, success_url=success_url, cancel_url=cancel_url)
+
+
+@transaction.atomic
+def book_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment:
+    """Book a paid invoice, the platform's fee first, and divide what is left; again, nothing happens.
+
+    Raises:
+        PaymentMismatch: what Stripe took is not what was asked for; nothing is booked.
+    """
+    taken = checkouts.take_payment(payment=payment, checkout=checkout)
+    if taken is None:
+        return Payment.objects.get(pk=payment.pk)
+    invoice = taken.invoice
+    assert invoice is not None and taken.fee_micros is not None
+    RoyaltyInvoice.objects.filter(pk=invoice.pk).update(status=RoyaltyInvoice.Status.PAID, paid_at=taken.paid_at)
+    invoice.refresh_from_db()
+    parts = parts_of(invoice)
+    lines = {line.pk: line for line in invoice.lines.all()}
+    ledger.post(
+        key=f"royalty:payment:{taken.pk}",
+        kind=JournalEntry.Kind.ROYALTY,
+        postings={
+            chart.cash_pending(taken.currency): taken.amount_micros - taken.fee_micros,
+            chart.stripe_fees(taken.currency): taken.fee_micros,
+            chart.platform_fee(taken.currency): sum(part.micros for part in parts.values()) - taken.amount_micros,
+        }
+        | {chart.royalty(lines[pk], taken.currency): -part.micros for pk, part in parts.items()},
+        booked_at=taken.paid_at,
+    )
+    logger.info("Booked royalty invoice=%s payment=%s micros=%s", invoice.pk, taken.pk, taken.amount_micros)
+    divide_royalty(invoice=invoice)
+    return taken
+
+
+def parts_of(invoice: RoyaltyInvoice) -> dict[int, Money]:
+    """What each line's payees divide: its amount less its part of the platform's fee, itself divided by largest remainder."""
+    amounts = {pk: micros for pk, micros in invoice.lines.values_list("pk", "amount_micros") if micros}
+    if not amounts:
+        return {}
+    fees = allocate(invoice.total.share(invoice.platform_fee_bps), amounts)
+    return {pk: Money(micros, invoice.currency) - fees[pk] for pk, micros in amounts.items()}
+
+
+@transaction.atomic
+def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
+    """Divide each dataset's part inside that dataset, by the model's latest published result; harmless to call twice.
+
+    Raises:
+        ValueError: the invoice is not paid.
+    """
+    invoice = (
+        RoyaltyInvoice.objects.select_for_update(of=("self",))
+        .select_related("report__licensee", "report__model", "payment")
+        .get(pk=invoice.pk)
+    )
+    if invoice.status != RoyaltyInvoice.Status.PAID:
+        raise ValueError(f"{invoice} is {invoice.status}")
+    result = latest_result(invoice.report.model)
+    parts = parts_of(invoice)
+    lines = invoice.lines.select_related("version", "license__offer", "license__order_line").order_by("pk")
+    return [
+        divide(
+            key=f"royalty:line:{line.pk}",
+            source=Division.Source.ROYALTY,
+            version=line.version,
+            amount=part,
+            labellers_bps=line.license.offer.labellers_bps,
+            buyer=invoice.report.licensee,
+            payment=invoice.payment,
+            result=result,
+            order_line=line.license.order_line,
+            invoice_line=line,
+        )
+        for line in lines
+        if (part := parts.get(line.pk))
+    ]

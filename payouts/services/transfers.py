@@ -1,0 +1,288 @@
+"""Payouts: intent, then effect (DESIGN §5).
+
+    intended   payable → in_transit, committed before Stripe is called
+    sent       Stripe made the transfer: in_transit → cash
+    refused    Stripe definitely refused: booked back to payable; the next run tries anew
+    paid       the connected account's payout reached the bank
+
+A worker may die anywhere. The next attempt finds the intent, asks Stripe whether the transfer was made, and repeats the
+call with the same idempotency key while Stripe remembers it.
+"""
+
+import logging
+import time
+from datetime import timedelta
+
+from django.db import connection, transaction
+from django.db.models import Q, Sum
+from django.utils import timezone
+
+from marketplace import clock, jobs
+from marketplace.jobs import Job
+from marketplace.money import MINOR_DIGITS, Money
+from payouts import chart, gateway, ledger
+from payouts.models import DivisionLine, JournalEntry, PayeeAccount, Payout, PayoutRun
+
+logger = logging.getLogger(__name__)
+
+#: Stripe forgets an idempotency key after a day; an hour is kept clear of it.
+KEY_LIFE = timedelta(hours=23)
+TRIES = 3
+LONGEST_WAIT_SECONDS = 5.0
+
+
+class StillUncertain(Exception):
+    """Stripe gave no clear answer for some payouts; the job comes back for them."""
+
+
+@transaction.atomic
+def request_payout_run(*, currency: str, key: str) -> PayoutRun:
+    """Ask for everything that is due by now in one currency; the same key asks once.
+
+    Raises:
+        ValueError: a currency in which the platform holds no balance.
+    """
+    if currency not in MINOR_DIGITS:
+        raise ValueError(f"No balance is held in {currency!r}")
+    run, is_new = PayoutRun.objects.get_or_create(key=key, defaults={"currency": currency, "due_until": clock.now()})
+    if is_new:
+        logger.info("Requested payout run=%s key=%s due_until=%s", run.pk, key, run.due_until)
+        jobs.wake(run)
+    return run
+
+
+def execute_payout_run(run: PayoutRun) -> None:
+    """Intend what is due, then send what is intended, this run's and what finished runs have left behind.
+
+    Harmless to run again: a payee has one payout in a run, and each transfer happens once.
+
+    Raises:
+        LostLease: another worker has taken the run over.
+        StillUncertain: some payouts wait for a clear answer of Stripe's.
+        gateway.StripeRefused: Stripe refused us rather than a payout (the key is wrong, say); the intents stay.
+    """
+    if run.planned_at is None:
+        for payee in _payees_with_something_due(run):
+            with transaction.atomic():
+                run.lock()
+                _intend(run, payee)
+        run.write(planned_at=clock.now())
+    left_behind = Q(run__currency=run.currency, run__status__in=[Job.Status.DONE, Job.Status.FAILED])
+    waiting = list(
+        Payout.objects.filter(Q(run=run) | left_behind, status=Payout.Status.INTENDED)
+        .order_by("pk")
+        .values_list("pk", flat=True)
+    )
+    n_uncertain = 0
+    for number, pk in enumerate(waiting, start=1):
+        n_uncertain += not _send(run, pk)
+        run.progress(done=number, total=len(waiting))
+    if n_uncertain:
+        raise StillUncertain(f"{n_uncertain} of {len(waiting)} payouts of run {run.pk}")
+
+
+def confirm_in_bank(*, account: str, bank_payout: str) -> list[Payout]:
+    """A connected account's money has reached its bank: mark the payouts whose transfers it was made of.
+
+    Raises:
+        gateway.StripeRefused, gateway.StripeUncertain: ask again.
+    """
+    transfers = gateway.transfers_in_payout(account=account, payout=bank_payout)
+    known = set(Payout.objects.filter(transfer_id__in=transfers).values_list("transfer_id", flat=True))
+    if set(transfers) - known:
+        # Stripe can be faster than our own book-keeping: a transfer may be in the bank while its payout is still intended.
+        for payout in Payout.objects.filter(destination=account, status=Payout.Status.INTENDED).order_by("pk"):
+            found = gateway.find_transfer(group_of(payout))
+            if found is not None and found.id in transfers:
+                _book_sent(payout, found)
+    arrived = []
+    for payout in Payout.objects.filter(transfer_id__in=transfers, destination=account).order_by("pk"):
+        changed = Payout.objects.filter(pk=payout.pk, status=Payout.Status.SENT).update(
+            status=Payout.Status.PAID, bank_payout_id=bank_payout, paid_at=clock.now()
+        )
+        if changed:
+            logger.info("Reached the bank payout=%s bank_payout=%s", payout.pk, bank_payout)
+            arrived.append(payout)
+    return arrived
+
+
+def group_of(payout: Payout) -> str:
+    """By this the transfer is found again when its key is forgotten."""
+    return f"payout:{payout.pk}"
+
+
+def due_micros(*, party_id: int, currency: str, until: object) -> int:
+    """What has fallen due to a party and was neither sent nor intended, in micros; before rounding."""
+    lines = DivisionLine.objects.filter(party=party_id, division__currency=currency, due_at__lte=until)
+    payouts = Payout.objects.filter(party=party_id, currency=currency).exclude(status=Payout.Status.REFUSED)
+    owed: int = lines.aggregate(sum=Sum("amount_micros"))["sum"] or 0
+    promised: int = payouts.aggregate(sum=Sum("amount_micros"))["sum"] or 0
+    return int(owed) - int(promised)
+
+
+# --- intent -----------------------------------------------------------------------------------------------------------
+
+
+def _payees_with_something_due(run: PayoutRun) -> list[PayeeAccount]:
+    due = DivisionLine.objects.filter(division__currency=run.currency, due_at__lte=run.due_until)
+    return list(PayeeAccount.objects.filter(party__in=due.values("party"), transfers_active=True).order_by("pk"))
+
+
+def _intend(run: PayoutRun, payee: PayeeAccount) -> None:
+    """Inside a transaction: promise one payee what is due, as far as it is payable and Stripe's available funds go."""
+    with connection.cursor() as cursor:
+        # One planner per currency at a time: two runs must not promise the same available funds.
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"payouts:{run.currency}"])
+    payee = PayeeAccount.objects.select_for_update().get(pk=payee.pk)
+    if not payee.is_ready or Payout.objects.filter(run=run, party=payee.party_id).exists():
+        return
+    due = due_micros(party_id=payee.party_id, currency=run.currency, until=run.due_until)
+    payable = -ledger.balance(chart.payable(payee.party_id, run.currency))
+    amount = Money(max(0, min(due, payable)), run.currency).floor_to_minor()
+    if not amount:
+        return
+    # in_transit is a liability, so adding it takes off what is promised already.
+    free = ledger.balance(chart.cash_available(run.currency)) + ledger.balance(chart.in_transit(run.currency))
+    if amount.micros > free:
+        logger.warning(
+            "Funds do not suffice run=%s party=%s micros=%s free=%s", run.pk, payee.party_id, amount.micros, free
+        )
+        return
+    now = clock.now()
+    payout = Payout.objects.create(
+        run=run,
+        party_id=payee.party_id,
+        destination=payee.stripe_account_id,
+        amount_micros=amount.micros,
+        currency=amount.currency,
+        intended_at=now,
+    )
+    ledger.post(
+        key=f"payout:{payout.pk}:intent",
+        kind=JournalEntry.Kind.PAYOUT_INTENT,
+        postings={
+            chart.payable(payee.party_id, run.currency): amount.micros,
+            chart.in_transit(run.currency): -amount.micros,
+        },
+        booked_at=now,
+    )
+    logger.info("Intended payout=%s run=%s party=%s micros=%s", payout.pk, run.pk, payee.party_id, amount.micros)
+
+
+# --- effect -----------------------------------------------------------------------------------------------------------
+
+
+def _send(run: PayoutRun, pk: int) -> bool:
+    """Bring one intended payout to an end; False while its outcome is unknown."""
+    payout = Payout.objects.get(pk=pk)
+    if payout.status != Payout.Status.INTENDED:
+        return True
+    try:
+        if payout.first_tried_at is not None:
+            # Somebody tried before us and did not live to book the answer.
+            if found := gateway.find_transfer(group_of(payout)):
+                _book_sent(payout, found, run)
+                return True
+            if timezone.now() - payout.first_tried_at > KEY_LIFE:
+                _next_attempt(run, payout)
+        else:
+            _note_try(run, payout)
+        for number in range(TRIES):
+            outcome = _try(run, payout, wait_seconds=0.5 * 2**number)
+            if outcome:
+                return True
+    except gateway.StripeUncertain as error:  # of a look-up
+        logger.warning("Payout is uncertain payout=%s error=%s", payout.pk, error)
+    return False
+
+
+def _try(run: PayoutRun, payout: Payout, *, wait_seconds: float) -> bool:
+    """One call to Stripe; True if its answer ended the payout one way or the other.
+
+    Raises:
+        gateway.StripeUncertain: of a look-up.
+    """
+    try:
+        transfer = gateway.create_transfer(
+            amount_minor=payout.amount.to_minor(),
+            currency=payout.currency,
+            destination=payout.destination,
+            transfer_group=group_of(payout),
+            key=f"payout:{payout.pk}:{payout.attempt}",
+            metadata={"payout": str(payout.pk), "run": str(payout.run_id)},
+        )
+    except gateway.StripeRefused as error:
+        if error.http_status in (401, 403):
+            raise  # we were refused, not this payout; nothing was sent and the intent stays
+        _book_refused(run, payout, error)
+        return True
+    except gateway.StripeUncertain as error:
+        logger.warning("Payout is uncertain payout=%s attempt=%s error=%s", payout.pk, payout.attempt, error)
+        if error.is_key_spent:
+            # The key would only repeat this answer, which does not say whether a transfer was made.
+            if found := gateway.find_transfer(group_of(payout)):
+                _book_sent(payout, found, run)
+                return True
+            _next_attempt(run, payout)
+        time.sleep(min(error.retry_after_seconds or wait_seconds, LONGEST_WAIT_SECONDS))
+        return False
+    _book_sent(payout, transfer, run)
+    return True
+
+
+@transaction.atomic
+def _note_try(run: PayoutRun, payout: Payout) -> None:
+    """Committed before the call: from here on the transfer may exist."""
+    run.lock()
+    payout.first_tried_at = timezone.now()
+    payout.save(update_fields=["first_tried_at"])
+
+
+@transaction.atomic
+def _next_attempt(run: PayoutRun, payout: Payout) -> None:
+    run.lock()
+    payout.attempt += 1
+    payout.first_tried_at = timezone.now()
+    payout.save(update_fields=["attempt", "first_tried_at"])
+
+
+@transaction.atomic
+def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None = None) -> None:
+    if run is not None:
+        run.lock()
+    locked = Payout.objects.select_for_update().get(pk=payout.pk)
+    if locked.status != Payout.Status.INTENDED:
+        return  # a webhook was faster, or another attempt
+    assert (transfer.amount_minor, transfer.currency) == (locked.amount.to_minor(), locked.currency), (
+        f"transfer {transfer.id} is not what payout {locked.pk} intended"
+    )
+    now = clock.now()
+    locked.status, locked.transfer_id, locked.sent_at = Payout.Status.SENT, transfer.id, now
+    locked.save(update_fields=["status", "transfer_id", "sent_at"])
+    ledger.post(
+        key=f"payout:{locked.pk}:sent",
+        kind=JournalEntry.Kind.PAYOUT_SENT,
+        postings={
+            chart.in_transit(locked.currency): locked.amount_micros,
+            chart.cash_available(locked.currency): -locked.amount_micros,
+        },
+        booked_at=now,
+    )
+    logger.info("Sent payout=%s transfer=%s micros=%s", locked.pk, transfer.id, locked.amount_micros)
+
+
+@transaction.atomic
+def _book_refused(run: PayoutRun, payout: Payout, error: gateway.StripeRefused) -> None:
+    run.lock()
+    locked = Payout.objects.select_for_update().get(pk=payout.pk)
+    if locked.status != Payout.Status.INTENDED:
+        return
+    locked.status = Payout.Status.REFUSED
+    locked.refusal_code, locked.refusal_message = error.code[:60], error.message
+    locked.save(update_fields=["status", "refusal_code", "refusal_message"])
+    ledger.reverse(
+        JournalEntry.objects.get(key=f"payout:{locked.pk}:intent"),
+        key=f"payout:{locked.pk}:refused",
+        kind=JournalEntry.Kind.PAYOUT_REVERSAL,
+    )
+    logger.warning("Stripe refused payout=%s code=%s", locked.pk, error.code)

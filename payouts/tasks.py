@@ -1,0 +1,45 @@
+from celery import shared_task
+
+from marketplace import clock, jobs
+from marketplace.money import MINOR_DIGITS
+from payouts.models import PayoutRun, StripeEvent
+from payouts.services import events, reconciliation, royalties, transfers
+
+
+@shared_task(acks_late=True)
+def apply_stripe_event(event_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(StripeEvent, event_id) as event:
+        if event:
+            events.apply_event(event)
+
+
+@shared_task(acks_late=True)
+def execute_payout_run(run_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(PayoutRun, run_id) as run:
+        if run:
+            transfers.execute_payout_run(run)
+
+
+@shared_task
+def divide_what_is_ready() -> None:
+    royalties.divide_what_is_ready()
+
+
+@shared_task
+def settle_funds() -> None:
+    reconciliation.settle_funds()
+
+
+@shared_task
+def request_daily_payout_runs() -> None:
+    """One run per currency and business day, however often beat calls."""
+    for currency in MINOR_DIGITS:
+        transfers.request_payout_run(currency=currency, key=f"run:{currency}:{clock.today()}")
+
+
+@shared_task
+def reconcile() -> None:
+    """Every difference becomes an error in the log; `manage.py reconcile` prints them."""
+    reconciliation.reconcile()

@@ -1,0 +1,276 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from marketplace import clock
+from marketplace.models import License, Order
+from marketplace.money import Money
+from marketplace.services.orders import OrderNotPayable
+from payouts import chart, gateway, ledger
+from payouts.errors import AlreadyPaid, PaymentMismatch
+from payouts.models import Division, DivisionLine, JournalEntry, Payment, RoyaltyPool
+from payouts.services import sales
+from payouts.services.events import book_checkout
+from payouts.services.proofs import check_books
+from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
+from tests.factories.payouts import paid_checkout, sell
+
+BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
+
+
+def nothing_is_booked() -> bool:
+    return (JournalEntry.objects.count(), RoyaltyPool.objects.count(), License.objects.count()) == (0, 0, 0)
+
+
+def test_a_sale_books_every_part_of_the_price_in_its_place(db: Any, alice: Any, bob: Any, carol: Any) -> None:
+    version = PublishedVersionFactory(contributions={alice: 6, bob: 2})
+    order = OrderFactory(buyer=carol, offers=[OfferFactory(version=version)])  # 100 USD: 10 % fee, 30 upfront, 60 pool
+
+    payment = sell(order)
+
+    pool = RoyaltyPool.objects.get()
+    assert ledger.balances() == {
+        "cash:pending:USD": 96_800_000,
+        "expense:stripe_fees:USD": 3_200_000,
+        chart.payable(alice, "USD"): -22_500_000,
+        chart.payable(bob, "USD"): -7_500_000,
+        chart.royalty_pool(pool): -60_000_000,
+        "revenue:platform_fee:USD": -10_000_000,
+    }
+    order.refresh_from_db()
+    license = License.objects.get()
+    assert (payment.status, order.status, order.paid_at) == ("paid", "paid", payment.paid_at)
+    assert pool.deadline == license.disclosure_due_at + timedelta(days=30)
+    assert check_books().findings == []
+
+
+def test_an_order_of_two_datasets_has_a_pool_and_a_division_per_line(db: Any, carol: Any) -> None:
+    offers = [
+        OfferFactory(price_micros=50_000_000),
+        OfferFactory(price_micros=31_410_000, upfront_bps=0, pool_bps=9_000),
+    ]
+    order = OrderFactory(buyer=carol, offers=offers)
+
+    sell(order)
+
+    assert list(RoyaltyPool.objects.order_by("pk").values_list("amount_micros", flat=True)) == [30_000_000, 28_269_000]
+    assert [(d.source, d.amount_micros) for d in Division.objects.all()] == [("upfront", 15_000_000)]
+    assert ledger.balance("revenue:platform_fee:USD") == -8_141_000
+    assert check_books().findings == []
+
+
+def test_the_labellers_share_is_a_pot_of_its_own_and_unlabelled_records_are_their_holders(
+    db: Any, alice: Any, bob: Any, carol: Any
+) -> None:
+    dan = PartyFactory()
+    version = PublishedVersionFactory(contributions={alice: 6, bob: 2}, labellers={dan: 4})
+    offer = OfferFactory(version=version, labellers_bps=2_000)
+
+    sell(OrderFactory(buyer=carol, offers=[offer]))
+
+    lines = {(line.party_id, line.role): line.amount_micros for line in DivisionLine.objects.all()}
+    assert lines == {  # of 30 USD: 24 to holders 6:2; 6 to labellers: dan 4, alice's own 2, bob's own 2
+        (alice.pk, "rights_holder"): 18_000_000,
+        (bob.pk, "rights_holder"): 6_000_000,
+        (dan.pk, "labeller"): 3_000_000,
+        (alice.pk, "labeller"): 1_500_000,
+        (bob.pk, "labeller"): 1_500_000,
+    }
+    assert check_books().findings == []
+
+
+def test_without_labellers_the_rights_holders_have_it_all(db: Any, alice: Any, bob: Any, carol: Any) -> None:
+    version = PublishedVersionFactory(contributions={alice: 1, bob: 2})
+
+    sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version, labellers_bps=4_000)]))
+
+    lines = {(line.party_id, line.role): line.amount_micros for line in DivisionLine.objects.all()}
+    assert lines == {(alice.pk, "rights_holder"): 10_000_000, (bob.pk, "rights_holder"): 20_000_000}
+
+
+def test_copies_are_paid_to_the_first_registrant_and_held_for_thirty_days(
+    db: Any, alice: Any, bob: Any, carol: Any, settings: Any
+) -> None:
+    first = PublishedVersionFactory(contributions={alice: 3}, content=[[1.0], [2.0], [3.0]])
+    again = PublishedVersionFactory(
+        contributions={bob: 3}, content=[[1.0], [2.0], [9.0]], copies={0: (first, 0), 1: (first, 1)}
+    )
+
+    sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=again)]))
+
+    lines = {line.party_id: (line.n_records, line.amount_micros) for line in DivisionLine.objects.all()}
+    assert lines == {alice.pk: (2, 20_000_000), bob.pk: (1, 10_000_000)}
+    division = Division.objects.get()
+    assert {line.due_at - division.divided_at for line in division.lines.all()} == {timedelta(days=30)}
+
+
+def test_money_falls_due_after_the_hold_of_buyer_and_payee_and_not_before_the_funds_are_there(
+    db: Any, alice: Any, carol: Any
+) -> None:
+    version = PublishedVersionFactory(contributions={alice: 8})
+    late = clock.now() + timedelta(days=45)
+    first = sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
+    second = sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]), available_on=late)
+
+    dues = [division.due_at for division in Division.objects.order_by("pk")]
+    assert dues[0] == Division.objects.order_by("pk")[0].divided_at + timedelta(days=30)
+    assert dues[1] == late
+    assert first.settled_at is None and second.settled_at is None
+
+
+def test_known_buyers_and_known_payees_wait_seven_days(db: Any, alice: Any, bob: Any, carol: Any) -> None:
+    from payouts.models import Payout, PayoutRun
+
+    version = PublishedVersionFactory(contributions={alice: 4, bob: 4})
+    earlier = sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
+    Payment.objects.filter(pk=earlier.pk).update(settled_at=clock.now())
+    run = PayoutRun.objects.create(currency="USD", due_until=clock.now(), key="earlier")
+    Payout.objects.create(
+        run=run, party=alice, destination="acct_1", amount_micros=10_000, currency="USD",
+        status="paid", transfer_id="tr_1", intended_at=clock.now(),
+    )  # fmt: skip
+
+    sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
+
+    division = Division.objects.latest("pk")
+    waits = {line.party_id: (line.due_at - division.divided_at).days for line in division.lines.all()}
+    assert waits == {alice.pk: 7, bob.pk: 30}
+
+
+def test_booking_again_changes_nothing(db: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    payment = Payment.objects.create(order=order, currency="USD", amount_micros=order.total_micros)
+    checkout = paid_checkout(payment)
+
+    sales.book_payment(payment=payment, checkout=checkout)
+    before = ledger.balances()
+    sales.book_payment(payment=payment, checkout=checkout)
+
+    assert ledger.balances() == before
+    assert (License.objects.count(), RoyaltyPool.objects.count(), Division.objects.count()) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"amount_total_minor": 9_999},
+        {"currency": "EUR"},
+        {"public_reference": "some other order"},
+        {"payment_status": "unpaid"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_money_that_was_not_asked_for_is_flagged_and_not_booked(db: Any, carol: Any, wrong: dict[str, Any]) -> None:
+    order = OrderFactory(buyer=carol)
+
+    with pytest.raises(PaymentMismatch):
+        sell(order, **wrong)
+
+    order.refresh_from_db()
+    assert nothing_is_booked()
+    assert order.status == Order.Status.PLACED
+
+
+def test_a_second_charge_for_one_order_is_flagged(db: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    sell(order)
+    before = ledger.balances()
+
+    with pytest.raises(PaymentMismatch, match="paid twice"):
+        sell(order, charge="ch_another")
+
+    assert ledger.balances() == before
+
+
+def test_money_for_a_cancelled_order_is_not_booked(db: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol, status=Order.Status.CANCELLED)
+
+    with pytest.raises(OrderNotPayable):
+        sell(order)
+
+    assert nothing_is_booked()
+    assert Payment.objects.get().status == Payment.Status.OPEN
+
+
+def test_a_thousand_payees_and_more_are_batches_of_entries(db: Any, carol: Any, alice: Any) -> None:
+    from marketplace.models import Party
+
+    parties = Party.objects.bulk_create(Party(name=f"P{n}") for n in range(1_200))
+    version = PublishedVersionFactory(
+        contributions=dict.fromkeys(parties, 1), content=[[float(n)] for n in range(1_200)]
+    )
+
+    sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
+
+    entries = JournalEntry.objects.filter(kind=JournalEntry.Kind.UPFRONT).order_by("pk")
+    assert [entry.n_legs for entry in entries] == [1_000, 202]
+    assert sum(ledger.balances(prefix="payable").values()) == -30_000_000
+    assert ledger.balances(prefix="clearing") == {}
+
+
+def test_two_deliveries_at_once_book_one_sale(committed_db: str) -> None:
+    order = OrderFactory()
+    payment = Payment.objects.create(order=order, currency="USD", amount_micros=order.total_micros)
+    checkout = paid_checkout(payment)
+    start = threading.Barrier(4)
+
+    def deliver() -> None:
+        try:
+            start.wait(timeout=10)
+            sales.book_payment(payment=payment, checkout=checkout)
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(deliver) for _ in range(4)]:
+            future.result(timeout=30)
+
+    assert JournalEntry.objects.filter(kind=JournalEntry.Kind.SALE).count() == 1
+    assert (License.objects.count(), RoyaltyPool.objects.count()) == (1, 1)
+    assert check_books().findings == []
+
+
+# --- at the local Stripe ----------------------------------------------------------------------------------------------
+
+
+def test_checkout_gives_one_page_and_only_stripes_word_marks_the_order_paid(db: Any, stripe: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol, offers=[OfferFactory(), OfferFactory(price_micros=7_770_000)])
+
+    url = sales.start_checkout(order=order, **BACK)
+    assert sales.start_checkout(order=order, **BACK) == url
+    payment = Payment.objects.get()
+    assert payment.amount == Money(107_770_000, "USD")
+    assert book_checkout(payment.checkout_id) is None  # not paid yet
+    stripe.pay(url)
+    with pytest.raises(AlreadyPaid, match="on its way|within a minute"):
+        sales.start_checkout(order=order, **BACK)
+    order.refresh_from_db()
+    assert order.status == Order.Status.PLACED
+
+    book_checkout(payment.checkout_id)
+
+    order.refresh_from_db()
+    assert order.status == Order.Status.PAID
+    assert gateway.balance() == {"USD": (10_434, 0)}  # 107.77 less 3.43
+    assert ledger.balance("cash:pending:USD") == 104_340_000
+    with pytest.raises(AlreadyPaid):
+        sales.start_checkout(order=order, **BACK)
+
+
+def test_an_expired_page_is_replaced_by_a_new_one(db: Any, stripe: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    old = sales.start_checkout(order=order, **BACK)
+    stripe.advance(days=1.1)
+
+    new = sales.start_checkout(order=order, **BACK)
+
+    payment = Payment.objects.get()
+    assert new != old
+    assert payment.checkout_attempt == 2
+    stripe.pay(new)
+    book_checkout(payment.checkout_id)
+    assert check_books().findings == []
