@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.contrib.auth.hashers import PBKDF2PasswordHasher
 from django.core.cache import cache
 
 
@@ -37,6 +38,12 @@ def carol(db: None) -> Any:
 @pytest.fixture
 def mallory(db: None) -> Any:
     return _person("mallory")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cheap_passwords() -> None:
+    """A password's hash is slow on purpose, but no test is about that; any process can still check these."""
+    PBKDF2PasswordHasher.iterations = 1
 
 
 @pytest.fixture(autouse=True)

@@ -219,8 +219,8 @@ def _check_open(offers: Sequence[Offer], expected_total: Money) -> None:
         offer.dataset_id: offer
         for offer in Offer.objects.filter(dataset__in={offer.dataset_id for offer in offers})
         .select_related("dataset", "version")
-        .order_by("dataset", "-number")
-        .distinct("dataset")
+        .order_by("dataset_id", "-number")
+        .distinct("dataset_id")
     }
     for index, offer in enumerate(offers):
         newest = current[offer.dataset_id]
