@@ -65,6 +65,7 @@ MIDDLEWARE = [
     "django_htmx.middleware.HtmxMiddleware",
     "allauth.account.middleware.AccountMiddleware",
     "marketplace.web.middleware.ActingPartyMiddleware",
+    "marketplace.api.middleware.RateLimitHeadersMiddleware",
 ]
 
 ROOT_URLCONF = "portal.urls"
@@ -116,6 +117,7 @@ WHITENOISE_USE_FINDERS = IS_DEMO  # the demo serves from the tree, production fr
 FILE_UPLOAD_MAX_MEMORY_SIZE = 1_000_000  # larger uploads go to disk as they arrive
 DATA_UPLOAD_MAX_MEMORY_SIZE = 10_000_000
 MAX_UPLOAD_BYTES = env.int("MAX_UPLOAD_BYTES", default=2_000_000_000)
+MAX_ARTIFACT_BYTES = env.int("MAX_ARTIFACT_BYTES", default=500_000_000)  # a checkpoint or a file of queries
 
 # --- work -------------------------------------------------------------------------------------------------------------
 CELERY_BROKER_URL = REDIS_URL
@@ -139,7 +141,12 @@ CELERY_BEAT_SCHEDULE = {
     "open-runs": {"task": "attribution.tasks.request_missing_runs", "schedule": 5.0, "options": {"expires": 5}},
     "divide": {"task": "payouts.tasks.divide_what_is_ready", "schedule": 5.0, "options": {"expires": 5}},
     "settle": {"task": "payouts.tasks.settle_funds", "schedule": 10.0, "options": {"expires": 10}},
+    "payout-runs": {"task": "payouts.tasks.request_daily_payout_runs", "schedule": 3600.0, "options": {"expires": 3600}},
+    "reconcile": {"task": "payouts.tasks.reconcile", "schedule": 900.0, "options": {"expires": 900}},
 }
+
+ATTRIBUTION_BUDGET = env.float("ATTRIBUTION_BUDGET", default=400.0)  # what measuring may cost, in trainings of the model
+ATTRIBUTION_THREADS = env.int("ATTRIBUTION_THREADS", default=1)  # of torch in a job; replays are bit-equal at one count
 
 # --- people -----------------------------------------------------------------------------------------------------------
 AUTH_USER_MODEL = "marketplace.User"

@@ -1,0 +1,216 @@
+from typing import Any
+
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import serializers
+
+from attribution import selectors
+from attribution.models import Artifact, AttributionResult, AttributionRun, Share, Verification
+from marketplace import clock
+from marketplace.api.fields import MoneyField
+from marketplace.jobs import Job
+from marketplace.models import Citation, Disclosure, TrainedModel
+from marketplace.selectors import price_history
+
+PPQ_HELP = "Parts per quadrillion: 1000000000000000 is everything."
+
+
+class ArtifactOutput(serializers.ModelSerializer):
+    class Meta:
+        model = Artifact
+        fields = ["sha256", "kind", "size_bytes", "registered_at"]
+
+
+class JobOutput(serializers.Serializer):
+    """Where a job stands; `done` and `total` count its own units of work."""
+
+    status = serializers.ChoiceField(choices=Job.Status.choices)
+    attempt = serializers.IntegerField()
+    done = serializers.SerializerMethodField()
+    total = serializers.SerializerMethodField()
+    error_code = serializers.CharField()
+    error_message = serializers.CharField()
+    finished_at = serializers.DateTimeField(allow_null=True)
+
+    def get_done(self, job: Job) -> int:
+        return self._progress(job)[0]
+
+    def get_total(self, job: Job) -> int:
+        return self._progress(job)[1]
+
+    def _progress(self, job: Job) -> tuple[int, int]:
+        return job.progress_done, job.progress_total
+
+
+class VerificationOutput(JobOutput):
+    verdict = serializers.ChoiceField(choices=Verification.Verdict.choices, allow_blank=True)
+    report = serializers.JSONField(help_text="What the replay found, tensor by tensor, and on which build.")
+
+
+class RunOutput(JobOutput):
+    id = serializers.UUIDField(source="public_id")
+    grade = serializers.CharField()
+    budget = serializers.FloatField(help_text="In trainings of the model.")
+
+    def _progress(self, job: Job) -> tuple[int, int]:
+        assert isinstance(job, AttributionRun)
+        return selectors.run_progress(job)
+
+
+class ShareOutput(serializers.ModelSerializer):
+    dataset = serializers.SlugField(source="version.dataset.slug")
+    version = serializers.IntegerField(source="version.number")
+    contributor = serializers.UUIDField(source="party.public_id")
+    name = serializers.SerializerMethodField()
+    paid_ppq = serializers.CharField(help_text=f"What money is divided by. {PPQ_HELP}")
+    count_ppq = serializers.CharField(help_text=f"What counting records would give. {PPQ_HELP}")
+    raw = serializers.FloatField(allow_null=True, help_text="As measured: signed, summing to 1 over the partition.")
+
+    class Meta:
+        model = Share
+        fields = [
+            "dataset",
+            "version",
+            "contributor",
+            "name",
+            "partition",
+            "n_records",
+            "paid_ppq",
+            "count_ppq",
+            "raw",
+            "low",
+            "high",
+        ]
+
+    def get_name(self, share: Share) -> str:
+        return selectors.shown_name(share.party)
+
+
+class ResultOutput(serializers.ModelSerializer):
+    id = serializers.UUIDField(source="public_id")
+    disclosure = serializers.UUIDField(source="disclosure.public_id")
+
+    class Meta:
+        model = AttributionResult
+        fields = [
+            "id",
+            "number",
+            "disclosure",
+            "grade",
+            "paid_by",
+            "reliability",
+            "total",
+            "total_low",
+            "total_high",
+            "regime",
+            "published_at",
+        ]
+
+
+class CurrentResultOutput(ResultOutput):
+    shares = serializers.SerializerMethodField()
+
+    class Meta(ResultOutput.Meta):
+        fields = [*ResultOutput.Meta.fields, "summary", "shares"]
+
+    @extend_schema_field(ShareOutput(many=True))
+    def get_shares(self, result: AttributionResult) -> list[dict[str, Any]]:
+        return ShareOutput(selectors.result_shares(result), many=True).data  # type: ignore[return-value]
+
+
+class OfferedPrice(serializers.Serializer):
+    """One step of a dataset's public price history."""
+
+    number = serializers.IntegerField()
+    price = MoneyField()
+    since = serializers.DateTimeField(source="created_at")
+
+
+class ModelCitationOutput(serializers.ModelSerializer):
+    dataset = serializers.SlugField(source="version.dataset.slug")
+    title = serializers.CharField(source="version.dataset.title")
+    version = serializers.IntegerField(source="version.number")
+    merkle_root = serializers.CharField(source="version.merkle_root")
+    prices = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Citation
+        fields = ["dataset", "title", "version", "merkle_root", "n_records", "selection_sha256", "prices"]
+
+    @extend_schema_field(OfferedPrice(many=True))
+    def get_prices(self, citation: Citation) -> list[dict[str, Any]]:
+        return OfferedPrice(price_history(citation.version.dataset), many=True).data  # type: ignore[return-value]
+
+
+class DisclosureOutput(serializers.ModelSerializer):
+    id = serializers.UUIDField(source="public_id")
+    model = serializers.SlugField(source="model.slug")
+    verification = serializers.SerializerMethodField()
+    runs = RunOutput(many=True)
+    results = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Disclosure
+        fields = ["id", "model", "number", "document_sha256", "disclosed_at", "verification", "runs", "results"]
+
+    @extend_schema_field(VerificationOutput(allow_null=True))
+    def get_verification(self, disclosure: Disclosure) -> dict[str, Any] | None:
+        found = getattr(disclosure, "verification", None)
+        return VerificationOutput(found).data if found else None
+
+    @extend_schema_field(ResultOutput(many=True))
+    def get_results(self, disclosure: Disclosure) -> list[dict[str, Any]]:
+        published = [r for r in disclosure.results.all() if r.status == AttributionResult.Status.PUBLISHED]
+        return ResultOutput(published, many=True).data  # type: ignore[return-value]
+
+
+class PublicDisclosureOutput(serializers.ModelSerializer):
+    """A version of the model's bibliography, and whether a replay reproduced it."""
+
+    id = serializers.UUIDField(source="public_id")
+    evidence = serializers.SerializerMethodField()
+    citations = ModelCitationOutput(many=True)
+
+    class Meta:
+        model = Disclosure
+        fields = ["id", "number", "document_sha256", "disclosed_at", "evidence", "citations"]
+
+    @extend_schema_field({"type": "string", "enum": list(selectors.EVIDENCE_STATES)})
+    def get_evidence(self, disclosure: Disclosure) -> str:
+        return selectors.evidence_state(disclosure)
+
+
+class ModelOutput(serializers.ModelSerializer):
+    owner = serializers.CharField(source="owner.name")
+    disclosures = serializers.SerializerMethodField()
+    result = serializers.SerializerMethodField(help_text="The published result that holds now, with every share.")
+    history = serializers.SerializerMethodField(help_text="Every published result, newest first.")
+
+    class Meta:
+        model = TrainedModel
+        fields = ["slug", "name", "summary", "owner", "created_at", "disclosures", "result", "history"]
+
+    @extend_schema_field(PublicDisclosureOutput(many=True))
+    def get_disclosures(self, model: TrainedModel) -> list[dict[str, Any]]:
+        disclosures = selectors.public_disclosures(clock.now()).filter(model=model)
+        return PublicDisclosureOutput(disclosures, many=True).data  # type: ignore[return-value]
+
+    @extend_schema_field(CurrentResultOutput(allow_null=True))
+    def get_result(self, model: TrainedModel) -> dict[str, Any] | None:
+        result = self._results(model).first()
+        return CurrentResultOutput(result).data if result else None
+
+    @extend_schema_field(ResultOutput(many=True))
+    def get_history(self, model: TrainedModel) -> list[dict[str, Any]]:
+        return ResultOutput(self._results(model), many=True).data  # type: ignore[return-value]
+
+    def _results(self, model: TrainedModel) -> Any:
+        public = selectors.public_disclosures(clock.now()).filter(model=model)
+        return selectors.published_results(model).filter(disclosure__in=public)
+
+
+class ModelSummary(serializers.ModelSerializer):
+    owner = serializers.CharField(source="owner.name")
+
+    class Meta:
+        model = TrainedModel
+        fields = ["slug", "name", "summary", "owner", "created_at"]

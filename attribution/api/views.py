@@ -1,0 +1,111 @@
+from typing import Any, ClassVar
+
+from django.db.models import QuerySet
+from drf_spectacular.types import OpenApiTypes
+from drf_spectacular.utils import OpenApiParameter, extend_schema, extend_schema_view
+from rest_framework import status
+from rest_framework.mixins import ListModelMixin, RetrieveModelMixin
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.viewsets import GenericViewSet
+
+from attribution import selectors
+from attribution.api.parsers import RawBody
+from attribution.api.serializers import ArtifactOutput, DisclosureOutput, ModelOutput, ModelSummary
+from attribution.artifacts import store_artifact
+from attribution.errors import ArtifactInvalid
+from attribution.models import Artifact
+from attribution.services.disclosures import disclose_model
+from marketplace import clock
+from marketplace.errors import InvalidInput
+from marketplace.models import ApiKey, Disclosure, Party, TrainedModel
+
+#: What a trainer hands in; the other kinds are the engine's own.
+HANDED_IN = (Artifact.Kind.STATE, Artifact.Kind.QUERIES)
+
+
+class ArtifactViewSet(GenericViewSet):
+    """Evidence, handed in before the disclosure that names it."""
+
+    scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.DISCLOSE}
+    parser_classes = [RawBody]
+    serializer_class = ArtifactOutput
+    queryset = Artifact.objects.none()
+
+    @extend_schema(
+        summary="Hand in a checkpoint or evaluation queries",
+        description="The body is the file as it is. Checkpoints are safetensors; queries are Parquet with the columns "
+        "`content` (a list of numbers, or a string) and `label` (a string). The same bytes again give the same answer.",
+        parameters=[OpenApiParameter("kind", str, enum=[kind.value for kind in HANDED_IN], required=True)],
+        request={"application/octet-stream": OpenApiTypes.BINARY},
+        responses={201: ArtifactOutput},
+    )
+    def create(self, request: Request) -> Response:
+        kind = request.query_params.get("kind", "")
+        if kind not in [known.value for known in HANDED_IN]:
+            raise ArtifactInvalid(
+                f"Add ?kind=, one of {', '.join(HANDED_IN)}, to the address.", pointers={"kind": "unknown or missing"}
+            )
+        if not hasattr(request.data, "read"):
+            raise ArtifactInvalid("The body is empty; send the file's bytes as they are.", pointers={"/body": "empty"})
+        artifact = store_artifact(owner=_acting_party(request), kind=kind, stream=request.data)
+        return Response(ArtifactOutput(artifact).data, status=status.HTTP_201_CREATED)
+
+
+@extend_schema_view(
+    list=extend_schema(summary="Your disclosures"),
+    retrieve=extend_schema(summary="A disclosure, its replay, its measurement and its results"),
+)
+class DisclosureViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
+    scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.DISCLOSE}
+    serializer_class = DisclosureOutput
+    queryset = Disclosure.objects.none()
+    lookup_field = "public_id"
+    lookup_value_converter = "uuid"
+
+    def get_queryset(self) -> QuerySet[Disclosure]:
+        return selectors.disclosures_visible_to(_acting_party(self.request))
+
+    @extend_schema(
+        summary="Disclose what a model was trained on",
+        description="The body is the document itself; its schema is served at `/schemas/disclosure/1.json`. The same "
+        "document again is the same disclosure.",
+        request=OpenApiTypes.OBJECT,
+        responses={201: DisclosureOutput},
+    )
+    def create(self, request: Request) -> Response:
+        document: Any = request.data
+        if not isinstance(document, dict):
+            raise InvalidInput("The body is the document: a JSON object.", pointers={"": "not an object"})
+        disclosure = disclose_model(owner=_acting_party(request), document=document)
+        seen = self.get_queryset().get(pk=disclosure.pk)
+        return Response(DisclosureOutput(seen).data, status=status.HTTP_201_CREATED)
+
+
+@extend_schema_view(
+    list=extend_schema(summary="Models with a public page"),
+    retrieve=extend_schema(
+        summary="A model's page",
+        description="What it was trained on, at which prices, and what each contributor's records did for it.",
+        responses=ModelOutput,
+    ),
+)
+class ModelViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
+    """Anyone may read it, as one follows references in a paper."""
+
+    scopes: ClassVar[dict[str, None]] = {"list": None, "retrieve": None}
+    serializer_class = ModelSummary
+    queryset = TrainedModel.objects.none()
+    lookup_field = "slug"
+
+    def get_queryset(self) -> QuerySet[TrainedModel]:
+        public = selectors.public_disclosures(clock.now())
+        return TrainedModel.objects.filter(disclosures__in=public).select_related("owner").distinct()
+
+    def retrieve(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        return Response(ModelOutput(self.get_object()).data)
+
+
+def _acting_party(request: Request) -> Party:
+    assert isinstance(request.auth, ApiKey), "HasScope lets nobody else through"
+    return request.auth.party

@@ -1,0 +1,287 @@
+"""Evidence in object storage under its SHA-256: checkpoints, queries, rounds, values. Nothing here is ever unpickled.
+
+The bytes of one hash are kept once, whoever hands them in; a row per owner says who did, and when.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import struct
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from django.conf import settings
+from django.core.files import File
+from django.core.files.storage import default_storage
+from numpy.typing import NDArray
+
+from attribution.errors import ArtifactInvalid, ArtifactMissing
+from attribution.models import Artifact
+from marketplace.models import Party
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1_000_000  # of a safetensors file: names and shapes of some ten thousand tensors
+MAX_QUERIES = 100_000
+MAX_QUERY_NUMBERS = 20_000_000  # over all queries: 160 MB once read
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+#: safetensors' names for what a training state is made of, and their sizes in bytes
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class Readable(Protocol):
+    def read(self, size: int = ..., /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Evaluation queries: vectors (n_query, length) or texts, each with its true label."""
+
+    content: NDArray[np.float64] | list[str]
+    labels: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def store_artifact(*, owner: Party | None, kind: str, stream: Readable) -> Artifact:
+    """Keep a stream's bytes under their hash; the same bytes again are the same artifact, also two at once.
+
+    Raises:
+        ArtifactInvalid: too large, empty, or not of its kind; nothing is kept.
+    """
+    if kind not in Artifact.Kind.values:
+        raise ArtifactInvalid(f"Choose a kind of {', '.join(Artifact.Kind.values)}.", pointers={"/kind": "unknown"})
+    with tempfile.TemporaryDirectory(prefix="artifact-") as folder:
+        path = Path(folder) / "bytes"
+        sha256, size = _receive(stream, path)
+        match kind:
+            case Artifact.Kind.STATE:
+                read_header(path)
+            case Artifact.Kind.QUERIES:
+                read_queries(path)
+        key = f"artifacts/{sha256[:2]}/{sha256}"
+        _put(key, path, size)
+    artifact, is_new = Artifact.objects.get_or_create(
+        sha256=sha256, kind=kind, owner=owner, defaults={"size_bytes": size, "key": key}
+    )
+    if is_new:
+        logger.info("Stored artifact=%s kind=%s bytes=%s", artifact.pk, kind, size)
+    return artifact
+
+
+def find_artifact(*, owner: Party, kind: str, sha256: str, pointer: str) -> Artifact:
+    """The artifact that a document names.
+
+    Raises:
+        ArtifactMissing: its owner has not handed in such bytes.
+    """
+    found = Artifact.objects.filter(owner=owner, kind=kind, sha256=sha256).first()
+    if found is None:
+        raise ArtifactMissing(
+            f"No {kind} artifact of yours has the SHA-256 {sha256[:16]}…; send its bytes to "
+            f"POST /api/v1/artifacts/?kind={kind} before you disclose.",
+            pointers={pointer: "not handed in"},
+        )
+    return found
+
+
+def open_artifact(artifact: Artifact) -> BinaryIO:
+    """Its bytes, as a seekable stream that the caller closes."""
+    return default_storage.open(artifact.key, "rb")  # type: ignore[return-value]
+
+
+@contextmanager
+def local_path(artifact: Artifact) -> Iterator[Path]:
+    """A file that the engine may read: the stored one itself, or a copy that lives as long as the context."""
+    try:
+        stored = Path(default_storage.path(artifact.key))
+    except NotImplementedError:  # object storage has no paths
+        stored = None
+    if stored is not None:
+        yield stored
+        return
+    with tempfile.TemporaryDirectory(prefix="artifact-") as folder:
+        path = Path(folder) / artifact.sha256
+        with open_artifact(artifact) as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+        yield path
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Names, dtypes and shapes of a safetensors file, every offset checked against the file's size.
+
+    Raises:
+        ArtifactInvalid: it is something else, or the header does not describe the bytes that follow.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start, brace = file.read(8), file.read(1)
+        # A header of 640 bytes begins as a pickle does, so the brace that opens a header is looked for too.
+        if brace != b"{" and (start[:2] in PICKLES or start[:4] == b"PK\x03\x04"):
+            raise _not_a_state(
+                "this is a Python pickle (as torch.save writes it), which is never opened here: it could run "
+                "anything. Save the state with safetensors.torch.save_file"
+            )
+        if len(start) < 8:
+            raise _not_a_state("the file ends before its header")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise _not_a_state(
+                f"it announces a header of {length} bytes; {min(MAX_HEADER_BYTES, size - 8)} are possible"
+            )
+        try:
+            header = json.loads(brace + file.read(length - 1)) if length else None
+        except (ValueError, RecursionError) as error:
+            raise _not_a_state("its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _not_a_state("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape, span = _entry(name, entry)
+        tensors[name] = (dtype, shape)
+        spans.append(span)
+    end = 0
+    for start_at, stop_at in sorted(spans):
+        if start_at != end:
+            raise _not_a_state(f"its tensors leave a gap or overlap at byte {start_at}")
+        end = stop_at
+    if not tensors or end != size - 8 - length:
+        raise _not_a_state(f"its header describes {end} bytes of tensors, {size - 8 - length} follow")
+    return tensors
+
+
+def read_queries(path: Path) -> Queries:
+    """Read a Parquet of queries: `content` (list of doubles, or string) and `label` (string).
+
+    Raises:
+        ArtifactInvalid: names the column or the row that is wrong.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        raise _no_queries("this is not a Parquet file; write it with two columns, content and label") from error
+    with file:
+        names = file.schema_arrow.names
+        for column in ("content", "label"):
+            if column not in names:
+                raise _no_queries(f"there is no column {column!r}; the columns are {', '.join(names[:20])}")
+        rows = file.metadata.num_rows
+        if not 0 < rows <= MAX_QUERIES:
+            raise _no_queries(f"it has {rows} rows; 1 to {MAX_QUERIES} are possible")
+        groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
+        numbers = sum(g.column(c).num_values for g in groups for c in range(g.num_columns))
+        declared = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
+        if numbers > MAX_QUERY_NUMBERS or declared > 10 * MAX_QUERY_NUMBERS:
+            raise _no_queries(
+                f"it holds {numbers} values; at most {MAX_QUERY_NUMBERS} are possible. Send fewer queries"
+            )
+        try:
+            table = file.read(columns=["content", "label"])
+        except (pa.ArrowException, OSError) as error:
+            raise _no_queries(f"it cannot be read: {error}") from error
+    labels = _texts(table["label"], "label")
+    kind = table.schema.field("content").type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return Queries(_texts(table["content"], "content"), labels)
+    return Queries(_vectors(table["content"]), labels)
+
+
+def _texts(column: pa.ChunkedArray, name: str) -> list[str]:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise _no_queries(f"column {name!r} is {column.type}; it must be a string")
+    texts = column.to_pylist()
+    for row, text in enumerate(texts):
+        if not text:
+            raise _no_queries(f"row {row} has no {name}")
+    return texts
+
+
+def _vectors(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise _no_queries(f"column 'content' is {kind}; it must be a list of numbers, or a string")
+    if column.null_count:
+        raise _no_queries("column 'content' has empty rows")
+    lengths = pc.list_value_length(column).to_numpy()
+    wrong = np.flatnonzero(lengths != lengths[0])
+    if len(wrong):
+        raise _no_queries(f"row {wrong[0]} has {lengths[wrong[0]]} numbers, row 0 has {lengths[0]}")
+    flat = pc.list_flatten(column)
+    # (n_query, length), a null as NaN; copied, since torch will not share what Arrow keeps read-only
+    content = np.array(flat.cast(pa.float64()).to_numpy(), dtype=np.float64).reshape(len(column), -1)
+    wrong = np.flatnonzero(~np.isfinite(content).all(1))
+    if len(wrong):
+        raise _no_queries(f"row {wrong[0]} holds a number that is missing or not finite")
+    return content
+
+
+def _entry(name: str, entry: Any) -> tuple[str, list[int], tuple[int, int]]:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if all(
+            type(side) is int and side >= 0 for side in shape
+        ):
+            size = 1
+            for side in shape:
+                size *= side
+            if dtype not in DTYPE_BYTES:
+                raise _not_a_state(f"tensor {name!r} is {dtype}; possible are {', '.join(DTYPE_BYTES)}")
+            if not 0 <= start <= stop or stop - start != size * DTYPE_BYTES[dtype]:
+                raise _not_a_state(f"tensor {name!r} has {stop - start} bytes for shape {shape} of {dtype}")
+            return dtype, shape, (start, stop)
+    raise _not_a_state(f"tensor {name!r} has no dtype, shape and data_offsets")
+
+
+def _receive(stream: Readable, path: Path) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        while chunk := stream.read(CHUNK_BYTES):
+            size += len(chunk)
+            if size > settings.MAX_ARTIFACT_BYTES:
+                raise ArtifactInvalid(
+                    f"An artifact has at most {settings.MAX_ARTIFACT_BYTES} bytes.", pointers={"/body": "too large"}
+                )
+            digest.update(chunk)
+            file.write(chunk)
+    if not size:
+        raise ArtifactInvalid("The body is empty; send the file's bytes as they are.", pointers={"/body": "empty"})
+    return digest.hexdigest(), size
+
+
+def _put(key: str, path: Path, size: int) -> None:
+    """Put a file under its key whole or not at all: whoever finds the key finds all of its bytes."""
+    if default_storage.exists(key) and default_storage.size(key) == size:
+        return
+    try:
+        target = Path(default_storage.path(key))
+    except NotImplementedError:  # in object storage a put is whole or nothing
+        with path.open("rb") as file:
+            stored = default_storage.save(key, File(file))
+        if stored != key:  # someone else was first; the bytes are the same
+            default_storage.delete(stored)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    shutil.copyfile(path, partial)
+    partial.replace(target)
+
+
+def _not_a_state(reason: str) -> ArtifactInvalid:
+    return ArtifactInvalid(f"Not a usable safetensors file: {reason}.", pointers={"/body": reason})
+
+
+def _no_queries(reason: str) -> ArtifactInvalid:
+    return ArtifactInvalid(f"Not usable as queries: {reason}.", pointers={"/body": reason})

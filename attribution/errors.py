@@ -1,0 +1,33 @@
+"""What attribution refuses, each with a stable code; the message says what to do."""
+
+from marketplace.errors import DomainError, InvalidInput
+
+
+class ArtifactInvalid(InvalidInput):
+    """The bytes are not what their kind promises, or are too many."""
+
+    code = "artifact_invalid"
+
+
+class ArtifactMissing(InvalidInput):
+    """The document names bytes that its owner has not handed in."""
+
+    code = "artifact_missing"
+
+
+class EvidenceInvalid(InvalidInput):
+    """A disclosure whose evidence cannot be turned into a task; pointers lead into the document."""
+
+    code = "evidence_invalid"
+
+
+class RunFailed(DomainError):
+    """A round of the run failed for good, so the run cannot be merged."""
+
+    code = "run_failed"
+
+
+class NotReplayed(DomainError):
+    """A measurement was asked for before the replay proved the disclosure."""
+
+    code = "not_replayed"

@@ -1,0 +1,105 @@
+"""What later packages and pages may ask of attribution."""
+
+from datetime import datetime
+
+from django.db.models import Q, QuerySet
+
+from attribution.models import AttributionResult, AttributionRun, Shard, Share, Verification
+from marketplace.models import DatasetVersion, Disclosure, Party, TrainedModel
+
+
+def published_results(model: TrainedModel | None = None) -> QuerySet[AttributionResult]:
+    """Newest first; of all models, or of one."""
+    results = AttributionResult.objects.filter(status=AttributionResult.Status.PUBLISHED)
+    if model is not None:
+        results = results.filter(model=model)
+    return results.select_related("model", "disclosure").order_by("-published_at", "-pk")
+
+
+def latest_result(model: TrainedModel, at: datetime | None = None) -> AttributionResult | None:
+    """The published result that holds now, or that held at a time."""
+    results = published_results(model)
+    if at is not None:
+        results = results.filter(published_at__lte=at)
+    return results.first()
+
+
+def result_shares(result: AttributionResult) -> QuerySet[Share]:
+    """Largest paid share first."""
+    shares = Share.objects.filter(result=result).select_related("party", "version__dataset")
+    return shares.order_by("partition", "-paid_ppq", "version", "party")
+
+
+def weights_by_payee(*, version: DatasetVersion, result: AttributionResult, partition: str) -> dict[int, int]:
+    """Party id → paid parts per quadrillion of one version's money; only what is above 0.
+
+    Empty if all of the version's records did nothing for the model, or harmed it: then there is nothing to divide by.
+    """
+    shares = Share.objects.filter(result=result, version=version, partition=partition, paid_ppq__gt=0)
+    return dict(shares.order_by("party").values_list("party", "paid_ppq"))
+
+
+def version_share_ppq(*, version: DatasetVersion, result: AttributionResult) -> int:
+    """What part of the model's value is the version's, in parts per quadrillion: its rights holders' paid shares."""
+    return sum(weights_by_payee(version=version, result=result, partition=Share.Partition.RIGHTS_HOLDER).values())
+
+
+def disclosures_visible_to(party: Party) -> QuerySet[Disclosure]:
+    """The only door to the state of a disclosure's jobs for non-staff: its owner's."""
+    return (
+        Disclosure.objects.filter(model__owner=party)
+        .select_related("model", "verification")
+        .prefetch_related("citations__version__dataset", "citations__license", "runs__shards", "results")
+    )
+
+
+def public_disclosures(at: datetime) -> QuerySet[Disclosure]:
+    """What anyone may read: every disclosure that is not, or no longer, under embargo."""
+    return (
+        Disclosure.objects.filter(Q(embargo_until=None) | Q(embargo_until__lte=at))
+        .select_related("model", "verification")
+        .prefetch_related("citations__version__dataset", "runs")
+        .order_by("-number")
+    )
+
+
+#: declared: no recipe was given; open: the replay is still to come; reproduced: it gave the disclosed weights;
+#: contradicted: it gave others; unusable: it could not be carried out.
+EVIDENCE_STATES = ("declared", "open", "reproduced", "contradicted", "unusable")
+
+
+def evidence_state(disclosure: Disclosure) -> str:
+    """What has become of a disclosure's evidence, in a word of `EVIDENCE_STATES`."""
+    if "recipe" not in disclosure.document:
+        return "declared"
+    verification = getattr(disclosure, "verification", None)
+    if verification is None or not verification.is_finished:
+        return "open"
+    if verification.status == Verification.Status.FAILED:
+        return "unusable"
+    return "reproduced" if verification.verdict == Verification.Verdict.MATCH else "contradicted"
+
+
+def find_verification(disclosure: Disclosure) -> Verification | None:
+    return Verification.objects.filter(disclosure=disclosure).first()
+
+
+def open_run(disclosure: Disclosure) -> AttributionRun | None:
+    """The run that is queued or running, if any."""
+    unfinished = Q(status=AttributionRun.Status.QUEUED) | Q(status=AttributionRun.Status.RUNNING)
+    return AttributionRun.objects.filter(unfinished, disclosure=disclosure).order_by("-pk").first()
+
+
+def run_progress(run: AttributionRun) -> tuple[int, int]:
+    """(work done, work in all) over the run's shards, in thousandths of a shard; (0, 0) while it is being planned."""
+    shards = list(run.shards.all())
+    done = sum(
+        1000 if shard.status == Shard.Status.DONE else 1000 * shard.progress_done // max(1, shard.progress_total)
+        for shard in shards
+    )
+    return done, 1000 * len(shards)
+
+
+def shown_name(party: Party) -> str:
+    """A party's name for anyone to read; an introduced contributor's is what a file called them, so it stays private."""
+    return party.name if party.is_claimed else f"Contributor {str(party.public_id)[:8]}"

@@ -1,0 +1,41 @@
+"""Ids in, services called. Services are imported inside: only the attribution worker should pay for loading torch."""
+
+from celery import shared_task
+
+from attribution.models import AttributionRun, Shard, Verification
+from marketplace import jobs
+
+
+@shared_task(acks_late=True)
+def verify_disclosure(verification_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash; so are the other two."""
+    with jobs.claimed(Verification, verification_id) as verification:
+        if verification:
+            from attribution.services import runs
+
+            runs.verify_disclosure(verification)
+
+
+@shared_task(acks_late=True)
+def advance_run(run_id: int) -> None:
+    with jobs.claimed(AttributionRun, run_id) as run:
+        if run:
+            from attribution.services import runs
+
+            runs.advance_run(run)
+
+
+@shared_task(acks_late=True)
+def execute_shard(shard_id: int) -> None:
+    with jobs.claimed(Shard, shard_id) as shard:
+        if shard:
+            from attribution.services import runs
+
+            runs.execute_shard(shard)
+
+
+@shared_task
+def request_missing_runs() -> None:
+    from attribution.services import runs
+
+    runs.request_missing_runs()
