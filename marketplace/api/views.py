@@ -169,7 +169,7 @@ def download(request: HttpRequest, token: str) -> HttpResponseBase:
         response = FileResponse(found.file)
         response["Content-Length"] = str(found.size_bytes)
     else:
-        response = StreamingHttpResponse(_read(found.file, span), status=206)
+        response = StreamingHttpResponse(_Span(found.file, span), status=206)
         response["Content-Length"] = str(len(span))
         response["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{found.size_bytes}"
     response["Content-Type"] = "application/vnd.apache.parquet"
@@ -215,10 +215,16 @@ def _range(request: HttpRequest, found: Download) -> range | None:
     return range(start, max(start, stop))
 
 
-def _read(file: IO[bytes], span: range) -> Iterator[bytes]:
-    with file:
-        file.seek(span.start)
-        left = len(span)
-        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+class _Span:
+    """A part of a file in chunks; Django closes it with the response, read or not."""
+
+    def __init__(self, file: IO[bytes], span: range) -> None:
+        self.file, self.span = file, span
+        self.close = file.close
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.file.seek(self.span.start)
+        left = len(self.span)
+        while left and (chunk := self.file.read(min(CHUNK_BYTES, left))):
             left -= len(chunk)
             yield chunk

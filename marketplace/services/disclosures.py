@@ -251,26 +251,24 @@ def _plain(value: Any) -> Any:
 
 
 def _deepest(error: ValidationError) -> ValidationError:
-    """Of an error over alternatives, the one that came nearest to the alternative that was meant."""
+    """Of an error over alternatives, the one that got furthest into the document: there it was meant."""
     while error.context:
-        nearest = best_match(error.context)
-        assert nearest is not None, "there is a context"
-        error = nearest
+        error = max(error.context, key=lambda inner: len(inner.absolute_path))
     return error
 
 
 def _explain(error: ValidationError) -> Iterable[tuple[str, str]]:
     """Pointer and remedy; jsonschema's own messages would repeat the whole document."""
-    where = "".join(f"/{part}" for part in error.absolute_path)
+    where = _pointer(*error.absolute_path)
     limit: Any = error.validator_value
     match error.validator:
         case "required" | "dependentRequired":
             needed = limit if error.validator == "required" else sorted({n for names in limit.values() for n in names})
-            yield from ((f"{where}/{name}", "is missing.") for name in needed if name not in error.instance)
+            yield from ((where + _pointer(name), "is missing.") for name in needed if name not in error.instance)
         case "additionalProperties" if limit is False:
             known = sorted(error.schema["properties"])
             for name in sorted(set(error.instance) - set(known)):
-                yield f"{where}/{_short(name)}", f"is not a field here; there are {', '.join(known)}."
+                yield where + _pointer(name[:60]), f"is not a field here; there are {', '.join(known)}."
         case "enum":
             yield where, f"is {_short(error.instance)}; use one of {', '.join(map(str, limit))}."
         case "const":
@@ -300,6 +298,10 @@ def _explain(error: ValidationError) -> Iterable[tuple[str, str]]:
             yield where, "names something twice."
         case _:
             yield where, error.message[:200]
+
+
+def _pointer(*parts: str | int) -> str:
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)  # RFC 6901
 
 
 def _short(value: Any) -> str:
