@@ -96,7 +96,7 @@ def open_reader(path: Path, format: str, mapping: ColumnMapping, *, filename: st
     Raises:
         FileRefused: the file, its header or the mapping is wrong.
     """
-    reader = CsvReader if format == "csv" else ParquetReader
+    reader: type[CsvReader | ParquetReader] = {"csv": CsvReader, "parquet": ParquetReader}[format]
     return reader(path, mapping, filename=filename, limits=limits)
 
 
@@ -114,6 +114,7 @@ class CsvReader(Reader):
                 f"{filename} ends its lines with CR alone; save it with LF or CRLF.", code="line_ends_unknown"
             )
         sniff(head, filename=filename)
+        self.delimiter = ","  # until the header says otherwise
         self.delimiter, header = self._header(head)
         names = [name.strip() for name in header]
         self.columns = mapping.resolve(names, filename=filename, limits=limits)
@@ -128,7 +129,6 @@ class CsvReader(Reader):
                 pointers={"content": "Name one text column."},
             )
         self._input: pa.NativeFile | None = None
-        self._quotes = 0
 
     def bytes_read(self) -> int:
         return (
@@ -139,6 +139,9 @@ class CsvReader(Reader):
         content = [self._raw_name[name] for name in self.columns.content]
         named = [self._raw_name[name] for name in self.columns.named]
         types = {name: pa.float64() if self.kind == "vector" else pa.string() for name in content}
+        if self._has_odd_quotes():
+            for _ in self._rows(strict=True):  # Arrow takes what follows an unclosed quote for one long cell
+                pass
         n_rows = 0
         try:
             self._input = pa.OSFile(str(self.path))
@@ -162,14 +165,7 @@ class CsvReader(Reader):
             if self._input is not None:
                 self._input.close()
         if not n_rows:
-            raise FileRefused(
-                f"{self.filename} has a header and no rows; add at least one record.",
-                code="file_empty",
-                pointers={"file": "The file has no rows."},
-            )
-        if self._has_odd_quotes():
-            for _ in self._rows(strict=True):  # Arrow takes what follows an unclosed quote for one long cell
-                pass
+            raise no_rows(self.filename)
 
     def _slices(self, batch: pa.RecordBatch, *, n_content: int) -> Iterator[pa.RecordBatch]:
         rows = max(1, min(SLICE_ROWS, SLICE_BYTES // (8 * n_content)))
@@ -197,7 +193,9 @@ class CsvReader(Reader):
             # a multi-byte character may be cut at the block's end, not before
             decoded = codecs.getincrementaldecoder("utf-8")().decode(text, final=len(head) == self.size_bytes)
         except UnicodeDecodeError:
-            raise self._diagnosis("invalid UTF-8") from None
+            for _ in self._rows():  # refuses it, naming the byte and its row
+                pass
+            raise
         lines = decoded.lstrip("\r\n")
         first = lines.partition("\n")[0]
         delimiter = max(",;\t", key=lambda mark: (first.count(mark), mark == ","))
@@ -265,11 +263,8 @@ class CsvReader(Reader):
     def _diagnosis(self, said: str) -> FileRefused:
         """What Arrow refused, told with row, line and column."""
         try:
-            numeric = (
-                {self._positions[name]: name for name in self.columns.content}
-                if getattr(self, "kind", "") == "vector"
-                else {}
-            )
+            numeric = {self._positions[name]: name for name in self.columns.content} if self.kind == "vector" else {}
+            row = 0
             for row, line, cells in self._rows():
                 if not row:
                     continue
@@ -288,6 +283,8 @@ class CsvReader(Reader):
                 for at, name in numeric.items():
                     if not _is_number(cells[at]):
                         return bad_number(self.filename, row, line, name, cells[at])
+            if not row:
+                return no_rows(self.filename)
         except FileRefused as refusal:
             return refusal
         return FileRefused(f"{self.filename} cannot be read as CSV: {said.splitlines()[0][:300]}", code="csv_invalid")
@@ -371,11 +368,7 @@ class ParquetReader(Reader):
         if metadata.num_rows > limits.rows:
             raise too_many_rows(filename, limits)
         if not metadata.num_rows:
-            raise FileRefused(
-                f"{filename} has columns and no rows; add at least one record.",
-                code="file_empty",
-                pointers={"file": "The file has no rows."},
-            )
+            raise no_rows(filename)
         if (depth := max((_depth(field.type) for field in arrow_schema), default=0)) > limits.schema_depth:
             raise FileRefused(
                 f"{filename} nests lists and structs {depth} deep; the most is {limits.schema_depth}. Flatten its columns.",
@@ -452,6 +445,14 @@ class ParquetReader(Reader):
                 if column.path_in_schema in mapped or column.path_in_schema.partition(".")[0] in mapped:
                     total += max(0, column.total_uncompressed_size)
         return total
+
+
+def no_rows(filename: str) -> FileRefused:
+    return FileRefused(
+        f"{filename} has columns and no rows; add at least one record.",
+        code="file_empty",
+        pointers={"file": "The file has no rows."},
+    )
 
 
 def too_many_rows(filename: str, limits: Limits) -> FileRefused:

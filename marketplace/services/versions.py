@@ -336,15 +336,22 @@ def _local(key: str) -> Iterator[Path]:
 def _store_parquet(path: Path) -> tuple[str, str, int]:
     """(SHA-256, key, bytes). The key is the digest; an attempt that was killed may have left half a file under it."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(File(file))
     key, size_bytes = f"versions/{digest[:2]}/{digest}.parquet", path.stat().st_size
     if default_storage.exists(key):
         with default_storage.open(key) as stored:
-            if hashlib.file_digest(stored.file, "sha256").hexdigest() == digest:
+            if _sha256(stored) == digest:
                 return digest, key, size_bytes
         default_storage.delete(key)
     with path.open("rb") as file:
         return digest, default_storage.save(key, File(file)), size_bytes
+
+
+def _sha256(file: File) -> str:
+    digest = hashlib.sha256()
+    for chunk in file.chunks(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 # --- publication ------------------------------------------------------------------------------------------------------
