@@ -83,6 +83,11 @@ class Party(models.Model):
     def is_claimed(self) -> bool:
         return self.claimed_at is not None
 
+    @property
+    def public_name(self) -> str:
+        """For anyone to read; what a file called someone who has not claimed the party is for its introducer alone."""
+        return self.name if self.is_claimed else f"Contributor {str(self.public_id)[:8]}"
+
 
 class Membership(models.Model):
     """What a user may do in a party's name."""

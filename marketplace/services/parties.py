@@ -5,6 +5,7 @@ import secrets
 from datetime import timedelta
 
 from django.db import transaction
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from marketplace.errors import DomainError, NotAllowed
@@ -60,6 +61,34 @@ def invite(*, party: Party, email: str, by: User) -> str:
     return token
 
 
+def get_invitation(*, token: str, user: User) -> Invitation:
+    """What an invitation offers, before it is taken up.
+
+    Raises:
+        InvitationNotValid: see the class.
+    """
+    found = _invited(Invitation.objects.all(), token=token, user=user)
+    if found.accepted_at is not None and found.accepted_by_id != user.pk:
+        raise InvitationNotValid("This invitation has been used.")
+    return found
+
+
+def _invited(invitations: QuerySet[Invitation], *, token: str, user: User) -> Invitation:
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    found = invitations.select_related("party__introduced_by").filter(token_hash=digest).first()
+    if found is None or found.expires_at < timezone.now():
+        raise InvitationNotValid("This invitation is unknown or has expired; ask for a new one.")
+    if found.email.lower() != user.email.lower():
+        raise InvitationNotValid("This invitation was sent to another address; sign in with that one.")
+    return found
+
+
+def set_country(*, party: Party, country: str) -> None:
+    """Where the party has its bank account, which Stripe asks before it can pay anyone."""
+    Party.objects.filter(pk=party.pk).update(country=country.upper())
+    party.refresh_from_db(fields=["country"])
+
+
 @transaction.atomic
 def accept_invitation(*, token: str, user: User) -> Party:
     """Make the invited person the owner of the contributor's party; what it has accrued is theirs from now on.
@@ -67,16 +96,7 @@ def accept_invitation(*, token: str, user: User) -> Party:
     Raises:
         InvitationNotValid: see the class; the address must be the invited one.
     """
-    found = (
-        Invitation.objects.select_for_update(of=("self",))
-        .select_related("party")
-        .filter(token_hash=hashlib.sha256(token.encode()).hexdigest())
-        .first()
-    )
-    if found is None or found.expires_at < timezone.now():
-        raise InvitationNotValid("This invitation is unknown or has expired; ask for a new one.")
-    if found.email.lower() != user.email.lower():
-        raise InvitationNotValid("This invitation was sent to another address; sign in with that one.")
+    found = _invited(Invitation.objects.select_for_update(of=("self",)), token=token, user=user)
     party = found.party
     if found.accepted_at is not None:
         if found.accepted_by_id == user.pk:

@@ -1,0 +1,112 @@
+"""Whom one acts for: switch, found an organisation, take up an invitation; and the keys that act without a person."""
+
+from django.contrib import messages
+from django.contrib.auth.decorators import login_required
+from django.http import HttpResponseBase
+from django.shortcuts import get_object_or_404, redirect, render
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_http_methods, require_POST
+
+from marketplace import selectors
+from marketplace.api.keys import create_api_key, revoke_api_key
+from marketplace.errors import DomainError
+from marketplace.models import ApiKey, Membership, Party
+from marketplace.money import Money
+from marketplace.services.parties import accept_invitation, create_party, get_invitation
+from marketplace.web.access import ActingRequest, acting_owner
+from marketplace.web.forms import SCOPES, ApiKeyForm, OrganisationForm
+from marketplace.web.middleware import SESSION_KEY
+from marketplace.web.views.orders import refusal
+
+
+@login_required
+@require_POST
+def party_switch(request: ActingRequest) -> HttpResponseBase:
+    membership = get_object_or_404(
+        Membership.objects.select_related("party"),
+        user=request.user,
+        party__public_id=request.POST.get("party") or None,
+    )
+    request.session[SESSION_KEY] = membership.party_id
+    messages.success(request, f"You now act for {membership.party.name}.")
+    # Not back to the page one came from: what the former party could see there may not exist for this one.
+    return redirect("home")
+
+
+@login_required
+@require_http_methods(["GET", "POST"])
+def organisation_new(request: ActingRequest) -> HttpResponseBase:
+    form = OrganisationForm(request.POST or None)
+    if form.is_valid():
+        party = create_party(
+            user=request.user,
+            name=form.cleaned_data["name"],
+            kind=Party.Kind.ORGANISATION,
+            country=form.cleaned_data["country"].upper(),
+        )
+        request.session[SESSION_KEY] = party.pk
+        messages.success(request, f"{party.name} is there, and you act for it.")
+        return redirect("home")
+    return render(request, "marketplace/organisation_form.html", {"form": form}, status=422 if form.errors else 200)
+
+
+@login_required
+@require_http_methods(["GET", "POST"])
+def invitation(request: ActingRequest, token: str) -> HttpResponseBase:
+    """A GET only shows it: a mail scanner that follows links must not take it up."""
+    if request.method == "GET":
+        try:
+            found = get_invitation(token=token, user=request.user)
+        except DomainError as error:
+            return refusal(request, error)
+        return render(request, "marketplace/invitation.html", {"invitation": found})
+    try:
+        party = accept_invitation(token=token, user=request.user)
+    except DomainError as error:
+        return refusal(request, error)
+    request.session[SESSION_KEY] = party.pk
+    messages.success(request, f"{party.name} is yours. What its records earned so far is below.")
+    return redirect("earnings")
+
+
+@never_cache
+@acting_owner
+@require_http_methods(["GET", "POST"])
+def api_keys(request: ActingRequest) -> HttpResponseBase:
+    """The answer to the POST is the only page that ever shows a key's text."""
+    form = ApiKeyForm(request.POST or None)
+    made, text = None, ""
+    if form.is_valid():
+        try:
+            made, text = create_api_key(
+                party=request.party,
+                user=request.user,
+                name=form.cleaned_data["name"],
+                scopes=form.cleaned_data["scopes"],
+                spending_limit_micros=form.cleaned_data["spending_limit"],
+            )
+            form = ApiKeyForm()
+        except DomainError as error:
+            form.add_refusal(error)
+    context = {
+        "form": form,
+        "made": made,
+        "made_text": text,
+        "keys": [(key, _limit(key)) for key in selectors.api_keys_of(request.party)],
+        "scopes": SCOPES,
+    }
+    return render(request, "marketplace/api_keys.html", context, status=422 if form.errors else 200)
+
+
+@acting_owner
+@require_POST
+def api_key_revoke(request: ActingRequest, key_id: int) -> HttpResponseBase:
+    key: ApiKey = get_object_or_404(selectors.api_keys_of(request.party), pk=key_id)
+    revoke_api_key(key=key, user=request.user)
+    messages.success(request, f"The key {key.prefix}… no longer works.")
+    return redirect("api-keys")
+
+
+def _limit(key: ApiKey) -> str:
+    """The limit holds in each currency alike, so it is written without one."""
+    return "" if key.spending_limit_micros is None else Money(key.spending_limit_micros, "USD").amount_text()

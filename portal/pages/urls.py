@@ -1,0 +1,19 @@
+from django.urls import path, re_path
+
+from portal.pages import views
+
+urlpatterns = [
+    path("", views.home, name="home"),
+    path("robots.txt", views.robots),
+    path("favicon.ico", views.favicon),
+    path("models/", views.models, name="models"),
+    path("models/<slug:slug>/", views.model, name="model"),
+    path("models/<slug:slug>/disclosures/<int:number>.json", views.disclosure_document, name="disclosure-document"),
+    path("orders/<uuid:order_id>/checkout/", views.checkout, name="checkout"),
+    path("royalties/", views.royalty_list, name="royalties"),
+    path("royalties/<int:invoice_id>/checkout/", views.invoice_checkout, name="invoice-checkout"),
+    path("earnings/", views.earnings, name="earnings"),
+    path("earnings/onboarding/", views.onboarding, name="onboarding"),
+    re_path(r"^earnings/(?P<month>\d{4}-\d{2})/$", views.statement, name="statement"),
+    re_path(r"^earnings/(?P<month>\d{4}-\d{2})(?P<suffix>\.csv)$", views.statement, name="statement-csv"),
+]

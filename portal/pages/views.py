@@ -1,0 +1,251 @@
+"""Pages over several packages: home, models and their shares, checkouts, earnings and statements."""
+
+import re
+import uuid
+from datetime import date
+from typing import Any
+
+from django.conf import settings
+from django.contrib import messages
+from django.core.paginator import Paginator
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, HttpResponsePermanentRedirect
+from django.shortcuts import get_object_or_404, redirect, render
+from django.urls import reverse
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from attribution import selectors as attribution
+from attribution.models import AttributionResult, Share
+from marketplace import clock
+from marketplace import selectors as marketplace
+from marketplace.errors import DomainError
+from marketplace.models import Disclosure, TrainedModel
+from marketplace.money import Money
+from marketplace.services.disclosures import canonical_json
+from marketplace.services.parties import set_country
+from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
+from marketplace.web.views.orders import refusal
+from payouts import selectors as payouts
+from payouts.services import payees, royalties, sales, statements
+from portal.pages import selectors
+from portal.pages.forest import forest
+from portal.pages.forms import CountryForm, RevenueForm
+
+PER_PAGE = 24
+N_DRAWN = 24
+N_LINES = 100
+
+
+@require_GET
+def home(request: HttpRequest) -> HttpResponse:
+    return render(request, "portal/home.html", {"figures": selectors.site_figures(clock.now())})
+
+
+@require_GET
+def robots(request: HttpRequest) -> HttpResponse:
+    private = "/accounts/ /admin/ /api/ /downloads/ /earnings/ /invitations/ /licenses/ /orders/ /settings/ /uploads/"
+    lines = ["User-agent: *", *(f"Disallow: {path}" for path in private.split())]
+    return HttpResponse("\n".join(lines) + "\n", content_type="text/plain")
+
+
+@require_GET
+def favicon(request: HttpRequest) -> HttpResponsePermanentRedirect:
+    return HttpResponsePermanentRedirect(settings.STATIC_URL + "favicon.svg")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+@require_GET
+def models(request: HttpRequest) -> HttpResponse:
+    page = Paginator(selectors.public_models(clock.now()), PER_PAGE).get_page(request.GET.get("page"))
+    rows = [(model, next(iter(model.disclosures.all())), next(iter(model.results.all()), None)) for model in page]
+    return render(request, "portal/model_list.html", {"section": "models", "page": page, "rows": rows})
+
+
+@require_GET
+def model(request: HttpRequest, slug: str) -> HttpResponse:
+    """What a model was trained on, what that is worth to it, and how strong the evidence is."""
+    found, disclosures = _model_or_404(request, slug)
+    latest = disclosures[0]
+    run = attribution.open_run(latest)
+    result = attribution.latest_result(found)
+    context = {
+        "section": "models",
+        "model": found,
+        "disclosure": latest,
+        "disclosures": disclosures,
+        "is_owner": found.owner == request.party,  # type: ignore[attr-defined]
+        "citations": latest.citations.select_related("version__dataset__owner", "license__order_line__order").order_by(
+            "position"
+        ),
+        "evidence": attribution.evidence_state(latest),
+        "verification": attribution.find_verification(latest),
+        "run": run,
+        "progress": attribution.run_progress(run) if run else None,
+        "result": result,
+        "partitions": _partitions(result) if result else [],
+        "n_drawn": N_DRAWN,
+    }
+    if request.htmx:  # type: ignore[attr-defined]
+        return render(request, "portal/_model_progress.html", context)
+    return render(request, "portal/model_detail.html", context)
+
+
+@require_GET
+def disclosure_document(request: HttpRequest, slug: str, number: int) -> HttpResponse:
+    """The document as it was sent, in the canonical form whose SHA-256 names it."""
+    _, disclosures = _model_or_404(request, slug)
+    found = next((one for one in disclosures if one.number == number), None)
+    if found is None:
+        raise Http404("There is no such disclosure")
+    return HttpResponse(canonical_json(found.document), content_type="application/json")
+
+
+def _model_or_404(request: HttpRequest, slug: str) -> tuple[TrainedModel, list[Disclosure]]:
+    found = get_object_or_404(TrainedModel.objects.select_related("owner"), slug=slug)
+    is_owner = found.owner == request.party  # type: ignore[attr-defined]
+    disclosures = list(selectors.visible_disclosures(found, is_owner=is_owner, at=clock.now()))
+    if not disclosures:
+        raise Http404("There is no such model")
+    return found, disclosures
+
+
+def _partitions(result: AttributionResult) -> list[dict[str, Any]]:
+    """Rights holders and labellers, each as rows for the table and, of the largest, positions for the drawing."""
+    shares = list(attribution.result_shares(result))
+    titles = {Share.Partition.RIGHTS_HOLDER: "Rights holders", Share.Partition.LABELLER: "Labellers"}
+    found = []
+    for partition, title in titles.items():
+        rows = [share for share in shares if share.partition == partition]
+        drawn = rows[:N_DRAWN]
+        layout = forest([(row.count_ppq / 10**15, row.raw, row.low, row.high) for row in drawn]) if drawn else None
+        found.append(
+            {
+                "id": partition.value,
+                "title": title,
+                "rows": rows,
+                "drawn": list(zip(drawn, layout.marks, strict=True)) if layout else [],
+                "ticks": layout.ticks if layout else [],
+                "has_several_versions": len({row.version_id for row in rows}) > 1,
+            }
+        )
+    return [partition for partition in found if partition["rows"]]
+
+
+# --- paying -----------------------------------------------------------------------------------------------------------
+@acting_owner
+@require_POST
+def checkout(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
+    order = get_object_or_404(marketplace.orders_visible_to(request.party), public_id=order_id)
+    try:
+        return see_other(sales.start_checkout(order=order, **checkout_urls(reverse("order", args=[order.public_id]))))
+    except DomainError as error:
+        return refusal(request, error)
+
+
+def checkout_urls(page: str) -> dict[str, str]:
+    """Where Stripe sends the buyer back to; arriving there proves nothing."""
+    return {
+        "success_url": f"{settings.BASE_URL}{page}?from=checkout",
+        "cancel_url": f"{settings.BASE_URL}{page}?from=cancelled",
+    }
+
+
+@acting_owner
+@require_http_methods(["GET", "POST"])
+def royalty_list(request: ActingRequest) -> HttpResponseBase:
+    """A licensee states what a model earned; the invoice follows, a line per cited dataset."""
+    own_models = payouts.reportable_models_of(request.party)
+    form = RevenueForm(request.POST or None, models=own_models, initial={"key": uuid.uuid4().hex})
+    if form.is_valid():
+        try:
+            royalties.report_revenue(licensee=request.party, **form.report)
+        except DomainError as error:
+            form.add_refusal(error)
+        else:
+            messages.success(request, "Reported. The invoice is below.")
+            return redirect("royalties")
+    page = Paginator(payouts.royalty_invoices_of(request.party), PER_PAGE).get_page(request.GET.get("page"))
+    context = {
+        "section": "royalties",
+        "form": form,
+        "page": page,
+        "invoices": [
+            (invoice, [(line, Money(line.amount_micros, invoice.currency)) for line in invoice.lines.all()])
+            for invoice in page
+        ],
+        "has_models": bool(own_models),
+        "came_from_checkout": request.GET.get("from") == "checkout",
+    }
+    return render(request, "portal/royalty_list.html", context, status=422 if form.errors else 200)
+
+
+@acting_owner
+@require_POST
+def invoice_checkout(request: ActingRequest, invoice_id: int) -> HttpResponseBase:
+    invoice = get_object_or_404(payouts.royalty_invoices_of(request.party), pk=invoice_id)
+    try:
+        return see_other(royalties.start_invoice_checkout(invoice=invoice, **checkout_urls(reverse("royalties"))))
+    except DomainError as error:
+        return refusal(request, error)
+
+
+# --- earning ----------------------------------------------------------------------------------------------------------
+@acting
+@require_GET
+def earnings(request: ActingRequest) -> HttpResponse:
+    party = request.party
+    page = Paginator(payouts.lines_of(party), N_LINES).get_page(request.GET.get("page"))
+    payee = payouts.payee_of(party)
+    context = {
+        "section": "earnings",
+        "earnings": [(of, of.in_transit + of.sent) for of in payouts.earnings_of(party)],
+        "next_payouts": payouts.next_payout(party),
+        "pools": payouts.waiting_pools_of(party),
+        "payee": payee,
+        "page": page,
+        "lines": [(line, Money(line.amount_micros, line.division.currency)) for line in page],
+        "payouts": payouts.payouts_of(party)[:12],
+        "months": [(f"{year}-{month:02}", date(year, month, 1)) for year, month in payouts.months_of(party)],
+        "country_form": CountryForm(initial={"country": party.country}) if payee is None else None,
+        "came_from_stripe": request.GET.get("from") == "stripe",
+    }
+    return render(request, "portal/earnings.html", context)
+
+
+@acting_owner
+@require_http_methods(["GET", "POST"])
+def onboarding(request: ActingRequest) -> HttpResponseBase:
+    """POST: go to Stripe's own pages. GET: Stripe sent the person back because the link was too old; a fresh one follows."""
+    party = request.party
+    if payouts.payee_of(party) is None and ("country" in request.POST or not party.country):
+        form = CountryForm(request.POST if "country" in request.POST else None)
+        if not form.is_valid():
+            context = {"section": "earnings", "form": form}
+            return render(request, "portal/country_form.html", context, status=422 if form.errors else 200)
+        set_country(party=party, country=form.cleaned_data["country"])
+    page = f"{settings.BASE_URL}{reverse('earnings')}"
+    try:
+        url = payees.start_onboarding(
+            party=party, return_url=f"{page}?from=stripe", refresh_url=f"{settings.BASE_URL}{reverse('onboarding')}"
+        )
+    except DomainError as error:
+        return refusal(request, error)
+    return see_other(url)
+
+
+@acting
+@require_GET
+def statement(request: ActingRequest, month: str, suffix: str = "") -> HttpResponse:
+    matched = re.fullmatch(r"(\d{4})-(\d{2})", month)
+    if matched is None:
+        raise Http404("A month is written 2026-03")
+    try:
+        found = statements.statement(party=request.party, year=int(matched[1]), month=int(matched[2]))
+    except DomainError as error:
+        raise Http404(error.message) from None
+    if suffix:
+        return HttpResponse(
+            statements.statement_csv(found),
+            content_type="text/csv; charset=utf-8",
+            headers={"Content-Disposition": f'attachment; filename="residual-{month}.csv"'},
+        )
+    return render(request, "portal/statement.html", {"section": "earnings", "statement": found, "month": month})
