@@ -204,7 +204,7 @@ REST_FRAMEWORK = {
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
     "DEFAULT_PAGINATION_CLASS": "marketplace.api.pagination.CreatedCursorPagination",
-    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "DEFAULT_SCHEMA_CLASS": "marketplace.api.schema.ScopedAutoSchema",
     "EXCEPTION_HANDLER": "marketplace.api.problems.problem_response",
     "DEFAULT_THROTTLE_CLASSES": ["marketplace.api.throttling.PartyThrottle"],
     "DEFAULT_THROTTLE_RATES": {
@@ -222,6 +222,14 @@ SPECTACULAR_SETTINGS = {
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "SERVE_PERMISSIONS": ["rest_framework.permissions.AllowAny"],
     "SERVE_AUTHENTICATION": [],
+    "POSTPROCESSING_HOOKS": [
+        "drf_spectacular.hooks.postprocess_schema_enums",
+        "marketplace.api.schema.describe_problems",
+    ],
+    "ENUM_NAME_OVERRIDES": {
+        "OrderStatus": "marketplace.models.orders.Order.Status",
+        "JobStatus": "marketplace.jobs.Job.Status",
+    },
 }
 
 # --- security ---------------------------------------------------------------------------------------------------------

@@ -4,10 +4,7 @@ from django.contrib import admin
 from django.urls import URLPattern, URLResolver, include, path
 
 from marketplace.api.views import disclosure_schema, download
-from portal.api import landed
 from portal.health import healthz, readyz
-
-PAGES = ("marketplace.web.urls", "payouts.web.urls", "portal.pages.urls")
 
 urlpatterns: list[URLPattern | URLResolver] = [
     path("healthz", healthz, name="healthz"),
@@ -17,5 +14,7 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("downloads/<str:token>", download, name="download"),
     path("admin/", admin.site.urls),
     path("accounts/", include("allauth.urls")),
-    *(path("", include(pages)) for pages in PAGES if landed(pages)),
+    path("", include("portal.pages.urls")),
+    path("", include("marketplace.web.urls")),
+    path("", include("payouts.web.urls")),
 ]

@@ -89,12 +89,18 @@ class ApiKeyAuthentication(BaseAuthentication):
         return "Bearer"
 
 
+def needed_scope(view: Any, method: str) -> str | None:
+    """The scope that a view's action needs; None: it is public."""
+    action: str = getattr(view, "action", None) or method.lower()
+    scope: str | None = getattr(view, "scopes", {}).get(action, ApiKey.Scope.READ)
+    return scope
+
+
 class HasScope(BasePermission):
     """The view names its scope per action (`scopes = {"create": "buy"}`); reading what is public needs no key."""
 
     def has_permission(self, request: Request, view: Any) -> bool:
-        action = getattr(view, "action", None) or request.method.lower()
-        needed = getattr(view, "scopes", {}).get(action, ApiKey.Scope.READ)
+        needed = needed_scope(view, request.method or "")
         if needed is None:
             return True
         if request.auth is None:
