@@ -1,10 +1,9 @@
-"""Descriptions of models, transforms, losses and measurements that a server may build: data, never code.
+"""Model descriptions that a server may build: JSON in, modules out, from allow-lists and nothing else.
 
-    {"kind": "sequential", "layers": [{"type": "linear", "in_features": 64, "out_features": 32}, {"type": "relu"}, ...]}
+    {"kind": "sequential", "layers": [{"kind": "linear", "in_features": 64, "out_features": 32}, {"kind": "gelu"}, …]}
 
-Every name and every option is on a list below; whatever is not is refused with its place. Sizes are added up from the
-description and then counted on the meta device, so a model that does not fit is refused before a byte of it is allocated.
-Tensors come from safetensors only: a pickle can run code, so none is read, whatever its file is called.
+A layer's options are torch's own, by torch's names. A description is counted on the meta device, which holds shapes and no
+numbers, before anything is built. Likewise the allow-lists of feature transforms, losses and measurements.
 """
 
 import math
@@ -14,297 +13,263 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from attribution.engine.errors import EngineError
 from attribution.engine.task import Batch, PerRecord
 
-SAFETENSORS_HEADER_LIMIT = 100_000_000  # the format's own
+MAX_PARAMETERS = 50_000_000
+MAX_LAYERS = 64
+MAX_WIDTH = 1_000_000  # of any one size in a description: a vocabulary, a layer's width
+MAX_STATE_BYTES = 4_000_000_000
+
+Description = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Caps:
-    parameters: int = 50_000_000
-    layers: int = 64
-    width: int = 65_536
-    kernel: int = 31
-    vocabulary: int = 1_000_000
+class Layer:
+    """What a layer may be told: option → (type, whether it must be given)."""
+
+    make: Callable[..., nn.Module]
+    options: Mapping[str, tuple[type, bool]]
 
 
-@dataclass(frozen=True)
-class _Option:
-    """An allowed option: its kind, its bounds, and its default (`...` where it must be given)."""
-
-    kind: type
-    low: float = -math.inf
-    high: float = math.inf
-    default: Any = ...
-    cap: str = ""  # a field of Caps that bounds it from above
-
-
-_WIDTH = _Option(int, 1, cap="width")
-_KERNEL = _Option(int, 1, cap="kernel")
-_STRIDE = _Option(int, 1, 31, 1)
-_PADDING = _Option(int, 0, 31, 0)
-_BIAS = _Option(bool, default=True)
-_POOL = {"kernel_size": _KERNEL, "stride": _Option(int, 1, 31, None), "padding": _PADDING}
-
-LAYERS: dict[str, tuple[Callable[..., nn.Module], dict[str, _Option]]] = {
-    "linear": (nn.Linear, {"in_features": _WIDTH, "out_features": _WIDTH, "bias": _BIAS}),
-    "conv2d": (
+SIZE = (int, True)
+LAYERS: dict[str, Layer] = {
+    "linear": Layer(nn.Linear, {"in_features": SIZE, "out_features": SIZE, "bias": (bool, False)}),
+    "conv2d": Layer(
         nn.Conv2d,
         {
-            "in_channels": _WIDTH,
-            "out_channels": _WIDTH,
-            "kernel_size": _KERNEL,
-            "stride": _STRIDE,
-            "padding": _PADDING,
-            "bias": _BIAS,
+            "in_channels": SIZE,
+            "out_channels": SIZE,
+            "kernel_size": SIZE,
+            "stride": (int, False),
+            "padding": (int, False),
+            "groups": (int, False),
+            "bias": (bool, False),
         },
     ),
-    "relu": (nn.ReLU, {}),
-    "gelu": (nn.GELU, {}),
-    "tanh": (nn.Tanh, {}),
-    "flatten": (nn.Flatten, {}),
-    "layer_norm": (nn.LayerNorm, {"normalized_shape": _WIDTH, "eps": _Option(float, 1e-12, 1.0, 1e-5)}),
-    "dropout": (nn.Dropout, {"p": _Option(float, 0.0, 0.95, 0.5)}),
-    "max_pool2d": (nn.MaxPool2d, _POOL),
-    "avg_pool2d": (nn.AvgPool2d, _POOL),
-    "embedding": (nn.Embedding, {"num_embeddings": _Option(int, 1, cap="vocabulary"), "embedding_dim": _WIDTH}),
-}
-
-TRANSFORMS: dict[str, dict[str, _Option]] = {
-    "scale": {"divide_by": _Option(float, 1e-12, 1e12)},
-    "standardize": {"mean": _Option(list), "std": _Option(list)},
-    "flatten": {},
-    "reshape": {"shape": _Option(list)},
+    "embedding": Layer(nn.Embedding, {"num_embeddings": SIZE, "embedding_dim": SIZE}),
+    "layer_norm": Layer(nn.LayerNorm, {"normalized_shape": SIZE, "eps": (float, False), "bias": (bool, False)}),
+    "relu": Layer(nn.ReLU, {}),
+    "gelu": Layer(nn.GELU, {}),
+    "tanh": Layer(nn.Tanh, {}),
+    "flatten": Layer(nn.Flatten, {}),
+    "unflatten": Layer(lambda shape: nn.Unflatten(1, tuple(shape)), {"shape": (list, True)}),
+    "dropout": Layer(nn.Dropout, {"p": (float, False)}),
+    "max_pool2d": Layer(nn.MaxPool2d, {"kernel_size": SIZE, "stride": (int, False), "padding": (int, False)}),
+    "avg_pool2d": Layer(nn.AvgPool2d, {"kernel_size": SIZE, "stride": (int, False), "padding": (int, False)}),
 }
 
 
-def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    inputs, labels = batch
-    return F.cross_entropy(model(inputs), labels, reduction="none")
-
-
-def _mse(model: nn.Module, batch: Batch) -> Tensor:
-    inputs, targets = batch
-    return (model(inputs) - targets).square().flatten(1).mean(1)
-
-
-LOSSES: dict[str, PerRecord] = {"cross_entropy": _cross_entropy, "mse": _mse}
-MEASUREMENTS: dict[str, PerRecord] = {"cross_entropy": _cross_entropy, "mse": _mse}
-
-
-def architecture(
-    description: Mapping[str, Any], *, caps: Caps | None = None, pointer: str = ""
-) -> Callable[[], nn.Module]:
-    """Check a description and give the `build` of a Task.
+def builder(description: Description, *, max_parameters: int = MAX_PARAMETERS) -> Callable[[], nn.Module]:
+    """A function that builds the described model, untrained; checked and counted now, built when called.
 
     Raises:
-        EngineError: with the path of what is wrong, before anything of the model is allocated.
+        EngineError: a kind or option that is not allowed, a size out of range, too many layers or parameters; the pointer
+            names the place, relative to the description.
     """
-    caps = caps or Caps()
-    _only(description, {"kind", "layers"}, pointer)
-    if description.get("kind") != "sequential":
-        raise EngineError(f'{description.get("kind")!r}: the known kind is "sequential"', pointer=f"{pointer}/kind")
-    layers = description.get("layers")
-    if not isinstance(layers, list) or not layers:
-        raise EngineError("must be a list of layers, not empty", pointer=f"{pointer}/layers")
-    if len(layers) > caps.layers:
-        raise EngineError(f"{len(layers)} layers; at most {caps.layers} are allowed", pointer=f"{pointer}/layers")
-    checked: list[tuple[str, dict[str, Any]]] = []
-    total = 0
-    for number, layer in enumerate(layers):
-        here = f"{pointer}/layers/{number}"
-        name = layer.get("type") if isinstance(layer, dict) else None
-        if not isinstance(name, str) or name not in LAYERS:
-            raise EngineError(f"{name!r} is none of {sorted(LAYERS)}", pointer=f"{here}/type")
-        # The parameters are counted first: "too many" is a better answer than "too wide".
-        total += _parameters(name, layer)
-        if total > caps.parameters:
-            raise EngineError(
-                f"this {name} layer brings the model to {total:,} parameters; at most {caps.parameters:,} are allowed",
-                pointer=here,
-            )
-        checked.append((name, _options(layer, LAYERS[name][1], caps, here)))
+    layers = _layers(description)
+    with torch.device("meta"):
+        total = 0
+        for index, (kind, options) in enumerate(layers):
+            # The product of a layer's sizes bounds its parameters; asking torch first could overflow even without memory.
+            largest = math.prod(value for value in options.values() if isinstance(value, int) and value > 1)
+            if largest > 1_000 * max_parameters:
+                raise _too_many(largest, max_parameters, index, kind)
+            total += sum(parameter.numel() for parameter in _build(index, kind, options).parameters())
+            if total > max_parameters:
+                raise _too_many(total, max_parameters, index, kind)
 
     def build() -> nn.Module:
-        return nn.Sequential(*(LAYERS[name][0](**options) for name, options in checked))
+        return nn.Sequential(*(_build(index, kind, options) for index, (kind, options) in enumerate(layers)))
 
-    with torch.device("meta"):
-        counted = sum(p.numel() for p in build().parameters())
-    if counted > caps.parameters:
-        raise EngineError(
-            f"{counted:,} parameters; at most {caps.parameters:,} are allowed", pointer=f"{pointer}/layers"
-        )
-    if counted == 0:
-        raise EngineError("no layer has parameters; there is nothing to train", pointer=f"{pointer}/layers")
     return build
 
 
-def check_shapes(build: Callable[[], nn.Module], example: Tensor, *, pointer: str = "/layers") -> tuple[int, ...]:
-    """Run the model on the meta device: the output's shape for one record, or the first layer that does not fit."""
-    with torch.device("meta"):
-        model = build()
-    x = torch.empty(example.shape, dtype=example.dtype, device="meta")
-    assert isinstance(model, nn.Sequential)
-    for number, layer in enumerate(model):
-        try:
-            x = layer(x)
-        except (RuntimeError, ValueError, IndexError) as error:
-            reason = str(error).splitlines()[0]
-            raise EngineError(
-                f"does not fit its input {tuple(x.shape)}: {reason}", pointer=f"{pointer}/{number}"
-            ) from error
-    return tuple(x.shape)
-
-
-def transform(steps: Sequence[Mapping[str, Any]], *, pointer: str = "") -> Callable[[Tensor], Tensor]:
-    """A feature transform: listed steps, in order, on tensors with leading dimension B; integers become float32."""
-    checked: list[tuple[str, dict[str, Any]]] = []
-    if not isinstance(steps, list | tuple) or len(steps) > 8:
-        raise EngineError("must be a list of at most 8 steps", pointer=pointer)
-    for number, step in enumerate(steps):
-        here = f"{pointer}/{number}"
-        name = step.get("type") if isinstance(step, Mapping) else None
-        if not isinstance(name, str) or name not in TRANSFORMS:
-            raise EngineError(f"{name!r} is none of {sorted(TRANSFORMS)}", pointer=f"{here}/type")
-        options = _options(step, TRANSFORMS[name], Caps(), here)
-        for key in ("mean", "std", "shape"):
-            if key in options:
-                options[key] = _numbers(options[key], f"{here}/{key}", whole=key == "shape", positive=key != "mean")
-        checked.append((name, options))
-
-    def apply(x: Tensor) -> Tensor:
-        x = x if x.is_floating_point() else x.float()
-        for name, options in checked:
-            if name == "scale":
-                x = x / options["divide_by"]
-            elif name == "standardize":
-                x = (x - torch.tensor(options["mean"], dtype=x.dtype)) / torch.tensor(options["std"], dtype=x.dtype)
-            elif name == "flatten":
-                x = x.flatten(1)
-            else:
-                x = x.reshape(len(x), *options["shape"])
-        return x
-
-    return apply
-
-
-def loss(name: str, *, pointer: str = "/loss") -> PerRecord:
-    return _listed(LOSSES, name, pointer)
-
-
-def measurement(name: str, *, pointer: str = "/measurement") -> PerRecord:
-    return _listed(MEASUREMENTS, name, pointer)
-
-
-def load_state(path: Path | str, expected: Mapping[str, Tensor], *, pointer: str = "") -> dict[str, Tensor]:
-    """Read a safetensors file whose names, shapes and dtypes must be `expected`'s (tensors on any device, meta too).
+def count_parameters(description: Description) -> int:
+    """How many parameters the described model has; nothing is built.
 
     Raises:
-        EngineError: not safetensors, or a tensor missing, unknown, of another shape or dtype, or not finite.
+        EngineError: see `builder`.
     """
-    path = Path(path)
-    _check_magic(path, pointer)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise EngineError(f"{path.name} is not a readable safetensors file: {error}", pointer=pointer) from error
-    for name in [*expected, *tensors]:
-        here = f"{pointer}/{name}"
-        if name not in tensors:
-            raise EngineError(f"is missing from {path.name}", pointer=here)
-        if name not in expected:
-            raise EngineError(f"is in {path.name} but not in the model", pointer=here)
-        found, wanted = tensors[name], expected[name]
-        if found.shape != wanted.shape or found.dtype != wanted.dtype:
-            raise EngineError(
-                f"is {found.dtype} {tuple(found.shape)}, the model has {wanted.dtype} {tuple(wanted.shape)}",
-                pointer=here,
-            )
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise EngineError("holds NaN or infinity", pointer=here)
-    return tensors
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in builder(description)().parameters())
 
 
-def _check_magic(path: Path, pointer: str) -> None:
-    """Name the usual impostors: a pickle and a zip (torch.save) announce themselves in their first bytes."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise EngineError(f"{path.name} cannot be read: {error.strerror}", pointer=pointer) from error
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise EngineError(
-            f"{path.name} is a pickle, whatever its name says; a pickle can run code and is never read. Save it again with "
-            "safetensors.torch.save_file",
-            pointer=pointer,
-        )
-    if len(head) < 9 or int.from_bytes(head[:8], "little") > SAFETENSORS_HEADER_LIMIT or head[8:9] != b"{":
-        raise EngineError(f"{path.name} is not a safetensors file", pointer=pointer)
+def _layers(description: Description) -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(description, Mapping) or description.get("kind") != "sequential":
+        kind = description.get("kind") if isinstance(description, Mapping) else description
+        raise EngineError(f"architecture {kind!r} is not allowed; use 'sequential'", pointer="/kind")
+    if unknown := sorted(set(description) - {"kind", "layers"}):
+        raise EngineError(f"unknown option {unknown[0]!r}; 'sequential' takes layers", pointer=f"/{unknown[0]}")
+    layers = description.get("layers")
+    if not isinstance(layers, Sequence) or isinstance(layers, str) or not 1 <= len(layers) <= MAX_LAYERS:
+        raise EngineError(f"give a list of 1 to {MAX_LAYERS} layers", pointer="/layers")
+    return [_layer(index, layer) for index, layer in enumerate(layers)]
 
 
-def _parameters(name: str, layer: Mapping[str, Any]) -> int:
-    """What a layer adds, from its numbers alone; nonsense counts as nothing here and is refused by its option."""
-
-    def size(key: str) -> int:
-        value = layer.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-    if name == "linear":
-        return size("in_features") * size("out_features")
-    if name == "conv2d":
-        return size("in_channels") * size("out_channels") * size("kernel_size") ** 2
-    if name == "embedding":
-        return size("num_embeddings") * size("embedding_dim")
-    return 0
-
-
-def _options(given: Mapping[str, Any], allowed: Mapping[str, _Option], caps: Caps, pointer: str) -> dict[str, Any]:
-    _only(given, {"type", *allowed}, pointer)
-    options = {}
-    for name, option in allowed.items():
-        here = f"{pointer}/{name}"
+def _layer(index: int, layer: Any) -> tuple[str, dict[str, Any]]:
+    pointer = f"/layers/{index}"
+    kind = layer.get("kind") if isinstance(layer, Mapping) else None
+    if kind not in LAYERS:
+        raise EngineError(f"layer {kind!r} is not allowed; use one of {', '.join(LAYERS)}", pointer=f"{pointer}/kind")
+    given = {name: value for name, value in layer.items() if name != "kind"}
+    allowed = LAYERS[kind].options
+    if unknown := sorted(set(given) - set(allowed)):
+        takes = ", ".join(allowed) or "no options"
+        raise EngineError(f"unknown option of {kind}; it takes {takes}", pointer=f"{pointer}/{unknown[0]}")
+    for name, (wanted, is_needed) in allowed.items():
         if name not in given:
-            if option.default is ...:
-                raise EngineError("is missing", pointer=here)
-            options[name] = option.default
+            if is_needed:
+                raise EngineError(f"{kind} needs it", pointer=f"{pointer}/{name}")
             continue
-        value = given[name]
-        kinds = (int, float) if option.kind is float else option.kind
-        if not isinstance(value, kinds) or (isinstance(value, bool) and option.kind is not bool):
-            raise EngineError(f"{value!r} is not of type {option.kind.__name__}", pointer=here)
-        high = getattr(caps, option.cap) if option.cap else option.high
-        if isinstance(value, int | float) and not isinstance(value, bool) and not option.low <= value <= high:
-            raise EngineError(f"{value!r} is not between {option.low:g} and {high:g}", pointer=here)
-        options[name] = value
-    return options
+        given[name] = _value(given[name], wanted, f"{pointer}/{name}")
+    return kind, given
 
 
-def _numbers(values: list[Any], pointer: str, *, whole: bool, positive: bool) -> list[Any]:
-    if not 1 <= len(values) <= 65_536:
-        raise EngineError(f"must hold 1 to 65,536 numbers, holds {len(values)}", pointer=pointer)
-    for number, value in enumerate(values):
-        right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not right or not math.isfinite(value) or (positive and value <= 0):
-            kind = "a whole number above 0" if whole else "a number above 0" if positive else "a finite number"
-            raise EngineError(f"{value!r} is not {kind}", pointer=f"{pointer}/{number}")
-    return values
+def _value(value: Any, wanted: type, pointer: str) -> Any:
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise EngineError(f"must be {wanted.__name__}, not {value!r}", pointer=pointer)
+    sizes = value if wanted is list else [value] if wanted is int else []
+    lowest = 0 if pointer.endswith("/padding") else 1
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or not lowest <= size <= MAX_WIDTH:
+            raise EngineError(f"must be a whole number from {lowest} to {MAX_WIDTH:,}, not {size!r}", pointer=pointer)
+    if wanted is float and not (math.isfinite(value) and 0 <= value < 1):
+        raise EngineError(f"must be from 0 up to, not including, 1, not {value!r}", pointer=pointer)
+    return value
 
 
-def _only(given: Any, allowed: set[str], pointer: str) -> None:
-    if not isinstance(given, Mapping):
-        raise EngineError(f"must be an object, is {type(given).__name__}", pointer=pointer)
-    for name in given:
-        if name not in allowed:
-            raise EngineError(f"is unknown here; allowed: {sorted(allowed)}", pointer=f"{pointer}/{name}")
+def _build(index: int, kind: str, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        return LAYERS[kind].make(**options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise EngineError(f"torch refuses it: {error}", pointer=f"/layers/{index}") from error
 
 
-def _listed(known: Mapping[str, PerRecord], name: object, pointer: str) -> PerRecord:
-    if not isinstance(name, str) or name not in known:
-        raise EngineError(f"{name!r} is none of {sorted(known)}", pointer=pointer)
-    return known[name]
+def _too_many(found: int, limit: int, index: int, kind: str) -> EngineError:
+    return EngineError(
+        f"with this layer ({kind}) the model has {found:.1e} parameters or more; at most {limit:,} can be replayed",
+        pointer=f"/layers/{index}",
+    )
+
+
+# --- feature transforms: list of steps, applied in order to (n, …) float64 content
+
+
+def transform(steps: Sequence[Mapping[str, Any]], content: Tensor) -> Tensor:
+    """Content as the model takes it.
+
+    Args:
+        steps: each {"kind": "scale", "divide_by": 16} or {"kind": "standardize", "mean": m, "std": s} with numbers, or
+            lists of one number per column.
+        content: (n, length) float64.
+
+    Returns:
+        (n, length) float32.
+
+    Raises:
+        EngineError: a step that is not allowed; the pointer is relative to the list.
+    """
+    for index, step in enumerate(steps):
+        content = _transformed(step, content, f"/{index}")
+    if not torch.isfinite(content).all():
+        raise EngineError("the transformed features hold a number that is not finite", pointer="")
+    return content.float()
+
+
+def _transformed(step: Mapping[str, Any], content: Tensor, pointer: str) -> Tensor:
+    kind = step.get("kind")
+    wanted = {"scale": {"divide_by"}, "standardize": {"mean", "std"}}.get(str(kind))
+    if wanted is None:
+        raise EngineError(f"transform {kind!r} is not allowed; use scale or standardize", pointer=f"{pointer}/kind")
+    if set(step) != wanted | {"kind"}:
+        raise EngineError(f"{kind} takes exactly {', '.join(sorted(wanted))}", pointer=pointer)
+    if kind == "scale":
+        return content / _numbers(step["divide_by"], content, f"{pointer}/divide_by", is_divisor=True)
+    mean = _numbers(step["mean"], content, f"{pointer}/mean")
+    return (content - mean) / _numbers(step["std"], content, f"{pointer}/std", is_divisor=True)
+
+
+def _numbers(value: Any, content: Tensor, pointer: str, *, is_divisor: bool = False) -> Tensor:
+    """One number for all columns, or one per column."""
+    given = value if isinstance(value, list) else [value]
+    if len(given) not in (1, content.shape[1]) or any(
+        isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x) for x in given
+    ):
+        raise EngineError(f"give one finite number, or {content.shape[1]} of them", pointer=pointer)
+    if is_divisor and 0 in given:
+        raise EngineError("cannot divide by 0", pointer=pointer)
+    return torch.tensor(given, dtype=torch.float64)
+
+
+# --- losses and measurements: (model, batch) -> (B,); a batch is (features, class index)
+
+
+def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    features, target = batch
+    return functional.cross_entropy(model(features), target, reduction="none")
+
+
+def _squared_error(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean over outputs of (output − one-hot target)²: the Brier score without the softmax."""
+    features, target = batch
+    output = model(features)
+    return (output - functional.one_hot(target, output.shape[1]).to(output)).square().mean(1)
+
+
+PER_RECORD: dict[str, PerRecord] = {"cross_entropy": _cross_entropy, "squared_error": _squared_error}
+
+
+def per_record(name: str, *, pointer: str = "") -> PerRecord:
+    """The loss or measurement of that name, (model, batch) -> (B,), in nats or squared units; lower is better.
+
+    Raises:
+        EngineError: the name is not on the list.
+    """
+    if name not in PER_RECORD:
+        raise EngineError(f"{name!r} is not allowed; use one of {', '.join(PER_RECORD)}", pointer=pointer)
+    return PER_RECORD[name]
+
+
+# --- states
+
+
+def load_state(path: Path, *, expected: Mapping[str, Tensor] | None = None, pointer: str = "") -> dict[str, Tensor]:
+    """Read a safetensors file, which can hold numbers and nothing that runs.
+
+    Args:
+        path: the file.
+        expected: names, shapes and dtypes that it must have, neither more nor fewer; None takes any.
+
+    Raises:
+        EngineError: it is no safetensors file (a pickle by another name is one such), or its tensors are not the expected.
+    """
+    if path.stat().st_size > MAX_STATE_BYTES:
+        raise EngineError(f"has {path.stat().st_size:,} bytes; at most {MAX_STATE_BYTES:,} are read", pointer=pointer)
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise EngineError(
+            f"is not a safetensors file ({error}); save it with safetensors.torch.save_file", pointer=pointer
+        ) from error
+    if expected is None:
+        return found
+    for name, tensor in expected.items():
+        if name not in found:
+            raise EngineError(f"lacks the tensor {name!r}; it has {', '.join(sorted(found)[:10])}", pointer=pointer)
+        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+            raise EngineError(
+                f"{name!r} is {tuple(found[name].shape)} {found[name].dtype}, "
+                f"the model has {tuple(tensor.shape)} {tensor.dtype}",
+                pointer=pointer,
+            )
+    if extra := sorted(set(found) - set(expected)):
+        raise EngineError(f"has the tensor {extra[0]!r}, which the model does not", pointer=pointer)
+    return found

@@ -1,304 +1,277 @@
-"""Does this recipe, on these records, give these weights?
+"""Does this recipe, on these records, from this initial state, give these weights?
 
-The run is replayed, whole or from one checkpoint to the next, and every tensor compared. On the build, thread count and
-CPU that wrote the checkpoints the bits are equal. Elsewhere floating-point sums are ordered differently and training
-carries the difference on; how far is measured on the task itself, not guessed: the same run in double precision and, for
-what remains of the same arithmetic in another order, the same run as one of two stacked ones. A tensor may differ by
-`MARGIN` times the larger of the two drifts, and the report carries the drifts beside the verdict.
+The whole training is replayed and each checkpoint compared with the replay's state after the same number of steps. On one
+build of torch and one thread count a replay is bit-equal. Elsewhere sums are rounded in another order, so a small drift
+
+    drift = ‖claimed − replayed‖ / ‖replayed − initial‖        over all floating-point weights (and moments, over their norm)
+
+is allowed, and how small is measured on the very task, not guessed: the drift between replays that differ in nothing but
+the order of sums (`reordering`: a batched replay; another thread count; initial weights off by half a unit in the last
+place), and the drift that leaving out one record makes (`left_out`: the least of several). The tolerance is 10 · reordering,
+and never more than left_out / 10: where training is too chaotic to tell the two apart, only equal bits match.
+
+Related work: Proof-of-Training-Data (Choi et al. 2023, arXiv:2307.00682); "Proof-of-Learning is currently more broken than you
+think" (Fang et al. 2023, arXiv:2208.03567) on why a tolerance without a measurement behind it is worth nothing.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from attribution.engine.architectures import load_state
 from attribution.engine.errors import EngineError
-from attribution.engine.task import Batch, Records, Task, epoch_order, initial_state_from_seed
-from attribution.engine.training import (
-    Program,
-    Progress,
-    State,
-    Tensors,
-    environment,
-    preserved_generator,
-)
+from attribution.engine.task import Task, seed_of
+from attribution.engine.training import Program, Progress, State, Tensors, environment, preserved_generator
 
-MARGIN = 4.0  # two builds may each be a drift away from the exact run, in opposite directions; and as much again
+REORDERING_FACTOR = 10.0
+LEFT_OUT_FRACTION = 0.1
+N_LEFT_OUT = 4
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One checkpoint against the replay. `deviation` is relative: ‖replayed − given‖ / ‖replayed − where it started‖."""
+class Difference:
+    """One tensor of one checkpoint that is not the replay's to the bit."""
 
     step: int
-    bit_equal: bool
-    deviation: float
-    worst: str  # the tensor that deviates most
-    within: bool
+    tensor: str
+    n_different: int
+    n_total: int
+    largest: float  # absolute
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One checkpoint against the replay."""
+
+    step: int
+    is_bit_equal: bool
+    weights_drift: float
+    moments_drift: float
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What was allowed, and the measurements on this task that it rests on (relative, as `deviation`)."""
+    """The drift allowed, and the measurement behind it."""
 
-    allowed: float
-    drift_float64: float
-    drift_stacked: float
-    margin: float = MARGIN
+    drift: float
+    reordering: float  # the largest of the replays that differ in the order of sums
+    left_out: float  # the least of `n_left_out` replays without one record
 
 
 @dataclass(frozen=True)
 class VerificationReport:
+    """`matches` if every checkpoint is the replay's: to the bit, or within the measured tolerance."""
+
     matches: bool
-    bit_equal: bool
-    comparisons: list[Comparison]
-    findings: list[str]  # in words, each a reason for a mismatch
-    tolerance: Tolerance | None  # None where only equal bits were accepted
+    is_bit_equal: bool
+    n_step: int
+    checkpoints: list[Compared]
+    differences: list[Difference]  # the first ten
+    tolerance: Tolerance
     environment: dict[str, Any]
-    records: str  # digest of recipe, records and queries
+    task_digest: str
+    summary: str
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class OrderRule:
-    """A disclosed order: `epoch_order(n_records, batch, epochs, seed)`."""
-
-    batch: int
-    epochs: int
-    seed: int
+        """Plain data; numbers that are not finite become null."""
+        return json.loads(json.dumps(asdict(self), default=str), parse_constant=lambda _: None)  # type: ignore[no-any-return]
 
 
 def verify(
-    task: Task,
-    *,
-    segments: bool = False,
-    exact: bool = False,
-    order_rule: OrderRule | None = None,
-    initial_seed: int | None = None,
-    progress: Progress | None = None,
+    task: Task, *, checkpoints: Sequence[tuple[int, Path]] | None = None, progress: Progress | None = None
 ) -> VerificationReport:
-    """Replay the recipe and compare it with the task's checkpoints.
+    """Replay the recipe and compare it with the checkpoints, which are (completed steps, path to safetensors).
 
     Args:
-        segments: start each stretch from the checkpoint before it, which must then hold the optimizer's state;
-            otherwise the whole run is replayed from the initial state.
-        exact: accept equal bits only, as between machines of one build.
-        order_rule: the order must be this rule's.
-        initial_seed: the initial state must be `initial_state_from_seed(build, initial_seed)`.
+        task: with a recipe; its own checkpoints are used where none are given.
+        checkpoints: at least one; a file without `optimizer.` tensors is compared on the model alone.
+        progress: told (steps done, steps in all), the tolerance's replays included.
 
     Raises:
-        EngineError: a checkpoint cannot be read, or its tensors are not this model's.
+        EngineError: a checkpoint that cannot be read or is of another shape, a step out of range, no checkpoint.
     """
-    recipe = task.require_recipe()
-    if not task.checkpoints:
-        raise EngineError("there is nothing to compare with; give [(completed steps, path)]", pointer="/checkpoints")
+    given = list(checkpoints if checkpoints is not None else [(step, Path(path)) for step, path in task.checkpoints])
     program = Program(task)
-    findings = _rules(task, order_rule, initial_seed)
-    given = [
-        (step, load_checkpoint(path, program, pointer=f"/checkpoints/{number}"))
-        for number, (step, path) in enumerate(task.checkpoints)
-    ]
-    starts: list[tuple[int, Tensors | None]] = [(0, None)]
-    if segments:
-        starts += [(step, tensors) for step, tensors in given[:-1]]
-        for number, (_, tensors) in enumerate(given[:-1]):
-            if not _has_moments(program, tensors):
-                raise EngineError("has no optimizer state; replay the whole run", pointer=f"/checkpoints/{number}")
-    else:
-        starts += [(step, None) for step, _ in given[:-1]]
+    n_step = program.recipe.n_step
+    _check_steps(given, n_step)
+    initial = program.initial(1).tensors()
+    claims = [(step, _claim(path, initial, index)) for index, (step, path) in enumerate(given)]
+    total = n_step * (3 + N_LEFT_OUT)
+    replayed = _replay(task, [step for step, _ in claims], progress, 0, total)
 
-    comparisons: list[tuple[int, bool, float, str]] = []
-    ones = torch.ones(1, task.n_train)
-    state = program.initial(1)
-    with preserved_generator():
-        for (start, tensors), (step, expected) in zip(starts, given, strict=True):
-            if tensors is not None:
-                state = _state(program, start, tensors)
-            origin = state.tensors() if segments else program.initial(1).tensors()
-            while state.step < step:
-                state, _ = program.step(state, ones.to(_dtype(state)))
-                if progress:
-                    progress(state.step, recipe.n_step)
-            comparisons.append((step, *_compare(state.tensors(), expected, origin)))
+    compared, differences = [], []
+    for step, claim in claims:
+        truth = {name: tensor for name, tensor in replayed[step].items() if name in claim}
+        found = [d for name in sorted(truth) if (d := _difference(step, name, claim[name], truth[name]))]
+        differences += found
+        weights, moments = drifts(claim, truth, initial)
+        compared.append(Compared(step, not found, weights, moments))
 
-    bit_equal = all(equal for _, equal, _, _ in comparisons)
-    tolerance = None if bit_equal or exact else measure_tolerance(task, max(step for step, _ in given))
-    allowed = tolerance.allowed if tolerance else 0.0
-    checked = [
-        Comparison(step, equal, deviation, worst, equal or (not exact and deviation <= allowed))
-        for step, equal, deviation, worst in comparisons
-    ]
-    findings += [
-        f"after step {c.step} {c.worst} is off by {c.deviation:.2g} of its change, {allowed:.2g} is allowed: another "
-        "record, label, order, recipe or start, or an altered checkpoint"
-        for c in checked
-        if not c.within
-    ]
+    tolerance = measure_tolerance(task, final=replayed[n_step], initial=initial, progress=progress)
+    is_bit_equal = not differences
+    matches = is_bit_equal or all(
+        c.is_bit_equal or max(c.weights_drift, c.moments_drift) <= tolerance.drift for c in compared
+    )
     return VerificationReport(
-        matches=not findings,
-        bit_equal=bit_equal,
-        comparisons=checked,
-        findings=findings,
+        matches=matches,
+        is_bit_equal=is_bit_equal,
+        n_step=n_step,
+        checkpoints=compared,
+        differences=differences[:10],
         tolerance=tolerance,
         environment=environment(),
-        records=task.digest,
+        task_digest=task.digest,
+        summary=_summary(compared, differences, tolerance, matches=matches),
     )
 
 
-def measure_tolerance(task: Task, n_step: int | None = None) -> Tolerance:
-    """How far the same training drifts when only the arithmetic changes: its precision, and the order of its sums."""
-    recipe = task.require_recipe()
-    n_step = recipe.n_step if n_step is None else n_step
-    once = _run(task, n_step, runs=1)
-    stacked = _run(task, n_step, runs=2)
-    double = _run(_in_double(task), n_step, runs=1)
-    origin = Program(task).initial(1).tensors()
-    drift_stacked = _compare(once, stacked, origin)[1]
-    drift_double = _compare(once, {n: t.to(once[n].dtype) for n, t in double.items()}, origin)[1]
-    # No two builds agree closer than the spacing of the numbers themselves.
-    spacing = torch.finfo(next(t.dtype for t in once.values() if t.is_floating_point())).eps
-    return Tolerance(MARGIN * max(drift_double, drift_stacked, spacing), drift_double, drift_stacked)
+def measure_tolerance(task: Task, *, final: Tensors, initial: Tensors, progress: Progress | None = None) -> Tolerance:
+    """How far rounding alone takes this training, and how far one record does; see the module."""
+    n_step = task.require_recipe().n_step
+    total = n_step * (3 + N_LEFT_OUT)
+    reordered = [
+        max(drifts(_batched(task, progress, n_step, total), final, initial)),
+        max(drifts(_nudged(task, progress, 2 * n_step, total), final, initial)),
+    ]
+    used = torch.unique(task.require_recipe().order)
+    used = used[used >= 0]
+    chosen = used[torch.linspace(0, len(used) - 1, min(N_LEFT_OUT, len(used))).long()]
+    without = []
+    for number, record in enumerate(chosen.tolist()):
+        weights = torch.ones(1, task.n_train)
+        weights[0, record] = 0
+        run = _run(task, weights, progress, (3 + number) * n_step, total)
+        without.append(drifts(run.tensors(), final, initial)[0])
+    reordering, left_out = max(reordered), min(without)
+    drift = min(REORDERING_FACTOR * reordering, LEFT_OUT_FRACTION * left_out)
+    return Tolerance(drift=drift if math.isfinite(drift) else 0.0, reordering=reordering, left_out=left_out)
 
 
-def save_report(report: VerificationReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)
+def drifts(
+    claim: Mapping[str, Tensor], truth: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """(drift of the model's weights, drift of the optimizer's moments); dimensionless, infinite where a number is not finite."""
+    return _drift(claim, truth, initial, "model."), _drift(claim, truth, {}, "optimizer.")
 
 
-def load_checkpoint(path: Path | str, program: Program, *, pointer: str = "") -> Tensors:
-    """Read a checkpoint; its model tensors must be this model's, its optimizer tensors known ones."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise EngineError(
-            f"{Path(path).name} is not a safetensors file ({error}); no other format is read", pointer=pointer
-        ) from error
-    expected = program.initial(1).tensors()
-    required = [name for name in expected if name.startswith("model.")]
-    for name in [*required, *tensors]:
-        here = f"{pointer}/{name}"
-        if name not in tensors:
-            raise EngineError("is missing", pointer=here)
-        if name not in expected:
-            raise EngineError(f"is none of the model's and optimizer's: {sorted(expected)[:8]} ...", pointer=here)
-        if tensors[name].shape != expected[name].shape or tensors[name].dtype != expected[name].dtype:
-            raise EngineError(
-                f"is {tensors[name].dtype} {tuple(tensors[name].shape)}, the model has "
-                f"{expected[name].dtype} {tuple(expected[name].shape)}",
-                pointer=here,
-            )
-        if tensors[name].is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
-            raise EngineError("holds NaN or infinity", pointer=here)
-    return tensors
+def _drift(claim: Mapping[str, Tensor], truth: Mapping[str, Tensor], initial: Mapping[str, Tensor], part: str) -> float:
+    off = moved = 0.0
+    for name, tensor in truth.items():
+        if not name.startswith(part) or name not in claim or not tensor.is_floating_point():
+            continue
+        start = initial[name].double() if name in initial else torch.zeros_like(tensor, dtype=torch.float64)
+        off += (claim[name].double() - tensor.double()).square().sum().item()
+        moved += (tensor.double() - start).square().sum().item()
+    if not math.isfinite(off):
+        return math.inf
+    if off == 0:
+        return 0.0
+    return math.sqrt(off / moved) if moved else math.inf
 
 
-def state_from_checkpoint(program: Program, step: int, path: Path | str) -> State:
-    """A checkpoint as a state; moments it does not hold are zero."""
-    return _state(program, step, load_checkpoint(path, program))
+def _check_steps(checkpoints: Sequence[tuple[int, Path]], n_step: int) -> None:
+    if not checkpoints:
+        raise EngineError("give at least one checkpoint to compare the replay with", pointer="/checkpoints")
+    for index, (step, _) in enumerate(checkpoints):
+        if not 0 <= step <= n_step:
+            raise EngineError(f"{step} is not in 0..{n_step}", pointer=f"/checkpoints/{index}/step")
 
 
-def _rules(task: Task, rule: OrderRule | None, initial_seed: int | None) -> list[str]:
-    recipe, findings = task.require_recipe(), []
-    if rule is not None:
-        expected = epoch_order(task.n_train, rule.batch, rule.epochs, rule.seed)
-        if expected.shape != recipe.order.shape:
-            findings.append(f"the order has shape {tuple(recipe.order.shape)}, its rule gives {tuple(expected.shape)}")
-        elif not torch.equal(expected, recipe.order):
-            step = int((expected != recipe.order).any(1).nonzero()[0])
-            findings.append(f"the order is not its rule's from step {step} on")
-    if initial_seed is not None:
-        drawn = initial_state_from_seed(task.model, initial_seed)
-        other = [name for name in drawn if not torch.equal(drawn[name], recipe.initial_state[name])]
-        if other:
-            findings.append(f"the initial state is not drawn from seed {initial_seed}: {other[0]} differs")
-    return findings
+def _claim(path: Path, expected: Tensors, index: int) -> Tensors:
+    """A checkpoint's tensors, with the optimizer's all there or all absent."""
+    pointer = f"/checkpoints/{index}"
+    found = load_state(Path(path), pointer=pointer)
+    if not any(name.startswith("optimizer.") for name in found):
+        expected = {name: tensor for name, tensor in expected.items() if name.startswith("model.")}
+    return load_state(Path(path), expected=expected, pointer=pointer)
 
 
-def _compare(replayed: Tensors, given: Mapping[str, Tensor], origin: Tensors) -> tuple[bool, float, str]:
-    """Equal bits; the largest relative deviation; the tensor it is in.
-
-    Scaled per tensor by how far training moved it, so that one altered bias is not lost beside a large matrix.
-    """
-    equal = all(torch.equal(replayed[name], tensor) for name, tensor in given.items())
-    worst, deviation = next(iter(given)), 0.0
-    for name, tensor in given.items():
-        there = replayed[name]
-        if not tensor.is_floating_point():
-            off = 0.0 if torch.equal(there, tensor) else math.inf
-        else:
-            moved = float((there.double() - origin[name].double()).norm())
-            apart = float((there.double() - tensor.double()).norm())
-            off = 0.0 if apart == 0 else (apart / moved if moved else math.inf)
-        if off > deviation:
-            worst, deviation = name, off
-    return equal, deviation, worst
+def _difference(step: int, name: str, claim: Tensor, truth: Tensor) -> Difference | None:
+    same = claim == truth
+    if claim.is_floating_point():
+        same |= claim.isnan() & truth.isnan()
+    if bool(same.all()):
+        return None
+    largest = (claim.double() - truth.double()).abs().nan_to_num(nan=math.inf).max().item()
+    return Difference(step, name, int((~same).sum()), same.numel(), largest)
 
 
-def _has_moments(program: Program, tensors: Mapping[str, Tensor]) -> bool:
-    return all(f"optimizer.{n}.{f}" in tensors for f in program.fields for n in program.initial(1).parameters)
-
-
-def _state(program: Program, step: int, tensors: Mapping[str, Tensor]) -> State:
-    blank = program.initial(1)
-    return State(
-        step,
-        {n: tensors[f"model.{n}"][None].clone() for n in blank.parameters},
-        {n: tensors[f"model.{n}"][None].clone() for n in blank.buffers},
-        {
-            f: {
-                n: tensors[f"optimizer.{n}.{f}"][None].clone() if f"optimizer.{n}.{f}" in tensors else t
-                for n, t in ts.items()
-            }
-            for f, ts in blank.moments.items()
-        },
-        blank.frozen,
-    )
-
-
-def _dtype(state: State) -> torch.dtype:
-    return next(iter(state.parameters.values())).dtype
-
-
-def _run(task: Task, n_step: int, *, runs: int) -> Tensors:
+def _replay(task: Task, steps: Sequence[int], progress: Progress | None, before: int, total: int) -> dict[int, Tensors]:
+    """The states after the given numbers of steps, and the last."""
     program = Program(task)
-    state = program.initial(runs)
-    ones = torch.ones(runs, task.n_train, dtype=_dtype(state))
+    weights = torch.ones(1, task.n_train)
+    state, kept = program.initial(1), {}
+    n_step = program.recipe.n_step
     with preserved_generator():
-        for _ in range(n_step):
-            state, _ = program.step(state, ones)
-    return state.tensors()
+        for step in range(n_step + 1):
+            if step in steps or step == n_step:
+                kept[step] = state.tensors()
+            if step < n_step:
+                state, _ = program.step(state, weights)
+                if progress:
+                    progress(before + step + 1, total)
+    return kept
 
 
-class _DoubleRecords:
-    def __init__(self, records: Records) -> None:
-        self.records = records
+def _run(task: Task, weights: Tensor, progress: Progress | None, before: int, total: int) -> State:
+    """The last state of runs with the given weights, shape (R, n_train)."""
+    program = Program(task)
+    state = program.initial(len(weights))
+    with preserved_generator():
+        for step in range(program.recipe.n_step):
+            state, _ = program.step(state, weights)
+            if progress:
+                progress(before + step + 1, total)
+    return state
 
-    def __len__(self) -> int:
-        return len(self.records)
 
-    def __getitem__(self, index: Tensor, /) -> Batch:
-        return tuple(part.double() if part.is_floating_point() else part for part in self.records[index])
+def _batched(task: Task, progress: Progress | None, before: int, total: int) -> Tensors:
+    """The same training as one of three runs at once, on another number of threads: every sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        return _run(task, torch.ones(3, task.n_train), progress, before, total).tensors(1)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _in_double(task: Task) -> Task:
+def _nudged(task: Task, progress: Progress | None, before: int, total: int) -> Tensors:
+    """The same training from weights that are off by half a unit in the last place, up or down by a fixed seed."""
     recipe = task.require_recipe()
-    initial = {n: t.double() if t.is_floating_point() else t for n, t in recipe.initial_state.items()}
-    return replace(
-        task,
-        model=lambda: task.model().double(),
-        train=_DoubleRecords(task.train),
-        queries=_DoubleRecords(task.queries),
-        recipe=replace(recipe, initial_state=initial),
-        checkpoints=(),
+    generator = torch.Generator().manual_seed(seed_of("nudge", recipe.seed))
+    nudged = {}
+    for name, tensor in recipe.initial_state.items():
+        if tensor.is_floating_point():
+            sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+            tensor = torch.where(sign > 0, torch.nextafter(tensor, tensor + 1), tensor)
+        nudged[name] = tensor
+    moved = replace(task, recipe=replace(recipe, initial_state=nudged), checkpoints=[])
+    return _run(moved, torch.ones(1, task.n_train), progress, before, total).tensors()
+
+
+def _summary(
+    compared: Sequence[Compared], differences: Sequence[Difference], tolerance: Tolerance, *, matches: bool
+) -> str:
+    n = len(compared)
+    checkpoints = "the checkpoint is" if n == 1 else f"all {n} checkpoints are"
+    if not differences:
+        return f"Replayed, and {checkpoints} equal to the bit."
+    worst = max(max(c.weights_drift, c.moments_drift) for c in compared)
+    behind = (
+        f"rounding alone moves this training by {tolerance.reordering:.1e} of the way it went, "
+        f"leaving out one record by {tolerance.left_out:.1e} or more"
+    )
+    if matches:
+        return f"Replayed, and {checkpoints} within {worst:.1e}, of {tolerance.drift:.1e} allowed: {behind}."
+    first = differences[0]
+    return (
+        f"Replayed, and not reproduced: after step {first.step}, {first.tensor} differs in {first.n_different:,} of "
+        f"{first.n_total:,} numbers by up to {first.largest:.1e}. The weights are {worst:.1e} of the way off, {tolerance.drift:.1e} "
+        f"is allowed: {behind}."
     )
