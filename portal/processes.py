@@ -237,7 +237,7 @@ class Supervisor:
 
 def web_argv(*, port: int, host: str = "127.0.0.1", n_worker: int = 2) -> list[str]:
     """gunicorn over the site and the API; ready when `http://HOST:PORT/healthz` answers."""
-    options = ["--bind", f"{host}:{port}", "--workers", str(n_worker), "--threads", "4", "--access-logfile", "-"]
+    options = ["--bind", f"{host}:{port}", "--workers", str(n_worker), "--threads", "4", "--access-logfile", "-", "--preload"]
     return [sys.executable, "-m", "gunicorn", "portal.wsgi", *options, "--graceful-timeout", "5"]
 
 

@@ -112,6 +112,13 @@ class Page:
                 return form
         raise PageRefused(f"{self.url} has no form with {having or action!r}: {self.text[:300]}")
 
+    def own_form(self) -> Form:
+        """The form that is sent to the page's own address."""
+        for form in self.forms:
+            if form.method == "post" and not form.action:
+                return form
+        raise PageRefused(f"{self.url} has no form of its own: {self.text[:300]}")
+
 
 class Browser:
     """One person's session on the site and on the pages that it sends them to."""

@@ -42,9 +42,8 @@ def email_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """One dataset of the demo: its file, how its columns are called, and its terms."""
+    """One dataset of the demo: its file, how its columns are called, and its terms; the site names it by its title."""
 
-    slug: str
     title: str
     summary: str
     filename: str
@@ -59,7 +58,6 @@ class Listing:
 
 LISTINGS = [
     Listing(
-        slug="handwritten-digits-one",
         title="Handwritten digits, part one",
         summary="Five archives' 8 × 8 grey images of handwritten digits, labelled by hired people.",
         filename="digits-one.parquet",
@@ -67,7 +65,6 @@ LISTINGS = [
         price="600.00",
     ),
     Listing(
-        slug="handwritten-digits-two",
         title="Handwritten digits, part two",
         summary="Five more archives' handwritten digits, in the same format and by the same labellers.",
         filename="digits-two.csv",
