@@ -218,6 +218,7 @@ SPECTACULAR_SETTINGS = {
     "TITLE": "Residual API",
     "VERSION": "1",
     "DESCRIPTION": "Find, license and download training data; disclose what a model was trained on; report its revenue.",
+    "OAS_VERSION": "3.1.0",  # whose schemas are JSON Schema, null included
     "SERVE_INCLUDE_SCHEMA": False,
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "SERVE_PERMISSIONS": ["rest_framework.permissions.AllowAny"],

@@ -1,3 +1,5 @@
+from typing import Any
+
 from rest_framework.pagination import CursorPagination
 
 
@@ -7,3 +9,11 @@ class CreatedCursorPagination(CursorPagination):
     ordering = "-pk"
     page_size_query_param = "page_size"
     max_page_size = 200
+
+    def get_paginated_response_schema(self, schema: dict[str, Any]) -> dict[str, Any]:
+        page = {"type": ["string", "null"], "format": "uri", "description": "null: there is no such page."}
+        return {
+            "type": "object",
+            "required": ["results", "next", "previous"],
+            "properties": {"next": page, "previous": page, "results": schema},
+        }
