@@ -50,7 +50,9 @@ class Money:
             raise InvalidMoney(f"{text!r} is not a finite number; write it as 129.00.")
         if amount < 0:
             raise InvalidMoney(f"{text} is negative; an amount is 0 or more.")
-        if amount * MICROS > MAX_MICROS:  # before any scaling: 1e30 must not become a huge integer first
+        if (
+            amount > MAX_MICROS // MICROS
+        ):  # before any scaling: 1e30 must not become a huge integer, nor 1e999999 overflow
             raise InvalidMoney(f"{text} is more than the largest amount, {MAX_MICROS // MICROS:,} {currency}.")
         if amount != round(amount, digits):
             raise InvalidMoney(f"{text} is finer than the smallest unit of {currency}; give at most {digits} decimals.")
