@@ -84,7 +84,7 @@ def check_evidence(disclosure: Disclosure) -> None:
         return
     records = read_records(disclosure)
     sample = _task(disclosure, records, rows=2)
-    _probe(sample)
+    _probe(sample, len(document["features"]["classes"]))
     _order(document["recipe"], len(records))
     with pointing(""):
         expected = Program(sample).initial(1).tensors()
@@ -396,23 +396,26 @@ def _n_step(spec: Mapping[str, Any], n_train: int) -> int:
     return int(epochs) * math.ceil(n_train / batch)
 
 
-def _probe(task: Task) -> None:
-    """Show the model two records: a layer that does not fit its input is found now."""
-    module = task.model()
-    for name, ask in (("loss", task.loss), ("measurement", task.measurement)):
-        try:
-            with torch.no_grad():
-                values = ask(module, task.train[torch.arange(len(task.train))])
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            raise EvidenceInvalid(
-                f"The architecture does not take these records, or its output does not fit the {name}: {error}",
-                pointers={"/architecture": str(error)},
-            ) from error
-        if values.shape != (len(task.train),):
-            raise EvidenceInvalid(
-                f"The {name} gives {tuple(values.shape)} values for {len(task.train)} records.",
-                pointers={f"/{name}": "not one value a record"},
-            )
+def _probe(task: Task, n_class: int) -> None:
+    """Show the model two records: a layer that does not fit its input, or too few outputs, are found now."""
+    module, batch = task.model(), task.train[torch.arange(len(task.train))]
+    try:
+        with torch.no_grad():
+            outputs = module(batch[0])
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise EvidenceInvalid(
+            f"The architecture does not take records of {tuple(batch[0].shape[1:])} numbers: {error}",
+            pointers={"/architecture": str(error)},
+        ) from error
+    if outputs.shape != (len(task.train), n_class):
+        raise EvidenceInvalid(
+            f"The architecture gives outputs of shape {tuple(outputs.shape[1:])} for {n_class} classes; it needs one "
+            "number a class.",
+            pointers={
+                "/architecture": f"{tuple(outputs.shape[1:])} outputs",
+                "/features/classes": f"{n_class} classes",
+            },
+        )
 
 
 def _check_checkpoints(disclosure: Disclosure, *, n_step: int, expected: Mapping[str, Tensor]) -> None:
