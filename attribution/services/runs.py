@@ -42,6 +42,7 @@ Grade = AttributionResult.Grade
 #: How long the message of a run that waits for its shards is held back; `request_missing_runs` looks sooner.
 WAITING = timedelta(days=1)
 PROGRESS_SECONDS = 1.0
+MIN_ROUNDS = 4
 
 
 def request_measurement(disclosure: Disclosure) -> Verification | AttributionRun:
@@ -226,6 +227,8 @@ def _plan(run: AttributionRun) -> None:
     task = build_task(run.disclosure)
     with pointing(""):
         plan = plan_shares(task, budget=run.budget, seed=run.seed)
+        if len(plan.rounds) < MIN_ROUNDS:  # a small task, quickly planned again: several workers may share it
+            plan = plan_shares(task, budget=run.budget, seed=run.seed, n_rounds=MIN_ROUNDS)
     with transaction.atomic():
         run.lock()
         run.write(plan=_plain(plan.to_json()), progress_done=0, progress_total=len(plan.rounds))

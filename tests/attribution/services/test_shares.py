@@ -2,13 +2,17 @@
 
 from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attribution.documents import Payee, TrainingRecords
+from attribution.engine.shares import Share as MeasuredShare
 from attribution.models import PPQ
-from attribution.services.shares import to_ppq
+from attribution.services.shares import shares_by_influence, to_ppq
 from marketplace.money import Money
 from payouts.allocation import allocate
 
@@ -64,3 +68,40 @@ def test_what_are_no_weights_is_refused(shares):
 def test_ties_go_to_the_lower_key():
     assert to_ppq({7: 1.0, 3: 1.0, 5: 1.0}) == {7: PPQ // 3, 3: PPQ // 3 + 1, 5: PPQ // 3}
     assert sum(Counter(to_ppq({7: 1.0, 3: 1.0, 5: 1.0})).values()) == PPQ
+
+
+def _member(owner: int, n_records: int, paid: float, raw: float) -> MeasuredShare:
+    return MeasuredShare(
+        owner=owner,
+        share=raw,
+        low=raw - 0.1,
+        high=raw + 0.1,
+        paid_share=paid,
+        count_share=n_records / 10,
+        n_records=n_records,
+        value=raw,
+    )
+
+
+def test_measured_shares_become_rows_and_whoever_only_repeats_others_has_none():
+    everyone = np.arange(10)
+    records = TrainingRecords(
+        versions=(),
+        citation=everyone * 0,
+        row=everyone,
+        copy_of=everyone,
+        owner=everyone // 4,
+        owners=(Payee(7, 1), Payee(7, 2), Payee(8, 1)),
+        labeller=everyone * 0,
+        labellers=(Payee(7, 5),),
+    )
+    owners = [_member(0, 8, 0.75, 1.1), _member(1, 2, 0.25, float("nan")), _member(2, 0, 0.0, 0.0)]
+    measured = SimpleNamespace(owners=owners, groups={"labeller": [_member(0, 10, 1.0, 1.0)]})
+
+    rows = shares_by_influence(measured, records)
+
+    assert [(r.version_id, r.party_id, r.partition, r.n_records, r.count_ppq, r.paid_ppq, r.raw) for r in rows] == [
+        (7, 1, "rights_holder", 8, 8 * PPQ // 10, 3 * PPQ // 4, 1.1),
+        (7, 2, "rights_holder", 2, 2 * PPQ // 10, PPQ // 4, None),
+        (7, 5, "labeller", 10, PPQ, PPQ, 1.0),
+    ]

@@ -1,0 +1,50 @@
+"""For staff, to look things up: evidence, jobs and results come to be and change only through services."""
+
+from django.contrib import admin
+
+from attribution.models import Artifact, AttributionResult, AttributionRun, Shard, Share, Verification
+from marketplace.admin import ReadOnly, ReadOnlyInline
+
+JOB = ["status", "attempt", "queued_at", "finished_at", "error_code"]
+
+
+class ShardInline(ReadOnlyInline):
+    model = Shard
+    fields = ["number", *JOB]
+
+
+class ShareInline(ReadOnlyInline):
+    model = Share
+    fields = ["version", "party", "partition", "n_records", "count_ppq", "paid_ppq", "raw", "low", "high"]
+
+
+@admin.register(Artifact)
+class ArtifactAdmin(ReadOnly):
+    list_display = ["sha256", "kind", "owner", "size_bytes", "registered_at"]
+    list_filter = ["kind"]
+    list_select_related = ["owner"]
+    search_fields = ["sha256"]
+
+
+@admin.register(Verification)
+class VerificationAdmin(ReadOnly):
+    list_display = ["disclosure", "verdict", *JOB]
+    list_filter = ["status", "verdict"]
+    list_select_related = ["disclosure__model"]
+
+
+@admin.register(AttributionRun)
+class AttributionRunAdmin(ReadOnly):
+    list_display = ["public_id", "disclosure", "grade", "budget", *JOB]
+    list_filter = ["status", "grade"]
+    list_select_related = ["disclosure__model"]
+    exclude = ["plan"]  # megabytes of it
+    inlines = [ShardInline]
+
+
+@admin.register(AttributionResult)
+class AttributionResultAdmin(ReadOnly):
+    list_display = ["model", "number", "grade", "paid_by", "reliability", "status", "published_at"]
+    list_filter = ["grade", "paid_by", "status"]
+    list_select_related = ["model"]
+    inlines = [ShareInline]
