@@ -10,6 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,8 @@ from marketplace.ingest.errors import FileRefused
 from marketplace.ingest.limits import MIB, Limits
 from marketplace.ingest.mapping import ColumnMapping, ResolvedColumns
 
-BLOCK_BYTES = 2 * MIB  # of a CSV file, parsed at a time; no row may be longer
+BLOCK_BYTES = MIB  # of a CSV file, parsed at a time
+MAX_ROW_BYTES = 4 * MIB
 SLICE_ROWS = 8_192
 SLICE_BYTES = 4 * MIB
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
@@ -96,8 +98,12 @@ def open_reader(path: Path, format: str, mapping: ColumnMapping, *, filename: st
     Raises:
         FileRefused: the file, its header or the mapping is wrong.
     """
-    reader: type[CsvReader | ParquetReader] = {"csv": CsvReader, "parquet": ParquetReader}[format]
-    return reader(path, mapping, filename=filename, limits=limits)
+    match format:
+        case "csv":
+            return CsvReader(path, mapping, filename=filename, limits=limits)
+        case "parquet":
+            return ParquetReader(path, mapping, filename=filename, limits=limits)
+    raise ValueError(f"No reader for format {format!r}")
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
@@ -108,16 +114,17 @@ class CsvReader(Reader):
         self.path, self.filename, self.limits = path, filename, limits
         self.size_bytes = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(BLOCK_BYTES)
+            head = file.read(MAX_ROW_BYTES)
         if b"\r" in head and b"\n" not in head:
             raise FileRefused(
                 f"{filename} ends its lines with CR alone; save it with LF or CRLF.", code="line_ends_unknown"
             )
         sniff(head, filename=filename)
         self.delimiter = ","  # until the header says otherwise
-        self.delimiter, header = self._header(head)
+        self.delimiter, header, self._header_bytes = self._header(head)
         names = [name.strip() for name in header]
         self.columns = mapping.resolve(names, filename=filename, limits=limits)
+        self._header_names = header
         self._raw_name = dict(zip(names, header, strict=True))
         self._positions = {name: at for at, name in enumerate(names)}
         self.n_columns = len(header)
@@ -128,44 +135,65 @@ class CsvReader(Reader):
                 code="mapping_invalid",
                 pointers={"content": "Name one text column."},
             )
-        self._input: pa.NativeFile | None = None
+        self._consumed = 0
 
     def bytes_read(self) -> int:
-        return (
-            self.size_bytes if self._input is None or self._input.closed else min(self._input.tell(), self.size_bytes)
-        )
+        return self._consumed
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         content = [self._raw_name[name] for name in self.columns.content]
         named = [self._raw_name[name] for name in self.columns.named]
         types = {name: pa.float64() if self.kind == "vector" else pa.string() for name in content}
-        if self._has_odd_quotes():
-            for _ in self._rows(strict=True):  # Arrow takes what follows an unclosed quote for one long cell
-                pass
+        parse = pa_csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
+        convert = pa_csv.ConvertOptions(
+            column_types=types | {name: pa.string() for name in named},
+            include_columns=content + named,
+            null_values=[""],
+            strings_can_be_null=True,
+        )
         n_rows = 0
-        try:
-            self._input = pa.OSFile(str(self.path))
-            stream = pa_csv.open_csv(
-                self._input,
-                read_options=pa_csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
-                parse_options=pa_csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
-                convert_options=pa_csv.ConvertOptions(
-                    column_types=types | {name: pa.string() for name in named},
-                    include_columns=content + named,
-                    null_values=[""],
-                    strings_can_be_null=True,
-                ),
-            )
-            for batch in stream:
-                n_rows += batch.num_rows
+        for block in self._blocks():
+            if not block.strip(b"\r\n"):
+                continue  # Arrow would ask for columns
+            try:
+                table = pa_csv.read_csv(
+                    pa.BufferReader(block),
+                    read_options=pa_csv.ReadOptions(
+                        use_threads=False, block_size=len(block) + 1, column_names=self._header_names
+                    ),
+                    parse_options=parse,
+                    convert_options=convert,
+                )
+            except pa.ArrowInvalid as error:
+                raise self._diagnosis(str(error)) from None
+            n_rows += table.num_rows
+            for batch in table.to_batches():
                 yield from self._slices(batch, n_content=len(content))
-        except pa.ArrowInvalid as error:
-            raise self._diagnosis(str(error)) from None
-        finally:
-            if self._input is not None:
-                self._input.close()
         if not n_rows:
             raise no_rows(self.filename)
+
+    def _blocks(self) -> Iterator[bytes]:
+        """Whole rows, about `BLOCK_BYTES` at a time, without the header.
+
+        Arrow's own streaming reads 32 blocks ahead, whatever becomes of the first; this reads none.
+        """
+        rest = b""
+        with self.path.open("rb") as file:
+            file.seek(self._header_bytes)
+            while chunk := file.read(BLOCK_BYTES):
+                self._consumed = file.tell()
+                block = rest + chunk
+                cut = row_ends(block, self.delimiter).last
+                if cut:
+                    yield block[:cut]
+                rest = block[cut:]
+                if len(rest) > MAX_ROW_BYTES:
+                    raise self._diagnosis("A row is too long.")
+        if row_ends(rest, self.delimiter).is_open:
+            for _ in self._rows(strict=True):  # refuses it: Arrow would take what follows the quote for one long cell
+                pass
+        if rest:
+            yield rest
 
     def _slices(self, batch: pa.RecordBatch, *, n_content: int) -> Iterator[pa.RecordBatch]:
         rows = max(1, min(SLICE_ROWS, SLICE_BYTES // (8 * n_content)))
@@ -186,8 +214,8 @@ class CsvReader(Reader):
                 return line
         return None
 
-    def _header(self, head: bytes) -> tuple[str, list[str]]:
-        """The delimiter and the names. The delimiter is whichever of , ; and tab the first line has most of."""
+    def _header(self, head: bytes) -> tuple[str, list[str], int]:
+        """The delimiter, the names, and the byte after them. The delimiter is whatever of , ; and tab there is most of."""
         text = head.removeprefix(codecs.BOM_UTF8)
         try:
             # a multi-byte character may be cut at the block's end, not before
@@ -196,14 +224,14 @@ class CsvReader(Reader):
             for _ in self._rows():  # refuses it, naming the byte and its row
                 pass
             raise
-        lines = decoded.lstrip("\r\n")
-        first = lines.partition("\n")[0]
+        lines = io.StringIO(decoded, newline="")
+        first = decoded.lstrip("\r\n").partition("\n")[0]
         delimiter = max(",;\t", key=lambda mark: (first.count(mark), mark == ","))
         try:
-            header = next(csv.reader(io.StringIO(lines, newline=""), delimiter=delimiter))
+            header = next(cells for cells in csv.reader(lines, delimiter=delimiter) if cells)
         except csv.Error as error:
             raise FileRefused(f"The header of {self.filename} cannot be read: {error}.", code="csv_invalid") from None
-        return delimiter, header
+        return delimiter, header, len(head) - len(text) + len(decoded[: lines.tell()].encode())
 
     def _guessed_kind(self, head: bytes) -> str:
         """Many columns are a vector; one is, if all its cells in the first block are numbers."""
@@ -218,13 +246,6 @@ class CsvReader(Reader):
         cells = [row[at] for number, row in enumerate(filter(None, rows)) if number and len(row) > at]
         return "vector" if cells and all(_NUMBER.fullmatch(cell.lstrip()) for cell in cells[:1_000]) else "text"
 
-    def _has_odd_quotes(self) -> bool:
-        quotes = 0
-        with self.path.open("rb") as file:
-            while block := file.read(MIB):
-                quotes += block.count(b'"')
-        return quotes % 2 == 1
-
     # --- the second pass ---
     def _rows(self, *, strict: bool = False) -> Iterator[tuple[int, int, list[str]]]:
         """(row, line, cells) by Python's own parser; row 0 is the header.
@@ -235,7 +256,7 @@ class CsvReader(Reader):
         row, line = -1, 1
         with self.path.open("rb") as file:
             csv.field_size_limit(self.limits.cell_bytes)
-            lines = _DecodedLines(file, longest=4 * BLOCK_BYTES)
+            lines = _DecodedLines(file, longest=2 * MAX_ROW_BYTES)
             reader = csv.reader(lines, delimiter=self.delimiter, strict=strict)
             try:
                 for cells in reader:
@@ -275,9 +296,9 @@ class CsvReader(Reader):
                         code="row_ragged",
                         pointers={f"rows/{row}": f"{_fields(len(cells))} instead of {self.n_columns}, on line {line}."},
                     )
-                if sum(map(len, cells)) > BLOCK_BYTES:
+                if sum(map(len, cells)) > MAX_ROW_BYTES:
                     return FileRefused(
-                        f"{self.filename}, row {row:,} (line {line:,}) is longer than {BLOCK_BYTES:,} bytes; shorten its cells.",
+                        f"{self.filename}, row {row:,} (line {line:,}) is longer than {MAX_ROW_BYTES:,} bytes; shorten its cells.",
                         code="row_too_long",
                     )
                 for at, name in numeric.items():
@@ -290,6 +311,33 @@ class CsvReader(Reader):
         return FileRefused(f"{self.filename} cannot be read as CSV: {said.splitlines()[0][:300]}", code="csv_invalid")
 
 
+@dataclass(frozen=True)
+class RowEnds:
+    last: int  # the byte after the last complete row; 0 if none is complete
+    is_open: bool  # the block ends inside a quoted cell
+
+
+def row_ends(block: bytes, delimiter: str) -> RowEnds:
+    """Where rows end in a block that starts with one: at newlines outside of quoted cells.
+
+    A quote opens a cell only where the cell starts; anywhere else it is a character like any other.
+    """
+    at = block.rfind(b"\n")
+    if b'"' not in block:
+        return RowEnds(at + 1, is_open=False)
+    cells = list(_QUOTED[delimiter].finditer(block))
+    for cell in reversed(cells):
+        if at >= cell.end():
+            break
+        if at > cell.start():
+            at = block.rfind(b"\n", 0, cell.start())
+    return RowEnds(at + 1, is_open=bool(cells) and not cells[-1][1])
+
+
+_QUOTED = {
+    delimiter: re.compile(rb'(?:(?<=[\n%s])|\A)"(?:[^"]|"")*+("|\Z)' % re.escape(delimiter.encode()))
+    for delimiter in ",;\t"
+}
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
