@@ -15,12 +15,11 @@ from marketplace.ingest.mapping import MAX_PREVIEW_ROWS
 from marketplace.models import ApiKey, Dataset, Offer, Party
 from marketplace.money import InvalidMoney, Money
 
+CURRENCIES = [(code, code) for code in Offer.Currency.values]
+
 
 class Form(forms.Form):
     """A form that can take a service's refusal, whose pointers name its fields."""
-
-    template_name_label = None
-    use_required_attribute = True
 
     #: pointer of the service → field of this form, where they differ
     pointer_fields: dict[str, str] = {}
@@ -184,7 +183,7 @@ class OfferForm(Form):
     price = forms.CharField(
         max_length=40, initial="100.00", widget=MoneyInput, help_text="Of one license; 5.00 or more."
     )
-    currency = forms.ChoiceField(choices=Offer.Currency.choices)
+    currency = forms.ChoiceField(choices=CURRENCIES)
     upfront = PercentField(
         initial=30, label="Paid at once, %", help_text="Divided by number of records as soon as someone buys."
     )

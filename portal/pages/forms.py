@@ -5,9 +5,9 @@ from django import forms
 from django.db.models import QuerySet
 
 from marketplace import clock
-from marketplace.models import Offer, TrainedModel
+from marketplace.models import TrainedModel
 from marketplace.money import InvalidMoney, Money
-from marketplace.web.forms import Form, MoneyInput, country_field
+from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
 
 
 class CountryForm(Form):
@@ -31,7 +31,7 @@ class RevenueForm(Form):
     revenue = forms.CharField(
         max_length=40, widget=MoneyInput, help_text="What the model earned in that period; 0 is an answer too."
     )
-    currency = forms.ChoiceField(choices=Offer.Currency.choices)
+    currency = forms.ChoiceField(choices=CURRENCIES)
 
     def __init__(self, *args: Any, models: QuerySet[TrainedModel], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -24,7 +24,9 @@ class SiteFigures:
 
 def site_figures(at: datetime) -> SiteFigures:
     on_sale = (
-        Offer.objects.filter(dataset__status=Dataset.Status.LISTED).order_by("dataset_id", "-number").distinct("dataset_id")
+        Offer.objects.filter(dataset__status=Dataset.Status.LISTED)
+        .order_by("dataset_id", "-number")
+        .distinct("dataset_id")
     )
     versions = DatasetVersion.objects.filter(pk__in=on_sale.values("version")).aggregate(
         n_datasets=Count("dataset", distinct=True), n_records=Sum("n_records", default=0)

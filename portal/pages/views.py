@@ -14,7 +14,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from attribution import selectors as attribution
-from attribution.models import AttributionResult, Share
+from attribution.models import PPQ, AttributionResult, Share
 from marketplace import clock
 from marketplace import selectors as marketplace
 from marketplace.errors import DomainError
@@ -65,6 +65,9 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
     """What a model was trained on, what that is worth to it, and how strong the evidence is."""
     found, disclosures = _model_or_404(request, slug)
     latest = disclosures[0]
+    citations = list(
+        latest.citations.select_related("version__dataset__owner", "license__order_line__order").order_by("position")
+    )
     run = attribution.open_run(latest)
     result = attribution.latest_result(found)
     context = {
@@ -73,15 +76,13 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
         "disclosure": latest,
         "disclosures": disclosures,
         "is_owner": found.owner == request.party,  # type: ignore[attr-defined]
-        "citations": latest.citations.select_related("version__dataset__owner", "license__order_line__order").order_by(
-            "position"
-        ),
+        "citations": citations,
         "evidence": attribution.evidence_state(latest),
         "verification": attribution.find_verification(latest),
         "run": run,
         "progress": attribution.run_progress(run) if run else None,
         "result": result,
-        "partitions": _partitions(result) if result else [],
+        "partitions": _partitions(result, [citation.version_id for citation in citations]) if result else [],
         "n_drawn": N_DRAWN,
     }
     if request.htmx:  # type: ignore[attr-defined]
@@ -108,26 +109,32 @@ def _model_or_404(request: HttpRequest, slug: str) -> tuple[TrainedModel, list[D
     return found, disclosures
 
 
-def _partitions(result: AttributionResult) -> list[dict[str, Any]]:
-    """Rights holders and labellers, each as rows for the table and, of the largest, positions for the drawing."""
+def _partitions(result: AttributionResult, cited: list[int]) -> list[dict[str, Any]]:
+    """Rights holders and labellers, each as rows for the table and, of the largest, positions for the drawing.
+
+    A row names its source by the number that the bibliography gives it; 0: cited by an earlier disclosure only.
+    """
+    numbers = {version_id: number for number, version_id in enumerate(cited, 1)}
     shares = list(attribution.result_shares(result))
     titles = {Share.Partition.RIGHTS_HOLDER: "Rights holders", Share.Partition.LABELLER: "Labellers"}
     found = []
     for partition, title in titles.items():
-        rows = [share for share in shares if share.partition == partition]
+        rows = [(share, numbers.get(share.version_id, 0)) for share in shares if share.partition == partition]
+        if not rows:
+            continue
         drawn = rows[:N_DRAWN]
-        layout = forest([(row.count_ppq / 10**15, row.raw, row.low, row.high) for row in drawn]) if drawn else None
+        layout = forest([(share.count_ppq / PPQ, share.raw, share.low, share.high) for share, _ in drawn])
         found.append(
             {
                 "id": partition.value,
                 "title": title,
                 "rows": rows,
-                "drawn": list(zip(drawn, layout.marks, strict=True)) if layout else [],
-                "ticks": layout.ticks if layout else [],
-                "has_several_versions": len({row.version_id for row in rows}) > 1,
+                "drawn": [(*row, mark) for row, mark in zip(drawn, layout.marks, strict=True)],
+                "ticks": layout.ticks,
+                "has_several_versions": len({share.version_id for share, _ in rows}) > 1,
             }
         )
-    return [partition for partition in found if partition["rows"]]
+    return found
 
 
 # --- paying -----------------------------------------------------------------------------------------------------------
