@@ -237,15 +237,25 @@ class Supervisor:
 
 def web_argv(*, port: int, host: str = "127.0.0.1", n_worker: int = 2) -> list[str]:
     """gunicorn over the site and the API; ready when `http://HOST:PORT/healthz` answers."""
-    options = ["--bind", f"{host}:{port}", "--workers", str(n_worker), "--threads", "4", "--access-logfile", "-", "--preload"]
+    options = [
+        "--bind",
+        f"{host}:{port}",
+        "--workers",
+        str(n_worker),
+        "--threads",
+        "4",
+        "--access-logfile",
+        "-",
+        "--preload",
+    ]
     return [sys.executable, "-m", "gunicorn", "portal.wsgi", *options, "--graceful-timeout", "5"]
 
 
-def worker_argv(queue: str) -> list[str]:
-    """One Celery worker for one queue, one task at a time; ready when its log says `ready.`"""
+def worker_argv(queue: str, *, n_at_once: int = 1) -> list[str]:
+    """One Celery worker for one queue, so many tasks at once; ready when its log says `ready.`"""
     if queue not in QUEUES:
         raise ValueError(f"{queue!r} is none of {', '.join(QUEUES)}")
-    options = ["--queues", queue, "--hostname", f"{queue}@%h", "--concurrency", "1", "--loglevel", "INFO"]
+    options = ["--queues", queue, "--hostname", f"{queue}@%h", "--concurrency", str(n_at_once), "--loglevel", "INFO"]
     return [sys.executable, "-m", "celery", "-A", "portal", "worker", *options, "--without-gossip", "--without-mingle"]
 
 

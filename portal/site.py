@@ -73,7 +73,10 @@ def start_site(
     )
     supervisor.start("web", web_argv(port=web_port), env=environment.of("web"), ready=f"{url}/healthz", wait=False)
     for queue in WORKERS:
-        supervisor.start(queue, worker_argv(queue), env=environment.of(queue), ready="ready.", wait=False)
+        n_at_once = max(1, min(4, os.cpu_count() or 1)) if queue == "attribution" else 1  # one thread each
+        supervisor.start(
+            queue, worker_argv(queue, n_at_once=n_at_once), env=environment.of(queue), ready="ready.", wait=False
+        )
     supervisor.start("beat", beat_argv(), env=environment.of("beat"), ready="beat: Starting", wait=False)
     supervisor.wait_until_ready(deadline_seconds=120)
     return Site(url=url, stripe_url=stripe_url, stripe_key=key, environment=environment, supervisor=supervisor)

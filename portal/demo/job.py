@@ -360,7 +360,10 @@ class MainJob:
         return invite(party=party, email=email_of(name), by=User.objects.get(email=cast.CURATOR))
 
     def _onboard(self, name: str, token: str) -> None:
-        browser = Browser(self.site.url)
+        with Browser(self.site.url) as browser:
+            self._claim_and_onboard(browser, name, token)
+
+    def _claim_and_onboard(self, browser: Browser, name: str, token: str) -> None:
         self._enter(browser, email_of(name))
         if token:
             page = browser.get(f"/invitations/{token}/")
@@ -402,7 +405,8 @@ class MainJob:
         whole = timedelta(seconds=int(by.total_seconds()) + 1)
         clock.advance(whole)
         self.site.advance_stripe_clock(int(whole.total_seconds()))
-        say(f"the demo's clocks moved on by {whole.days} days, to {clock.now():%-d %B %Y}")
+        days = f"{whole.days} day{'' if whole.days == 1 else 's'}"
+        say(f"the demo's clocks moved on by {days}, to {clock.now():%-d %B %Y}")
 
     # --- 8. read
 
