@@ -90,11 +90,11 @@ class DatasetOutput(serializers.ModelSerializer):
 
     @extend_schema_field(OfferOutput)
     def get_offer(self, dataset: Dataset) -> dict[str, Any]:
-        return OfferOutput(_offer_of(dataset)).data  # type: ignore[return-value]
+        return OfferOutput(_offer_of(dataset)).data
 
     @extend_schema_field(VersionOutput)
     def get_version(self, dataset: Dataset) -> dict[str, Any]:
-        return VersionOutput(_offer_of(dataset).version).data  # type: ignore[return-value]
+        return VersionOutput(_offer_of(dataset).version).data
 
 
 class DatasetDetailOutput(DatasetOutput):
@@ -116,7 +116,7 @@ class DatasetDetailOutput(DatasetOutput):
 
     @extend_schema_field(ContractOutput)
     def get_offer(self, dataset: Dataset) -> dict[str, Any]:
-        return ContractOutput(_offer_of(dataset)).data  # type: ignore[return-value]
+        return ContractOutput(_offer_of(dataset)).data
 
     @extend_schema_field(PriceOutput(many=True))
     def get_price_history(self, dataset: Dataset) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from typing import Any
 from rest_framework.request import Request
 from rest_framework.throttling import SimpleRateThrottle
 
+from marketplace.models import ApiKey
+
 
 class PartyThrottle(SimpleRateThrottle):
     """`RateLimit-Policy` and `RateLimit` (IETF draft) say what is left; `marketplace.api.middleware` adds them."""
@@ -22,5 +24,7 @@ class PartyThrottle(SimpleRateThrottle):
         return bool(allowed)
 
     def get_cache_key(self, request: Request, view: Any) -> str:
-        ident = f"party:{request.auth.party_id}" if request.auth is not None else f"addr:{self.get_ident(request)}"
+        ident = (
+            f"party:{request.auth.party_id}" if isinstance(request.auth, ApiKey) else f"addr:{self.get_ident(request)}"
+        )
         return self.cache_format % {"scope": self.scope, "ident": ident}

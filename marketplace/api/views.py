@@ -17,7 +17,7 @@ from rest_framework.serializers import BaseSerializer
 from rest_framework.viewsets import GenericViewSet
 
 from marketplace import clock
-from marketplace.api.keys import idempotency_key
+from marketplace.api.keys import acting_key, idempotency_key
 from marketplace.api.serializers import (
     DatasetDetailOutput,
     DatasetOutput,
@@ -79,7 +79,7 @@ class OrderViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
     lookup_value_converter = "uuid"
 
     def get_queryset(self) -> QuerySet[Order]:
-        return orders_visible_to(self.request.auth.party)
+        return orders_visible_to(acting_key(self.request).party)
 
     @extend_schema(
         summary="Place an order",
@@ -90,11 +90,9 @@ class OrderViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
         responses={201: OrderOutput},
     )
     def create(self, request: Request) -> Response:
-        data = OrderInput(data=request.data)
+        data, api_key = OrderInput(data=request.data), acting_key(request)
         data.is_valid(raise_exception=True)
-        order = place_order(
-            buyer=request.auth.party, key=idempotency_key(request), api_key=request.auth, **data.validated_data
-        )
+        order = place_order(buyer=api_key.party, key=idempotency_key(request), api_key=api_key, **data.validated_data)
         seen = self.get_queryset().get(pk=order.pk)
         return Response(OrderOutput(seen).data, status=status.HTTP_201_CREATED)
 
@@ -108,10 +106,10 @@ class LicenseViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
     lookup_value_converter = "uuid"
 
     def get_queryset(self) -> QuerySet[License]:
-        return licenses_visible_to(self.request.auth.party)
+        return licenses_visible_to(acting_key(self.request).party)
 
     def get_serializer_context(self) -> dict[str, Any]:
-        return super().get_serializer_context() | {"now": clock.now()}  # asked once for the whole list
+        return {**super().get_serializer_context(), "now": clock.now()}  # asked once for the whole list
 
     @extend_schema(
         summary="A link to the licensed file",

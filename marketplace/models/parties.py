@@ -5,7 +5,11 @@ from typing import Any, ClassVar
 
 from django.contrib.auth.models import AbstractUser, BaseUserManager
 from django.db import models
-from django.db.models import Q
+from django.db.models import (  # in Party's body, mypy takes `models` for its related name
+    ManyToManyField,
+    Q,
+    TextChoices,
+)
 from django.db.models.functions import Lower
 from django.utils import timezone
 
@@ -47,7 +51,7 @@ class Party(models.Model):
     accrues from the first day and belongs to nobody until someone claims it.
     """
 
-    class Kind(models.TextChoices):
+    class Kind(TextChoices):
         PERSON = "person"
         ORGANISATION = "organisation"
 
@@ -59,7 +63,7 @@ class Party(models.Model):
     external_ref = models.CharField(max_length=200, blank=True)  # what the introducer's files call it
     claimed_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now)
-    members: models.ManyToManyField = models.ManyToManyField(User, through="Membership", related_name="parties")
+    members: ManyToManyField = ManyToManyField(User, through="Membership", related_name="parties")
 
     class Meta:
         verbose_name_plural = "parties"

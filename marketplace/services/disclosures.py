@@ -74,7 +74,7 @@ def validate_document(document: Any) -> None:
     for error in (_deepest(error) for error in errors):
         for where, what in _explain(error):
             pointers.setdefault(where, what)
-    where, what = next(iter(_explain(_deepest(best_match(errors)))))  # type: ignore[type-var]
+    where, what = next(iter(_explain(_deepest(best_match(errors)))))
     raise DisclosureInvalid(
         f"{where or 'The document'}: {what} The schema is at /schemas/disclosure/1.json.",
         pointers=dict(list(pointers.items())[:MAX_POINTERS]),

@@ -7,6 +7,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from marketplace.api.keys import acting_key
 from marketplace.models import ApiKey
 from marketplace.selectors import orders_visible_to
 from payouts.api.serializers import CheckoutOutput
@@ -26,7 +27,7 @@ class OrderCheckoutView(APIView):
         responses={200: CheckoutOutput},
     )
     def post(self, request: Request, public_id: str) -> Response:
-        order = get_object_or_404(orders_visible_to(request.auth.party), public_id=public_id)
+        order = get_object_or_404(orders_visible_to(acting_key(request).party), public_id=public_id)
         url = start_checkout(order=order, **checkout_urls(reverse("order", args=[order.public_id])))
         return Response(CheckoutOutput({"url": url}).data)
 
