@@ -158,3 +158,17 @@ def test_an_ended_license_has_no_links(client, license, path):
 
 def test_a_link_cannot_be_posted_to(client, path):
     assert client.post(path).status_code == 405
+
+
+def test_a_person_gets_a_page_that_says_what_to_do(client, license, path, settings):
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    settings.DOWNLOAD_URL_SECONDS = -1
+    expired = client.get(path, headers=browser)
+    settings.DOWNLOAD_URL_SECONDS = 600
+    License.objects.filter(pk=license.pk).update(revoked_at=clock.now())
+    revoked = client.get(path, headers=browser)
+    forged = client.get(f"{path}x", headers=browser)
+
+    for page, status, says in ((expired, 410, "licenses page"), (revoked, 403, "revoked"), (forged, 404, "whole link")):
+        assert (page.status_code, page["Content-Type"]) == (status, "text/html; charset=utf-8")
+        assert says in page.content.decode()
