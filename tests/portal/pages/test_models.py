@@ -1,0 +1,104 @@
+import json
+from datetime import timedelta
+
+import pytest
+
+from attribution.models import AttributionResult, AttributionRun, Shard
+from marketplace import clock
+from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
+from tests.factories.marketplace import LicenseFactory, OfferFactory, PublishedVersionFactory
+from tests.pages import assert_page, signed_in, text_of
+
+
+@pytest.fixture
+def measured(alice, bob, carol) -> AttributionResult:
+    """Carol's model of alice's and bob's records, of which alice's did three quarters."""
+    version = PublishedVersionFactory(contributions={alice: 5, bob: 5})
+    offer = OfferFactory(version=version)
+    disclosure = DisclosureFactory(
+        model=ModelFactory(owner=carol, slug="net", name="Whale net"),
+        licenses=[LicenseFactory(licensee=carol, offer=offer)],
+    )
+    return PublishedResultFactory(
+        disclosure=disclosure,
+        shares={alice: 3, bob: 1},
+        reliability=0.83,
+        total=1.742,
+        total_low=1.61,
+        total_high=1.88,
+    )
+
+
+def test_model_page_cites_measures_and_draws(client, measured):
+    response = client.get("/models/net/")
+    text = assert_page(response)
+
+    version = measured.disclosure.citations.get().version
+    assert version.dataset.title in text and "10 of 10 records" in text and "licensed for $100.00" in text
+    assert "Alice 10" not in text
+    assert "75.00 %" in text and "25.00 %" in text and "74.00 % to 76.00 %" in text
+    assert "Reliability λ 0.83" in text and "1.610 to 1.880" in text
+    assert response.content.count(b'<circle class="measured"') == 2 * (1 + 2)  # two partitions: a legend and two rows
+    assert b'role="img"' in response.content
+
+
+def test_model_list_shows_what_anyone_may_read(client, measured, carol):
+    DisclosureFactory(model=ModelFactory(owner=carol, name="Secret net"), embargo_until=clock.now() + timedelta(days=1))
+
+    text = assert_page(client.get("/models/"))
+
+    assert "Whale net" in text and "replayed" in text and "1 source " in text
+    assert "Secret net" not in text
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_model_list_takes_the_same_number_of_queries_for_any_number_of_rows(
+    client, db, django_assert_num_queries, n_rows
+):
+    for _ in range(n_rows):
+        PublishedResultFactory()
+
+    with django_assert_num_queries(9):
+        client.get("/models/")
+
+
+def test_a_model_under_embargo_exists_for_its_owner_only(client, carol, mallory):
+    DisclosureFactory(model=ModelFactory(owner=carol, slug="secret"), embargo_until=clock.now() + timedelta(days=1))
+
+    assert "under embargo" in assert_page(signed_in(carol).get("/models/secret/"))
+    assert_page(client.get("/models/secret/"), 404)
+    assert_page(signed_in(mallory).get("/models/secret/"), 404)
+    assert_page(client.get("/models/secret/disclosures/1.json"), 404)
+
+
+def test_a_model_that_is_only_declared_says_so(client, carol):
+    DisclosureFactory(model=ModelFactory(owner=carol, slug="net"))
+
+    assert "Declared: the citations stand on the trainer’s word" in assert_page(client.get("/models/net/"))
+
+
+def test_while_it_is_measured_the_page_counts(client, carol):
+    disclosure = DisclosureFactory(model=ModelFactory(owner=carol, slug="net"))
+    run = AttributionRun.objects.create(disclosure=disclosure, grade="replayed", budget=10)
+    for number, status in enumerate(("done", "queued")):
+        Shard.objects.create(run=run, number=number, status=status)
+
+    page = client.get("/models/net/")
+    fragment = client.get("/models/net/", headers={"HX-Request": "true"})
+
+    assert "Measuring what each record did" in assert_page(page)
+    assert b'max="2000" value="1000"' in fragment.content and b"<html" not in fragment.content
+
+    AttributionRun.objects.update(status="done")
+    last = client.get("/models/net/", headers={"HX-Request": "true"})
+    assert "Measured." in text_of(last) and b"hx-trigger" not in last.content
+
+
+def test_the_document_is_served_as_its_digest_names_it(client, carol):
+    disclosure = DisclosureFactory(model=ModelFactory(owner=carol, slug="net"))
+
+    response = client.get("/models/net/disclosures/1.json")
+
+    assert json.loads(response.content) == disclosure.document
+    assert b": " not in response.content
+    assert_page(client.get("/models/net/disclosures/2.json"), 404)
