@@ -9,6 +9,11 @@ urlpatterns = [
     path("models/", views.models, name="models"),
     path("models/<slug:slug>/", views.model, name="model"),
     path("models/<slug:slug>/disclosures/<int:number>.json", views.disclosure_document, name="disclosure-document"),
+    re_path(
+        r"^models/(?P<slug>[-\w]+)/disclosures/(?P<number>\d{1,9})/references\.(?P<suffix>bib|csl\.json)$",
+        views.bibliography,
+        name="bibliography",
+    ),
     path("orders/<uuid:order_id>/checkout/", views.checkout, name="checkout"),
     path("royalties/", views.royalty_list, name="royalties"),
     path("royalties/<int:invoice_id>/checkout/", views.invoice_checkout, name="invoice-checkout"),

@@ -8,7 +8,14 @@ from typing import Any
 from django.conf import settings
 from django.contrib import messages
 from django.core.paginator import Paginator
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, HttpResponsePermanentRedirect
+from django.http import (
+    Http404,
+    HttpRequest,
+    HttpResponse,
+    HttpResponseBase,
+    HttpResponsePermanentRedirect,
+    JsonResponse,
+)
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
@@ -18,6 +25,7 @@ from attribution.models import PPQ, AttributionResult, Share
 from marketplace import clock
 from marketplace import selectors as marketplace
 from marketplace.errors import DomainError
+from marketplace.export.citations import bibtex, csl_json
 from marketplace.models import Disclosure, TrainedModel
 from marketplace.money import Money
 from marketplace.services.disclosures import canonical_json
@@ -93,11 +101,26 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
 @require_GET
 def disclosure_document(request: HttpRequest, slug: str, number: int) -> HttpResponse:
     """The document as it was sent, in the canonical form whose SHA-256 names it."""
+    found = _disclosure_or_404(request, slug, number)
+    return HttpResponse(canonical_json(found.document), content_type="application/json")
+
+
+@require_GET
+def bibliography(request: HttpRequest, slug: str, number: str, suffix: str) -> HttpResponse:
+    """One disclosure's references, for a paper: BibTeX or CSL-JSON."""
+    found = _disclosure_or_404(request, slug, int(number))
+    citations = found.citations.select_related("version__dataset__owner", "disclosure__model").order_by("position")
+    if suffix == "bib":
+        return HttpResponse(bibtex(citations), content_type="application/x-bibtex; charset=utf-8")
+    return JsonResponse(csl_json(citations), safe=False, content_type="application/vnd.citationstyles.csl+json")
+
+
+def _disclosure_or_404(request: HttpRequest, slug: str, number: int) -> Disclosure:
     _, disclosures = _model_or_404(request, slug)
     found = next((one for one in disclosures if one.number == number), None)
     if found is None:
         raise Http404("There is no such disclosure")
-    return HttpResponse(canonical_json(found.document), content_type="application/json")
+    return found
 
 
 def _model_or_404(request: HttpRequest, slug: str) -> tuple[TrainedModel, list[Disclosure]]:

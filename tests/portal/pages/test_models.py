@@ -102,3 +102,16 @@ def test_the_document_is_served_as_its_digest_names_it(client, carol):
     assert json.loads(response.content) == disclosure.document
     assert b": " not in response.content
     assert_page(client.get("/models/net/disclosures/2.json"), 404)
+
+
+def test_the_references_leave_as_bibtex_and_csl(client, measured):
+    page = client.get("/models/net/").content.decode()
+    title = measured.disclosure.citations.get().version.dataset.title
+
+    bibtex = client.get("/models/net/disclosures/1/references.bib")
+    csl = client.get("/models/net/disclosures/1/references.csl.json")
+
+    assert "/models/net/disclosures/1/references.bib" in page
+    assert bibtex.content.startswith(b"@misc{") and title.encode() in bibtex.content
+    assert [item["title"] for item in csl.json()] == [title]
+    assert_page(client.get("/models/net/disclosures/2/references.bib"), 404)
