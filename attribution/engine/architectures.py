@@ -135,12 +135,12 @@ def _value(value: Any, wanted: type, pointer: str) -> Any:
         value = float(value)
     if type(value) is not wanted:
         raise EngineError(f"must be {wanted.__name__}, not {value!r}", pointer=pointer)
-    sizes = value if wanted is list else [value] if wanted is int else []
+    sizes: Any = value if wanted is list else [value] if wanted is int else []
     lowest = 0 if pointer.endswith("/padding") else 1
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool) or not lowest <= size <= MAX_WIDTH:
             raise EngineError(f"must be a whole number from {lowest} to {MAX_WIDTH:,}, not {size!r}", pointer=pointer)
-    if wanted is float and not (math.isfinite(value) and 0 <= value < 1):
+    if isinstance(value, float) and not (math.isfinite(value) and 0 <= value < 1):
         raise EngineError(f"must be from 0 up to, not including, 1, not {value!r}", pointer=pointer)
     return value
 

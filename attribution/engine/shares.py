@@ -326,7 +326,7 @@ def merge_rounds(
         summed = division.summed(of_player, len(members))
         shares = np.array([division.value(solution, summed) for solution in drawn]) / totals[:, None]  # (R, n_member)
         # Summed from the records' own values, so that splitting an account splits its sum and nothing else.
-        sums = np.bincount(of_player, phi, len(members))
+        sums: Array = np.bincount(of_player, phi, len(members)).astype(np.float64)
         shares = _centred(shares, sums / total if total else 0.0, evidence.inflation)
         table = _table(members.numpy(), summed.counts, sums, total, shares, trust)
         if name:
@@ -581,7 +581,8 @@ class Division:
     BANDWIDTH = 0.08  # of the smoother over u
     REACH = 0.3  # over u, of an effect d(u): half of its prior variance is common to all sizes
     SLOPE_VARIANCE = 0.25  # of b around 1
-    GRID = (0.0, 0.1, 1.0, 10.0)  # prior variances of the cluster and of the record effects, over the noise's
+    CLUSTER_GRID = (0.0, 0.1, 1.0, 10.0)  # prior variance of the cluster effects, over the noise's
+    RECORD_GRID = (0.1, 1.0, 10.0)  # of the record effects: never 0, or few replays could not contradict the surrogate
     OWN_GRID = (0.0, 0.05, 0.5)  # of c around 0
     CURVE_REACH = 0.1  # over u, of F
 
@@ -777,7 +778,7 @@ class Division:
         """The prior variances that predict held-out pairs of masks best."""
         losses = {
             prior: float((self._left_out(y, x, prior) ** 2).mean())
-            for prior in itertools.product(self.GRID, self.GRID, self.OWN_GRID)
+            for prior in itertools.product(self.CLUSTER_GRID, self.RECORD_GRID, self.OWN_GRID)
         }
         best = min(losses, key=losses.__getitem__)
         self.explained = 1 - losses[best] / float((self._left_out(y, x, (0.0, 0.0, 0.0), slope=0.0) ** 2).mean())
@@ -833,7 +834,16 @@ def _table(ids: NDArray[np.int64], counts: Array, phi: Array, total: float, draw
     paid = blended / blended.sum()
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     return [
-        Share(int(ids[j]), *(float(v[j]) for v in (point, low, high, paid, count)), int(counts[j]), float(phi[j]))
+        Share(
+            owner=int(ids[j]),
+            share=float(point[j]),
+            low=float(low[j]),
+            high=float(high[j]),
+            paid_share=float(paid[j]),
+            count_share=float(count[j]),
+            n_records=int(counts[j]),
+            value=float(phi[j]),
+        )
         for j in range(len(ids))
     ]
 

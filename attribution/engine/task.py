@@ -257,7 +257,7 @@ class Task:
         """
         recipe = self.require_recipe()
         digest = hashlib.sha256()
-        plain = [recipe.optimizer, dict(recipe.options), [(r, _plain(dict(o))) for r, o in recipe.groups]]
+        plain: list[Any] = [recipe.optimizer, dict(recipe.options), [(r, _plain(dict(o))) for r, o in recipe.groups]]
         plain += [recipe.normalizer, recipe.clip_norm, recipe.seed]
         digest.update(json.dumps(plain, sort_keys=True, default=list).encode())
         rate = torch.as_tensor(recipe.learning_rate, dtype=torch.float64)

@@ -109,7 +109,9 @@ class Program:
         self._frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         self._buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self._options = {name: self.recipe.options_for(name) for name in self._trained}
-        self.fields = ("momentum_buffer",) if self.recipe.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
+        self.fields: tuple[str, ...] = (
+            ("momentum_buffer",) if self.recipe.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
+        )
         if self.recipe.optimizer == "sgd" and not any(options["momentum"] for options, _ in self._options.values()):
             self.fields = ()
         self._check_loss_shapes()
