@@ -230,12 +230,12 @@ def _run(task: Task, weights: Tensor, progress: Progress | None, before: int, to
 
 
 def _batched(task: Task, progress: Progress | None, before: int, total: int) -> Tensors:
-    """The same training as one of three runs at once: other kernels, which sum in another order."""
+    """The same training as one of three runs at once, whose products are summed in another order."""
     return _run(task, torch.ones(3, task.n_train), progress, before, total).tensors(1)
 
 
 def _nudged(task: Task, progress: Progress | None, before: int, total: int) -> Tensors:
-    """The same training from weights that are off by half a unit in the last place, up or down by a fixed seed."""
+    """The same training from weights that are off by a unit in the last place, some of them, by a fixed seed."""
     recipe = task.require_recipe()
     generator = torch.Generator().manual_seed(seed_of("nudge", recipe.seed))
     nudged = {}

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import django
+import torch
 
 from portal.demo.console import DemoFailed, Steps, console, say, show_table
 from portal.environment import demo_environment, var_dir
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
                 site = start_site(supervisor, environment, var)
                 os.environ.update(site.environment.of("web"))
                 django.setup()
+                torch.set_num_threads(1)  # as the worker: replays are bit-equal on one build and one thread count
                 logging.getLogger().setLevel(logging.WARNING)  # the processes' logs are in var/log; here are the steps
                 say(f"{len(supervisor.children)} processes; logs in {var.name}/log")
             _do(site, steps)

@@ -16,7 +16,7 @@ from attribution.engine.architectures import load_state
 from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds
 from attribution.engine.training import save_state
 from attribution.engine.verification import VerificationReport, verify
-from attribution.models import PPQ, AttributionResult, AttributionRun, Share
+from attribution.models import PPQ, AttributionResult, AttributionRun, Share, Verification
 from attribution.services.shares import to_ppq
 from marketplace.models import Contribution, Disclosure, Party, RecordCopy
 from marketplace.money import Money
@@ -180,7 +180,7 @@ def _divided(measured: SharesResult, pool: Money) -> dict[int, int]:
 
 
 def _lies() -> Iterator[Check]:
-    """The same verification on three disclosures that are not true, and on the true one."""
+    """What the worker found of the true disclosure, and the same verification of three that are not."""
     disclosure = Disclosure.objects.get(model__slug=MODEL_SLUG)
     task = build_task(disclosure)
     with checkpoint_paths(disclosure) as paths, tempfile.TemporaryDirectory() as folder:
@@ -188,13 +188,13 @@ def _lies() -> Iterator[Check]:
         altered = load_state(path)
         altered["model.0.weight"][0, 0] += 1e-3
         lie = save_state(altered, Path(folder) / "altered.safetensors")
-        honest = verify(task, checkpoints=[(step, path)])
         lies = {
             "one record left out of the citation": verify(_without_last(task), checkpoints=[(step, path)]),
             "one label changed": verify(_relabelled(task), checkpoints=[(step, path)]),
             "one checkpoint altered by 0.001 in one weight": verify(task, checkpoints=[(step, lie)]),
         }
-    yield Check("The disclosure is reproduced to the bit", honest.is_bit_equal, honest.summary)
+    honest = Verification.objects.get(disclosure=disclosure).report
+    yield Check("The true disclosure is reproduced to the bit", bool(honest["is_bit_equal"]), str(honest["summary"]))
     for what, report in lies.items():
         yield Check(f"A disclosure that lies is caught: {what}", not report.matches, _drift(report))
 
