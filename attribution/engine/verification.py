@@ -6,8 +6,9 @@ build of torch and one thread count a replay is bit-equal. Elsewhere sums are ro
     drift = ‖claimed − replayed‖ / ‖replayed − initial‖        over all floating-point weights (and moments, over their norm)
 
 is allowed, and how small is measured on the very task, not guessed: the drift between replays that differ in nothing but
-the order of sums (`reordering`: a batched replay; initial weights off by half a unit in the last place), and the drift that leaving out one record makes (`left_out`: the least of several). The tolerance is 10 · reordering,
-and never more than left_out / 10: where training is too chaotic to tell the two apart, only equal bits match.
+the order of sums (`reordering`: a batched replay; initial weights off by a unit in the last place), and the drift that
+leaving out one record makes (`left_out`: the least of several). The tolerance is 10 · reordering, and never more than
+left_out / 10: where training is too chaotic to tell the two apart, only equal bits match.
 
 Related work: Proof-of-Training-Data (Choi et al. 2023, arXiv:2307.00682); "Proof-of-Learning is currently more broken than you
 think" (Fang et al. 2023, arXiv:2208.03567) on why a tolerance without a measurement behind it is worth nothing.
