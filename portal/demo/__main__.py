@@ -57,20 +57,20 @@ def _do(site: Site, steps: Steps) -> None:
     from portal.demo.browser import PageRefused
     from portal.demo.job import MainJob
 
-    job = MainJob(site, var_dir())
     try:
-        for title, act in (
-            ("Upload a Parquet and a CSV file through the web form", job.upload),
-            ("List: attest, offer, ODRL", job.list_for_sale),
-            ("License by API, pay by Stripe Checkout, download", job.license),
-            ("Train and disclose", job.train_and_disclose),
-            ("Attribute: replay, measure, publish", job.attribute),
-            ("Divide and pay", job.divide_and_pay),
-        ):
-            with steps.step(title):
-                act()
-        with steps.step("Read: pages, statements, checks"):
-            _read(job)
+        with MainJob(site, var_dir()) as job:
+            for title, act in (
+                ("Upload a Parquet and a CSV file through the web form", job.upload),
+                ("List: attest, offer, ODRL", job.list_for_sale),
+                ("License by API, pay by Stripe Checkout, download", job.license),
+                ("Train and disclose", job.train_and_disclose),
+                ("Attribute: replay, measure, publish", job.attribute),
+                ("Divide and pay", job.divide_and_pay),
+            ):
+                with steps.step(title):
+                    act()
+            with steps.step("Read: pages, statements, checks"):
+                _read(job)
     except PageRefused as error:
         raise DemoFailed(str(error)) from error
     show_table("Seconds per step", ["Step", "Seconds"], [[name, f"{took:.1f}"] for name, took in steps.seconds.items()])

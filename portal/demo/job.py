@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from django.db.models import Max, Sum
@@ -52,6 +52,13 @@ class MainJob:
         self.files = var / "demo"
         self.curator = Browser(site.url)
         self.trainer = Browser(site.url)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for browser in (self.curator, self.trainer):
+            browser.client.close()
 
     # --- 2. upload
 
@@ -412,31 +419,32 @@ class MainJob:
 
     def read_pages(self) -> None:
         """Each role's pages and statement, as its person sees them."""
-        anyone, seen = Browser(self.site.url), 0
-        public = [
-            "/",
-            "/datasets/",
-            *(f"/datasets/{slug_of(each)}/" for each in cast.LISTINGS),
-            f"/models/{MODEL_SLUG}/",
-        ]
-        for path in public:
-            seen += bool(anyone.get(path).text)
-        if cast.LISTINGS[0].title not in anyone.get(f"/models/{MODEL_SLUG}/").text:
-            raise DemoFailed("the model's page does not cite the dataset")
-        if "Lumen Digits MLP" not in anyone.get(f"/datasets/{slug_of(cast.LISTINGS[0])}/").text:
-            raise DemoFailed("the dataset's page does not say who cites it")
+        seen = 0
+        with Browser(self.site.url) as anyone:
+            for path in ("/", "/datasets/", "/models/"):
+                seen += bool(anyone.get(path).text)
+            if cast.LISTINGS[0].title not in anyone.get(f"/models/{MODEL_SLUG}/").text:
+                raise DemoFailed("the model's page does not cite the dataset")
+            for listing in cast.LISTINGS:
+                if "Lumen Digits MLP" not in anyone.get(f"/datasets/{slug_of(listing)}/").text:
+                    raise DemoFailed(f"the page of {listing.title} does not say who cites it")
+                seen += 1
         for name in (cast.HOLDERS[0], cast.LABELLERS[0]):
-            reader = Browser(self.site.url)
-            self._enter(reader, email_of(name))
-            self._act_for(reader, name)
-            seen += bool(reader.get("/earnings/").text)
-            for month in _months(DivisionLine.objects.filter(party__name=name).dates("division__divided_at", "month")):
-                page = reader.get(f"/earnings/{month}/")
-                statement = reader.get(f"/earnings/{month}.csv")
-                seen += 2
-                if not page.text or "," not in statement.html:
-                    raise DemoFailed(f"{name}'s statement of {month} is empty")
-        say(f"{seen} pages and statements read")
+            with Browser(self.site.url) as reader:
+                seen += self._read_statements(reader, name)
+        say(f"{seen + 1} pages and statements read")
+
+    def _read_statements(self, reader: Browser, name: str) -> int:
+        self._enter(reader, email_of(name))
+        self._act_for(reader, name)
+        seen = bool(reader.get("/earnings/").text)
+        for month in _months(DivisionLine.objects.filter(party__name=name).dates("division__divided_at", "month")):
+            page = reader.get(f"/earnings/{month}/")
+            statement = reader.get(f"/earnings/{month}.csv")
+            if not page.text or "," not in statement.html:
+                raise DemoFailed(f"{name}'s statement of {month} is empty")
+            seen += 2
+        return seen
 
     # --- people
 

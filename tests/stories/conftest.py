@@ -21,4 +21,6 @@ def story(
     default = settings.STORAGES["default"] | {"OPTIONS": {"location": str(var / "media")}}
     settings.STORAGES = settings.STORAGES | {"default": default}
     with django_db_blocker.unblock(), running_story(var, connections["default"].settings_dict["NAME"]) as running:
+        for name, value in running.site.environment.stripe.items():
+            setattr(settings, name, value)
         yield running

@@ -63,6 +63,7 @@ def running_story(var: Path, template: str) -> Iterator[Story]:
         "SECRET_KEY": django_settings.SECRET_KEY,
         "REDIS_URL": django_settings.REDIS_URL,
         "OMP_NUM_THREADS": "1",
+        "ATTRIBUTION_BUDGET": "150",  # trainings' worth: enough to tell the careless labeller from the others
     }
     urls = {role: role_url(superuser, f"residual_{role}", name) for role in ("owner", "app", "worker")}
     # The clone's tables belong to the superuser who made the template, so it migrates (there is nothing to do).

@@ -129,11 +129,7 @@ def test_attribution_is_taken_up_after_its_worker_was_killed(story: Story) -> No
     assert dict(sums) == {"rights_holder": PPQ, "labeller": PPQ}
 
 
-def test_a_payout_run_is_taken_up_after_its_worker_was_killed_and_pays_everyone_once(
-    story: Story, settings: Any
-) -> None:
-    for name, value in story.site.environment.stripe.items():
-        setattr(settings, name, value)
+def test_a_payout_run_is_taken_up_after_its_worker_was_killed_and_pays_everyone_once(story: Story) -> None:
     payees = [PartyFactory(name=f"Payee {number}", country="US") for number in range(24)]
     lab = PartyFactory(name="Lab")
     version = PublishedVersionFactory(contributions=dict.fromkeys(payees, 5))
