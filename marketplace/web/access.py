@@ -15,7 +15,7 @@ from marketplace.models import Membership, Party, User
 class ActingRequest(HttpRequest):
     """A request after `ActingPartyMiddleware`, from someone signed in."""
 
-    user: User  # type: ignore[assignment]
+    user: User
     party: Party
     membership: Membership
     htmx: Any
