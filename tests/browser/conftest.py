@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db import connections
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.stories.conftest import db, story
@@ -42,6 +43,7 @@ def chromium(monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
+        connections.close_all()  # Django keeps connections per event loop; the story's cannot reach this loop's
 
 
 class Visitor:
@@ -99,6 +101,8 @@ class Visitor:
             assert told == [], "\n".join(told)
 
     def _listen(self, message: Any) -> None:
-        refused = "status of 404" in message.text or "status of 422" in message.text  # by us, as the test meant it to be
+        refused = (
+            "status of 404" in message.text or "status of 422" in message.text
+        )  # by us, as the test meant it to be
         if message.type == "error" and not refused:
             self.complaints.append(message.text)
