@@ -115,6 +115,7 @@ class CsvReader(Reader):
         self.size_bytes = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(MAX_ROW_BYTES)
+        csv.field_size_limit(MAX_ROW_BYTES)  # the module's own, 128 KiB, is less than a text may have
         if b"\r" in head and b"\n" not in head:
             raise FileRefused(
                 f"{filename} ends its lines with CR alone; save it with LF or CRLF.", code="line_ends_unknown"

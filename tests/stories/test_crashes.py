@@ -61,7 +61,7 @@ def _kill_and_replace(story: Story, worker: str, row: Any) -> float:
 
 def test_ingest_is_taken_up_after_its_worker_was_killed(story: Story) -> None:
     owner = PartyFactory(name="Archive")
-    n_record = 400_000
+    n_record = 200_000
     path = story.var / "large.csv"
     _write_csv(path, n_record)
     dataset = create_dataset(
@@ -81,7 +81,7 @@ def test_ingest_is_taken_up_after_its_worker_was_killed(story: Story) -> None:
     assert seconds < TAKEOVER_SECONDS
     assert DatasetVersion.objects.get().status == DatasetVersion.Status.DRAFT  # nothing of the first attempt
 
-    story.wait_for("the end of the ingest", lambda: Upload.objects.get(pk=upload.pk).is_finished, seconds=120)
+    story.wait_for("the end of the ingest", lambda: Upload.objects.get(pk=upload.pk).is_finished, seconds=240)
     upload.refresh_from_db()
     version = DatasetVersion.objects.get()
     assert (upload.status, upload.attempt, upload.error_message) == ("done", 2, "")

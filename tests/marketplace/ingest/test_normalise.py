@@ -207,3 +207,9 @@ def test_parquet_rows_keep_their_order_over_row_groups_and_slices(read, monkeypa
 
     assert found.table["content"].to_pylist() == [[float(n), 0.0 - n] for n in range(100)]
     assert found.table["salt"].to_pylist() == records.salts(VERSION_KEY, 0, 100)
+
+
+def test_a_text_of_half_a_megabyte_is_read(read):
+    found = read(b"text\n" + b"a" * 500_000 + b"\nb\n", {"content": "text"})
+
+    assert found.report.n_records == 2
