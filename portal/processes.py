@@ -325,7 +325,8 @@ def test(arguments: list[str]) -> int:
     """pytest on the embedded servers, then on this machine's own where they answer; RESIDUAL_TEST_ONCE=1 leaves that out."""
     from portal import embedded
 
-    command = [sys.executable, "-m", "pytest", *arguments]
+    whole = [] if arguments else ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", *whole, *arguments]
     _say("tests on the embedded PostgreSQL and Redis")
     if code := _foreground(command):
         return code  # 5, no test collected, is a failure too
