@@ -48,10 +48,11 @@ def post(
         EntryKeyReused: the key was used before for something else.
         ValueError: the postings do not sum to zero, mix currencies, or are fewer than two or more than `MAX_LEGS`.
     """
-    legs = {code: micros for code, micros in postings.items() if micros}
+    legs = {code: micros for code, micros in postings.items() if micros != 0}
+    total = sum(legs.values())
     currencies = {chart.parse(code).currency for code in legs}
-    if len(currencies) != 1 or sum(legs.values()) or not 2 <= len(legs) <= MAX_LEGS:
-        raise ValueError(f"{key}: {len(legs)} legs in {sorted(currencies)} that sum to {sum(legs.values())}")
+    if len(currencies) != 1 or total != 0 or not 2 <= len(legs) <= MAX_LEGS:
+        raise ValueError(f"{key}: {len(legs)} legs in {sorted(currencies)} that sum to {total}")
 
     entry, is_new = JournalEntry.objects.get_or_create(
         key=key,

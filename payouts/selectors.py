@@ -136,7 +136,7 @@ def royalty_reports_of(party: Party) -> QuerySet[RoyaltyReport]:
     return (
         RoyaltyReport.objects.filter(licensee=party)
         .select_related("model", "invoice")
-        .prefetch_related("invoice__lines__version__dataset", "invoice__lines__result")
+        .prefetch_related("invoice__lines__version__dataset", "invoice__lines__result", "invoice__lines__license")
         .order_by("-pk")
     )
 
@@ -146,7 +146,7 @@ def royalty_invoices_of(party: Party) -> QuerySet[RoyaltyInvoice]:
     return (
         RoyaltyInvoice.objects.filter(report__licensee=party)
         .select_related("report__model")
-        .prefetch_related("lines__version__dataset", "lines__result")
+        .prefetch_related("lines__version__dataset", "lines__result", "lines__license")
         .order_by("-pk")
     )
 

@@ -76,7 +76,7 @@ class StatementLineOutput(serializers.Serializer):
     """`amount` is `pot · weight / weight_total`, to the micro."""
 
     divided_at = serializers.DateTimeField()
-    source = serializers.CharField()
+    source = serializers.CharField()  # type: ignore[assignment]
     dataset = serializers.CharField()
     version = serializers.IntegerField()
     model = serializers.CharField(help_text="Empty when divided by count.")

@@ -37,7 +37,7 @@ def open_checkout(*, payment: Payment, lines: Sequence[gateway.CheckoutLine], su
         AlreadyPaid: it is, or Stripe says so and the webhook is on its way.
         StripeUnavailable, StripeDeclined: see the classes.
     """
-    payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
+    payment.refresh_from_db(from_queryset=Payment.objects.select_for_update())
     if payment.status == Payment.Status.PAID:
         raise AlreadyPaid("This has been paid.")
     try:

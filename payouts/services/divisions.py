@@ -195,7 +195,9 @@ def _is_known_buyer(buyer: Party, payment: Payment | None) -> bool:
     earlier = Payment.objects.filter(
         Q(order__buyer=buyer) | Q(invoice__report__licensee=buyer), settled_at__isnull=False
     )
-    return earlier.exclude(pk=payment and payment.pk).exists()
+    if payment is not None:
+        earlier = earlier.exclude(pk=payment.pk)
+    return earlier.exists()
 
 
 def _due_dates(division: Division, payees: set[int]) -> dict[int, datetime]:

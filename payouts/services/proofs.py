@@ -10,6 +10,7 @@ from django.db.models import Count, Q, Sum
 from marketplace.money import Money
 from payouts import chart
 from payouts.allocation import allocate
+from payouts.ledger import postings_of
 from payouts.models import (
     Account,
     Division,
@@ -76,10 +77,10 @@ def _entries(balances: Balances) -> Iterator[Finding]:
         total=Sum("postings__amount_micros", default=0),
     )
     for entry in sums.exclude(Q(total=0)).order_by("pk"):
-        yield Finding("entry_unbalanced", f"{entry.key} sums to {entry.total}")  # type: ignore[attr-defined]
+        yield Finding("entry_unbalanced", f"{entry.key} sums to {entry.total}")
     for entry in sums.order_by("pk").iterator():
-        if entry.legs != entry.n_legs or entry.legs < 2:  # type: ignore[attr-defined]
-            yield Finding("entry_incomplete", f"{entry.key} declares {entry.n_legs} legs and has {entry.legs}")  # type: ignore[attr-defined]
+        if entry.legs != entry.n_legs or entry.legs < 2:
+            yield Finding("entry_incomplete", f"{entry.key} declares {entry.n_legs} legs and has {entry.legs}")
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT e.key, a.code FROM payouts_posting p JOIN payouts_journalentry e ON e.id = p.entry_id"
@@ -97,11 +98,11 @@ def _entries(balances: Balances) -> Iterator[Finding]:
         if (account.kind, account.currency, account.party_id) != (code.purpose.kind, code.currency, party):
             yield Finding("account_misdescribed", account.code)
     # Each reversal undoes one entry, leg by leg.
-    for entry in JournalEntry.objects.filter(reverses__isnull=False).select_related("reverses").order_by("pk"):
-        assert entry.reverses is not None
-        there, back = ({p.account_id: p.amount_micros for p in e.postings.all()} for e in (entry.reverses, entry))
-        if back != {account: -micros for account, micros in there.items()}:
-            yield Finding("reversal_differs", f"{entry.key} does not undo {entry.reverses.key}")
+    for reversal in JournalEntry.objects.filter(reverses__isnull=False).select_related("reverses").order_by("pk"):
+        assert reversal.reverses is not None
+        undone = {code: -micros for code, micros in postings_of(reversal.reverses).items()}
+        if postings_of(reversal) != undone:
+            yield Finding("reversal_differs", f"{reversal.key} does not undo {reversal.reverses.key}")
 
 
 def _balances_in_range(balances: Balances) -> Iterator[Finding]:
@@ -169,11 +170,12 @@ def _divided_as_weighed(division: Division, lines: dict[tuple[str, int], Divisio
 def _payables(balances: Balances) -> Iterator[Finding]:
     """What is owed to each party is their lines less their payouts, by currency."""
     owed: dict[tuple[int, str], int] = defaultdict(int)
-    for row in DivisionLine.objects.values("party", "division__currency").annotate(sum=Sum("amount_micros")):
-        owed[row["party"], row["division__currency"]] += int(row["sum"])
-    promised = Payout.objects.exclude(status=Payout.Status.REFUSED)
-    for row in promised.values("party", "currency").annotate(sum=Sum("amount_micros")):
-        owed[row["party"], row["currency"]] -= int(row["sum"])
+    earned = DivisionLine.objects.values("party", "division__currency").annotate(sum=Sum("amount_micros"))
+    for party, currency, micros in earned.values_list("party", "division__currency", "sum"):
+        owed[party, currency] += int(micros)
+    promised = Payout.objects.exclude(status=Payout.Status.REFUSED).values("party", "currency")
+    for party, currency, micros in promised.annotate(sum=Sum("amount_micros")).values_list("party", "currency", "sum"):
+        owed[party, currency] -= int(micros)
     codes = {chart.payable(party, currency): micros for (party, currency), micros in owed.items()}
     for code in sorted(codes.keys() | {code for code in balances if code.startswith("payable:")}):
         if codes.get(code, 0) != -balances.get(code, 0):
@@ -225,8 +227,8 @@ def _payments(balances: Balances) -> Iterator[Finding]:
         if divided != {pk: part.micros for pk, part in parts_of(invoice).items() if part}:
             yield Finding("royalty_differs", f"invoice {invoice.pk} and its divisions")
     for invoice in RoyaltyInvoice.objects.annotate(sum=Sum("lines__amount_micros", default=0)).order_by("pk"):
-        if invoice.sum != invoice.total_micros:  # type: ignore[attr-defined]
-            yield Finding("invoice_differs_from_lines", f"invoice {invoice.pk}: {invoice.total_micros}, {invoice.sum}")  # type: ignore[attr-defined]
+        if invoice.sum != invoice.total_micros:
+            yield Finding("invoice_differs_from_lines", f"invoice {invoice.pk}: {invoice.total_micros}, {invoice.sum}")
 
 
 def _payouts(balances: Balances) -> Iterator[Finding]:

@@ -137,15 +137,15 @@ def _compare_cash() -> list[Cash]:
 def _compare_transactions(transactions: list[gateway.BalanceTransaction]) -> Iterator[Difference]:
     """Each of Stripe's has one of ours with its net; each of ours has one of Stripe's."""
     charges = {
-        row["balance_transaction_id"]: row
-        for row in Payment.objects.filter(status=Payment.Status.PAID).values(
-            "pk", "balance_transaction_id", "amount_micros", "fee_micros", "currency"
+        identifier: Money(amount - (fee or 0), currency)
+        for identifier, amount, fee, currency in Payment.objects.filter(status=Payment.Status.PAID).values_list(
+            "balance_transaction_id", "amount_micros", "fee_micros", "currency"
         )
     }
     transfers = {
-        row["transfer_id"]: row
-        for row in Payout.objects.filter(transfer_id__isnull=False).values(
-            "pk", "transfer_id", "amount_micros", "currency"
+        identifier: Money(-amount, currency)
+        for identifier, amount, currency in Payout.objects.filter(transfer_id__isnull=False).values_list(
+            "transfer_id", "amount_micros", "currency"
         )
     }
     may_be_on_its_way = Counter(
@@ -154,28 +154,23 @@ def _compare_transactions(transactions: list[gateway.BalanceTransaction]) -> Ite
     for theirs in transactions:
         net = Money.from_minor(theirs.net_minor, theirs.currency)
         if theirs.kind in ("charge", "payment"):
-            mine = charges.pop(theirs.id, None)
-            booked = mine and Money(mine["amount_micros"] - mine["fee_micros"], mine["currency"])
-            name = "charge"
+            name, booked = "charge", charges.pop(theirs.id, None)
         elif theirs.kind == "transfer":
-            mine = transfers.pop(theirs.source, None)
-            booked = mine and Money(-mine["amount_micros"], mine["currency"])
-            name = "transfer"
-            if mine is None and may_be_on_its_way[net.micros, net.currency]:
+            name, booked = "transfer", transfers.pop(theirs.source, None)
+            if booked is None and may_be_on_its_way[net.micros, net.currency]:
                 may_be_on_its_way[net.micros, net.currency] -= 1
                 continue  # made, and its answer is not booked yet; the age of intents is checked by itself
         else:
             yield Difference("unknown_movement", f"Stripe's {theirs.kind} {theirs.id} of {net} is not in the ledger")
             continue
-        if mine is None:
+        if booked is None:
             yield Difference(f"{name}_not_booked", f"Stripe's {name} {theirs.id} of {net} is not in the ledger")
         elif booked != net:
             yield Difference(f"{name}_differs", f"Stripe's {name} {theirs.id} is {net}, the ledger has {booked}")
     for name, rest in (("charge", charges), ("transfer", transfers)):
-        for identifier, row in rest.items():
+        for identifier, booked in rest.items():
             yield Difference(
-                f"{name}_not_at_stripe",
-                f"{identifier} of {Money(row['amount_micros'], row['currency'])} is booked, and Stripe does not have it",
+                f"{name}_not_at_stripe", f"{identifier} of {booked} is booked, and Stripe does not have it"
             )
 
 

@@ -437,7 +437,7 @@ class MainJob:
     def _read_statements(self, reader: Browser, name: str) -> int:
         self._enter(reader, email_of(name))
         self._act_for(reader, name)
-        seen = bool(reader.get("/earnings/").text)
+        seen = int(bool(reader.get("/earnings/").text))
         for month in _months(DivisionLine.objects.filter(party__name=name).dates("division__divided_at", "month")):
             page = reader.get(f"/earnings/{month}/")
             statement = reader.get(f"/earnings/{month}.csv")

@@ -16,7 +16,11 @@ def written(rows, delimiter):
 
 
 @settings(deadline=None)
-@given(rows=st.lists(st.lists(cells, min_size=2, max_size=3), min_size=1, max_size=6), delimiter=st.sampled_from(",;\t"), data=st.data())
+@given(
+    rows=st.lists(st.lists(cells, min_size=2, max_size=3), min_size=1, max_size=6),
+    delimiter=st.sampled_from(",;\t"),
+    data=st.data(),
+)
 def test_a_block_is_cut_after_its_last_complete_row(rows, delimiter, data):
     block = written(rows, delimiter)
     size = data.draw(st.integers(0, len(block)))
