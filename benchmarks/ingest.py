@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from marketplace.ingest.process import ROOT, parsed
+from marketplace.ingest.process import ENVIRONMENT, ROOT, parsed
 
 MB = 1_000_000
 LENGTH = 64  # numbers a record, as in the demo's digits
@@ -124,7 +124,7 @@ def measure(path: Path, format: str, n_records: int) -> Measured:
     floor = subprocess.run(
         [sys.executable, "-c", FLOOR, str(path), str(path.with_suffix(".floor")), format],
         cwd=ROOT,
-        env={"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"},
+        env=ENVIRONMENT,
         check=True,
         capture_output=True,
         text=True,

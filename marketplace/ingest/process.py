@@ -19,6 +19,17 @@ from marketplace.ingest.limits import Limits
 from marketplace.ingest.normalise import FINGERPRINTS, PARQUET, REPORT, Report
 
 ROOT = Path(__file__).resolve().parents[2]
+#: All that the process is told by its environment. The C library otherwise raises its threshold for handing large buffers
+#: back as it goes, and the peak would creep up with the length of the file.
+ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "262144",
+    "MALLOC_TRIM_THRESHOLD_": "262144",
+}
 
 
 class ParserCrashed(RuntimeError):
@@ -84,8 +95,7 @@ def _listen(task: dict[str, Any], directory: Path, limits: Limits, on_progress: 
         process = subprocess.Popen(
             [sys.executable, "-E", "-s", "-B", "-m", "marketplace.ingest"],
             cwd=ROOT,
-            env={"TMPDIR": str(directory), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            | {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"},
+            env=ENVIRONMENT | {"TMPDIR": str(directory)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

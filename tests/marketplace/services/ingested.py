@@ -2,14 +2,49 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from django.core.files.base import ContentFile
 
+from marketplace.ingest.limits import Limits
+from marketplace.ingest.mapping import ColumnMapping
+from marketplace.ingest.normalise import FINGERPRINTS, PARQUET, normalise
+from marketplace.ingest.process import Parsed
+from marketplace.ingest.readers import open_reader
 from marketplace.models import Dataset, DatasetVersion, Party, Upload
 from marketplace.services.versions import create_dataset, publish_version, start_upload
 from marketplace.tasks import ingest_upload
+
+
+@contextmanager
+def parsed_here(
+    path: Path,
+    *,
+    format: str,
+    mapping: dict[str, Any],
+    filename: str,
+    version_key: bytes,
+    fingerprint_key: bytes,
+    **options: Any,
+) -> Iterator[Parsed]:
+    """What `process.parsed` does, without the half second that a process takes to start."""
+    limits, columns = Limits(), ColumnMapping.parse(mapping)
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory)
+        report = normalise(
+            open_reader(path, format, columns, filename=filename, limits=limits),
+            out=out,
+            filename=filename,
+            version_key=version_key,
+            fingerprint_key=fingerprint_key,
+            limits=limits,
+        )
+        yield Parsed(out / PARQUET, out / FINGERPRINTS, report, peak_bytes=0)
+
 
 HEADER = ("x0", "x1", "y", "holder", "by")
 MAPPING = {"content": "x*", "label": "y", "rights_holder": "holder", "labeller": "by"}

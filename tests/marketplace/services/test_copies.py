@@ -1,12 +1,22 @@
 """Copies: who is first, and for whom a record counts."""
 
+import threading
+
 import pytest
+from django.db import connection
 
 from marketplace.ingest.copies import keyed_hash
-from marketplace.models import Party, RecordCopy
+from marketplace.models import Party, RecordCopy, User
 from marketplace.selectors import MoneyCount, money_counts
+from marketplace.services import versions
+from marketplace.services.parties import create_party
 from marketplace.services.versions import NothingNew, fingerprint_key, publish_version, version_key
-from tests.marketplace.services.ingested import as_csv, published, uploaded
+from tests.marketplace.services.ingested import as_csv, parsed_here, published, uploaded
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(versions, "parsed", parsed_here)
 
 
 def copies_of(version):
@@ -169,13 +179,6 @@ def test_keys_keep_versions_and_fingerprints_apart():
 
 def test_two_publications_at_once_agree_who_was_first(committed_db, media):
     """Both hold the same content; without the lock neither would see the other."""
-    import threading
-
-    from django.db import connection
-
-    from marketplace.models import User
-    from marketplace.services.parties import create_party
-
     frozen = []
     for name in ("one", "two"):
         user = User.objects.create_user(f"{name}@example.org", "correct horse battery staple")
