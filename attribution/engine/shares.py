@@ -216,7 +216,8 @@ def plan_shares(
     """Decide what to measure for about `budget` run equivalents; trains once, to find similar records.
 
     Two fifths of the budget go to metagradients, a quarter to plain replays, a fifth to metagradients by fold of queries, the
-    rest to the reliability. Masks are numbered so that any first part of the rounds is a balanced sample by itself.
+    rest to the reliability. Masks are numbered so that any first part of the rounds is a balanced sample by itself. Each kind
+    needs a few, so a plan takes about 100 run equivalents even where less is asked; `run_equivalents` says how many.
     """
     if not budget >= 40:
         raise EngineError(f"{budget}: at least 40 run equivalents, or nothing can be measured", pointer="/budget")
@@ -235,9 +236,15 @@ def plan_shares(
     spent = _run_equivalents(counts, known, fold_ratio)
     if n_rounds is None:
         n_rounds = math.ceil(spent * known.run_flops / ROUND_FLOPS)
-    n_rounds = max(1, min(n_rounds, counts["folds"] // 2 or 1, counts["gradients"] // 2 or 1))
+    n_rounds = max(1, min(n_rounds, counts["folds"] or 1, counts["gradients"] // 2 or 1))
     rounds = tuple(
-        Round(r, {kind: (_cut(counts[kind], r, n_rounds), _cut(counts[kind], r + 1, n_rounds)) for kind in KINDS})
+        Round(
+            r,
+            {
+                kind: (_cut(kind, counts[kind], r, n_rounds), _cut(kind, counts[kind], r + 1, n_rounds))
+                for kind in KINDS
+            },
+        )
         for r in range(n_rounds)
     )
     return Plan(
@@ -518,7 +525,7 @@ class Evidence:
         return Draw(np.ones(len(self.values)), np.ones(len(self.gradients)), np.ones(self.plan.n_fold))
 
     def bootstrap(self, seed: int) -> list[Draw]:
-        """Pairs of masks, and folds of queries, drawn with replacement."""
+        """Pairs of masks (those by fold are single), and folds of queries, drawn with replacement."""
         rng = np.random.Generator(np.random.PCG64(seed))
 
         def pairs(n: int) -> Array:
@@ -526,11 +533,14 @@ class Evidence:
                 np.repeat(rng.multinomial(n // 2, np.full(n // 2, 2 / n)), 2).astype(np.float64) if n else np.zeros(0)
             )
 
+        def singles(n: int) -> Array:
+            return rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) if n else np.zeros(0)
+
         G = self.plan.n_fold
         return [
             Draw(
                 pairs(len(self.values)),
-                pairs(len(self.gradients)),
+                np.concatenate([pairs(self.n_plain), singles(len(self.gradients) - self.n_plain)]),
                 rng.multinomial(G, np.full(G, 1 / G)).astype(np.float64),
             )
             for _ in range(N_REPLICATES)
@@ -930,11 +940,12 @@ def _even(x: float) -> int:
     return max(0, 2 * int(x // 2))
 
 
-def _cut(count: int, part: int, parts: int) -> int:
+def _cut(kind: str, count: int, part: int, parts: int) -> int:
     """Where a part of `count` items begins: between pairs; the two ends stay together in the first part."""
-    if part == 0 or part == parts or count <= 2:
+    if part == 0 or part == parts or kind == "ends":
         return count if part else 0
-    return min(count, 2 * round(count * part / parts / 2))
+    step = 1 if kind == "folds" else 2
+    return min(count, step * round(count * part / parts / step))
 
 
 def _check_plan(task: Task, plan: Plan) -> None:

@@ -28,7 +28,7 @@ def smooth_model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)).double()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_task() -> Callable[..., Task]:
     """A task of a few Gaussian records in three classes; keyword arguments change the recipe or the task."""
 

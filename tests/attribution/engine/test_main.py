@@ -1,0 +1,130 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attribution.engine.__main__ import main
+
+TASK = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from attribution.engine import Recipe, Task, TensorRecords, epoch_order, initial_state_from_seed
+
+
+def build():
+    return nn.Linear(4, 3)
+
+
+def loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def make_task():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(24) % 3
+    x = torch.eye(4)[y] + 0.3 * torch.randn(24, 4, generator=generator)
+    recipe = Recipe(
+        optimizer="sgd", learning_rate=0.5, order=epoch_order(12, 4, 2, 0), initial_state=initial_state_from_seed(build, 0)
+    )
+    return Task(
+        model=build, loss=loss, measurement=loss, train=TensorRecords(x[:12], y[:12]), queries=TensorRecords(x[12:], y[12:]),
+        owner=torch.arange(12) // 6, recipe=recipe,
+    )
+
+
+def make_nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    (tmp_path / "task.py").write_text(TASK)
+    return f"{tmp_path}/task.py:make_task"
+
+
+def report(folder: Path, name: str):
+    return json.loads((folder / name).read_text())
+
+
+def test_train_writes_checkpoints_that_verify_accepts(task, tmp_path, capfd):
+    out = tmp_path / "out"
+
+    assert main(["train", task, "--out", str(out), "--checkpoint", "2"]) == 0
+    assert report(out, "report.json")["checkpoints"] == [
+        [2, "step-00000002.safetensors"],
+        [6, "step-00000006.safetensors"],
+    ]
+    final = f"6:{out}/step-00000006.safetensors"
+    assert main(["verify", task, "--out", str(out), "--checkpoint", final]) == 0
+    assert report(out, "verify.json")["is_bit_equal"] is True
+    assert "equal to the bit" in capfd.readouterr().err
+
+    assert main(["verify", task, "--out", str(out), "--checkpoint", final.replace("6:", "5:", 1)]) == 3
+    assert report(out, "verify.json")["matches"] is False
+
+
+@pytest.mark.parametrize(("method", "calibrated"), [("graddot", False), ("replay", True)])
+def test_score_writes_one_number_per_record_and_query(task, tmp_path, method, calibrated):
+    assert main(["score", task, "--out", str(tmp_path), "--method", method]) == 0
+
+    scores = np.load(tmp_path / "scores.npy")
+    assert (scores.dtype, scores.shape) == (np.dtype("float32"), (12, 12))
+    assert report(tmp_path, "report.json")["calibrated"] is calibrated
+
+
+def test_shares_writes_values_that_add_up_and_reuses_its_rounds(task, tmp_path):
+    command = ["shares", task, "--out", str(tmp_path), "--budget", "150"]
+
+    assert main(command) == 0
+    first = report(tmp_path, "shares.json")
+    kept = [(p, p.stat().st_mtime_ns) for p in sorted((tmp_path / "rounds").iterdir())]
+    assert main(command) == 0
+
+    assert [(p, p.stat().st_mtime_ns) for p in sorted((tmp_path / "rounds").iterdir())] == kept
+    again = report(tmp_path, "shares.json")
+    assert again | {"seconds": 0} == first | {"seconds": 0}
+    values, replicates = np.load(tmp_path / "values.npy"), np.load(tmp_path / "replicates.npy")
+    assert [o["share"] for o in first["owners"]] == pytest.approx(
+        [values[:6].sum() / values.sum(), values[6:].sum() / values.sum()]
+    )
+    assert values.sum() == pytest.approx(first["total"]["value"])
+    assert replicates.shape[1] == 2
+    assert first["run_equivalents"] == pytest.approx(150, rel=0.1)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_shares_stops_at_the_width_asked_for(task, tmp_path):
+    assert main(["shares", task, "--out", str(tmp_path), "--budget", "200", "--ci", "1.9"]) == 0
+
+    found = report(tmp_path, "shares.json")
+    assert found["stopping"]["reached"] is True
+    assert found["run_equivalents"] < 150
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("no/such/task.py:make_task", "with a file that exists"),
+        ("task.py", "with a file that exists"),
+        ("{folder}/task.py:missing", "no function 'missing'"),
+        ("{folder}/task.py:make_nothing", "gave a int, not a Task"),
+    ],
+)
+def test_a_bad_task_exits_with_2_and_says_why(task, tmp_path, capfd, reference, message):
+    assert main(["train", reference.format(folder=tmp_path), "--out", str(tmp_path / "out")]) == 2
+
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_without_a_checkpoint_or_with_a_broken_one_exits_with_2(task, tmp_path, capfd):
+    (tmp_path / "broken.safetensors").write_bytes(b"\x80\x04broken")
+
+    assert main(["verify", task, "--out", str(tmp_path)]) == 2
+    assert main(["verify", task, "--out", str(tmp_path), "--checkpoint", f"6:{tmp_path}/broken.safetensors"]) == 2
+
+    assert "at least one checkpoint" in capfd.readouterr().err
+    assert not (tmp_path / "verify.json").exists()

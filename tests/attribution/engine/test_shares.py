@@ -1,0 +1,225 @@
+import itertools
+import json
+from dataclasses import replace
+from math import comb
+
+import numpy as np
+import pytest
+import torch
+
+from attribution.engine import EngineError, TensorRecords, epoch_order, replay_values
+from attribution.engine.shares import (
+    Masks,
+    Plan,
+    Players,
+    RoundResult,
+    fold_weights,
+    merge_rounds,
+    plan_shares,
+    run_round,
+)
+
+
+def enumerated(task):
+    """Every record's Shapley value by its definition, from the retrains of all subsets."""
+    n = task.n_train
+    subsets = list(itertools.product([0.0, 1.0], repeat=n))
+    f = dict(zip(subsets, replay_values(task, torch.tensor(subsets, dtype=torch.float64)).tolist(), strict=True))
+    phi = np.zeros(n)
+    for i, (S, value) in itertools.product(range(n), f.items()):
+        if not S[i]:
+            phi[i] += (f[(*S[:i], 1.0, *S[i + 1 :])] - value) / (n * comb(n - 1, int(sum(S))))
+    return phi
+
+
+def measured(task, *, budget, seed=0, n_rounds=None):
+    plan = plan_shares(task, budget=budget, seed=seed, n_rounds=n_rounds)
+    return plan, [run_round(task, plan, r) for r in range(len(plan.rounds))]
+
+
+@pytest.fixture(scope="module")
+def eight(make_task):
+    """Eight records, a task where every subset can be retrained; a record's share runs from 2 % to 31 %."""
+    torch.set_num_threads(1)
+    return make_task(n_train=8, n_query=40, batch=4, epochs=5)
+
+
+@pytest.fixture(scope="module")
+def eight_truth(eight):
+    return enumerated(eight)
+
+
+@pytest.fixture(scope="module")
+def eight_measured(eight):
+    plan, rounds = measured(eight, budget=300, n_rounds=3)
+    return plan, rounds, merge_rounds(eight, plan, rounds)
+
+
+def test_intervals_cover_an_exact_enumeration(eight_truth, eight_measured):
+    _, _, result = eight_measured
+    truth = eight_truth / eight_truth.sum()
+
+    assert [o.low <= share <= o.high for o, share in zip(result.owners, truth, strict=True)] == [True] * 8
+    assert max(o.high - o.low for o in result.owners) < 0.6
+    assert result.total == pytest.approx(eight_truth.sum(), rel=1e-5)
+    assert result.values.sum() == pytest.approx(result.total, rel=1e-9)
+
+
+def test_more_replays_come_closer_to_the_enumeration(eight, eight_truth):
+    truth = eight_truth / eight_truth.sum()
+
+    def error(budget, seeds):
+        shares = [merge_rounds(eight, *measured(eight, budget=budget, seed=s)).owners for s in seeds]
+        return np.array([[o.share for o in owners] for owners in shares]) - truth
+
+    few, many = error(120, range(3)), error(1000, range(1))
+
+    assert np.sqrt((many**2).mean()) < 0.02  # a chance of 1/8 each would be off by 0.09
+    assert np.sqrt((many**2).mean()) < 0.5 * np.sqrt((few**2).mean())
+
+
+def test_owners_groups_and_rounds_change_no_record_value(eight, eight_measured):
+    plan, rounds, result = eight_measured
+    one, split = torch.zeros(8, dtype=torch.int64), torch.tensor([0, 0, 5, 5, 2, 2, 2, 1])
+
+    together = merge_rounds(replace(eight, owner=one), plan, rounds)
+    apart = merge_rounds(replace(eight, owner=split, groups={"pair": split // 2 - 1}), plan, list(reversed(rounds)))
+
+    assert np.array_equal(together.values, result.values)
+    assert np.array_equal(apart.values, result.values)
+    assert [o.owner for o in apart.owners] == [0, 1, 2, 5]
+    assert apart.owners[2].value == pytest.approx(result.values[4:7].sum(), rel=1e-12)
+    assert [o.share for o in together.owners] == pytest.approx([1.0])
+    assert [o.owner for o in apart.groups["pair"]] == [-1, 0, 1]
+    for members in (apart.owners, apart.groups["pair"]):
+        assert sum(o.share for o in members) == pytest.approx(1)
+        assert sum(o.paid_share for o in members) == pytest.approx(1)
+    assert apart.replicates.shape == (len(together.replicates), 4)
+    assert apart.replicates.sum(1) == pytest.approx(1)
+
+
+def test_paid_shares_blend_measurement_and_count_by_the_reliability(eight, eight_measured):
+    plan, rounds, result = eight_measured
+    owners = merge_rounds(replace(eight, owner=torch.tensor([0, 1, 1, 1, 2, 2, 2, 2])), plan, rounds).owners
+
+    assert [o.n_records for o in owners] == [1, 3, 4]
+    trust = result.reliability
+    assert 0 < trust <= 1
+    blend = np.maximum([trust * o.share + (1 - trust) * o.n_records / 8 for o in owners], 0)
+    assert [o.paid_share for o in owners] == pytest.approx(blend / blend.sum())
+
+
+def test_a_round_repeats_to_the_byte_and_survives_its_file(eight, eight_measured, tmp_path):
+    plan, rounds, result = eight_measured
+    again = run_round(eight, Plan.from_json(json.loads(json.dumps(plan.to_json()))), 1)
+
+    rounds[1].save(tmp_path / "a")
+    again.save(tmp_path / "b")
+
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    loaded = [rounds[0], RoundResult.load(tmp_path / "b"), rounds[2]]
+    assert merge_rounds(eight, plan, loaded).to_json() == result.to_json()
+    assert json.dumps(result.to_json())
+
+
+def test_the_first_rounds_are_a_result_by_themselves(eight, eight_measured):
+    plan, rounds, result = eight_measured
+
+    early = merge_rounds(eight, plan, rounds[:1], target_width=0.5)
+
+    assert early.run_equivalents < result.run_equivalents / 2
+    assert early.values.sum() == pytest.approx(result.total)
+    assert early.stopping["rule"] == "interval"
+    assert result.run_equivalents == pytest.approx(plan.run_equivalents)
+
+
+def test_rounds_of_another_plan_task_or_with_a_gap_are_refused(eight, eight_measured, make_task, tmp_path):
+    plan, rounds, _ = eight_measured
+    other = replace(plan, seed=99)
+    broken = tmp_path / "round"
+    broken.write_bytes(b"\x80\x04not a round")
+
+    with pytest.raises(EngineError, match="another plan"):
+        merge_rounds(eight, other, rounds)
+    with pytest.raises(EngineError, match="missing"):
+        merge_rounds(eight, plan, [rounds[0], rounds[2]])
+    with pytest.raises(EngineError, match="another task"):
+        merge_rounds(make_task(), plan, rounds)
+    with pytest.raises(EngineError, match="not a round"):
+        RoundResult.load(broken)
+    with pytest.raises(EngineError, match="at least 40"):
+        plan_shares(eight, budget=3)
+
+
+def test_copies_and_unused_records_earn_nothing(make_task):
+    copies = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0])
+    order = epoch_order(10, 4, 3, 0)
+    order[order == 8] = -1
+    owner = torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 2, 3])
+    task = make_task(task={"copy_of": copies, "owner": owner}, order=order)
+
+    result = merge_rounds(task, *measured(task, budget=60))
+
+    assert result.values[8] == result.values[9] == 0
+    assert [(o.n_records, o.paid_share) for o in result.owners[2:]] == [(0, 0.0), (0, 0.0)]
+    assert result.values.sum() == pytest.approx(result.total)
+
+
+def test_a_copys_weight_is_its_representatives(make_task):
+    task = make_task(task={"copy_of": torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0])})
+    players = Players.of(task)
+
+    weights = players.weights(torch.eye(9))
+
+    assert weights[0].nonzero().flatten().tolist() == [0, 9]
+    assert players.summed(torch.arange(10.0)).tolist() == [9.0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_the_count_pays_where_the_total_may_be_nothing(make_task):
+    """Labels at random help nobody: whatever single records seem to do, they are paid alike."""
+    x, y = torch.randn(24, 4).double(), torch.arange(24) % 3
+    noise = TensorRecords(x[:12], y[torch.randperm(12)])
+    task = make_task(
+        n_train=12, task={"train": noise, "queries": TensorRecords(x[12:], y[12:])}, epochs=1, learning_rate=0.01
+    )
+
+    result = merge_rounds(task, *measured(task, budget=60))
+
+    assert result.total_low <= 0 <= result.total_high
+    assert result.counted
+    assert [o.paid_share for o in result.owners] == pytest.approx([1 / 12] * 12)
+
+
+def test_a_lone_player_has_the_whole_total(make_task):
+    task = make_task(task={"copy_of": torch.zeros(10, dtype=torch.int64)})
+
+    result = merge_rounds(task, *measured(task, budget=40))
+
+    assert result.values[0] == result.total
+    assert result.owners[0].share == 1
+
+
+def test_masks_hold_their_size_and_every_record_as_often():
+    plan = Plan("", 3, 1.0, 1.0, 30, 2, tuple(j % 7 for j in range(30)), ())
+    masks = Masks(plan)
+
+    for kind in ("values", "gradients", "folds"):
+        drawn = np.array([masks.mask(kind, j) for j in range(400)])
+        assert [m.sum() for m in drawn] == [masks.size(kind, j) for j in range(400)]
+        expected = drawn.mean()
+        assert np.abs(drawn.mean(0) - expected).max() < 0.12  # four standard errors
+    sizes = np.arange(1, 30)
+    drawn_sizes = np.array([masks.size("values", j) for j in range(0, 8000, 2)])
+    frequency = np.bincount(drawn_sizes, minlength=30)[1:] / len(drawn_sizes)
+    assert frequency == pytest.approx(masks.size_probability(sizes), abs=0.005)
+    assert masks.size_probability(sizes).sum() == pytest.approx(1)
+    tilted = np.array([masks.mask("toggles", j) for j in range(100)])
+    assert ((tilted.sum(1) > 0) & (tilted.sum(1) < 30)).all()
+    assert masks.mask("ends", 0).all() and not masks.mask("ends", 1).any()
+
+
+def test_folds_average_to_the_mean_over_queries():
+    Q = fold_weights(11, 4)
+
+    sizes = (Q > 0).sum(1)
+    assert torch.allclose((sizes[:, None] * Q).sum(0) / 11, torch.full((11,), 1 / 11, dtype=torch.float64))
