@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from django.conf import settings
 from django.core.files.storage import default_storage
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from attribution.errors import EvidenceInvalid
 from attribution.models import Artifact
 from marketplace.ingest.copies import vector_fingerprints
 from marketplace.models import Citation, Contribution, DatasetVersion, Disclosure, RecordCopy, RecordFingerprint
+from marketplace.services.versions import fingerprint_key
 
 Ints = NDArray[np.int64]
 
@@ -476,7 +476,7 @@ def checkpoint_paths(disclosure: Disclosure) -> Iterator[list[tuple[int, Any]]]:
 
 def _check_disjoint(disclosure: Disclosure, records: TrainingRecords, queries: NDArray[np.float64]) -> None:
     """A query that repeats a training record would measure memory, not learning; found by fingerprint."""
-    prints = vector_fingerprints(settings.FINGERPRINT_KEY.encode(), list(queries))
+    prints = vector_fingerprints(fingerprint_key(), list(queries))
     citation_of = {version.pk: number for number, version in enumerate(records.versions)}
     selected = set(zip(records.citation.tolist(), records.row.tolist(), strict=True))
     for start in range(0, len(prints), FINGERPRINTS_AT_ONCE):
