@@ -98,8 +98,3 @@ def run_progress(run: AttributionRun) -> tuple[int, int]:
         for shard in shards
     )
     return done, 1000 * len(shards)
-
-
-def shown_name(party: Party) -> str:
-    """A party's name for anyone to read; an introduced contributor's is what a file called them, so it stays private."""
-    return party.name if party.is_claimed else f"Contributor {str(party.public_id)[:8]}"

@@ -141,11 +141,16 @@ CELERY_BEAT_SCHEDULE = {
     "open-runs": {"task": "attribution.tasks.request_missing_runs", "schedule": 5.0, "options": {"expires": 5}},
     "divide": {"task": "payouts.tasks.divide_what_is_ready", "schedule": 5.0, "options": {"expires": 5}},
     "settle": {"task": "payouts.tasks.settle_funds", "schedule": 10.0, "options": {"expires": 10}},
-    "payout-runs": {"task": "payouts.tasks.request_daily_payout_runs", "schedule": 3600.0, "options": {"expires": 3600}},
+    "payout-runs": {
+        "task": "payouts.tasks.request_daily_payout_runs",
+        "schedule": 3600.0,
+        "options": {"expires": 3600},
+    },
     "reconcile": {"task": "payouts.tasks.reconcile", "schedule": 900.0, "options": {"expires": 900}},
 }
 
-ATTRIBUTION_BUDGET = env.float("ATTRIBUTION_BUDGET", default=400.0)  # what measuring may cost, in trainings of the model
+#: What measuring a model may cost, in trainings of it.
+ATTRIBUTION_BUDGET = env.float("ATTRIBUTION_BUDGET", default=400.0)
 ATTRIBUTION_THREADS = env.int("ATTRIBUTION_THREADS", default=1)  # of torch in a job; replays are bit-equal at one count
 
 # --- people -----------------------------------------------------------------------------------------------------------

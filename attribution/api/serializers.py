@@ -82,7 +82,7 @@ class ShareOutput(serializers.ModelSerializer):
         ]
 
     def get_name(self, share: Share) -> str:
-        return selectors.shown_name(share.party)
+        return share.party.public_name
 
 
 class ResultOutput(serializers.ModelSerializer):
