@@ -215,7 +215,7 @@ def plan_shares(
 ) -> Plan:
     """Decide what to measure for about `budget` run equivalents; trains once, to find similar records.
 
-    Two fifths of the budget go to metagradients, a quarter to plain replays, a fifth to metagradients by fold of queries, the
+    A third of the budget goes to metagradients, a quarter to plain replays, a fifth to metagradients by fold of queries, the
     rest to the reliability. Masks are numbered so that any first part of the rounds is a balanced sample by itself. Each kind
     needs a few, so a plan takes about 100 run equivalents even where less is asked; `run_equivalents` says how many.
     """
@@ -226,8 +226,8 @@ def plan_shares(
     n_fold = min(task.n_query, MAX_FOLDS)
     fold_ratio = _fold_ratio(known, n_fold)
     folds = min(24, max(4, _even(0.2 * budget / fold_ratio)))
-    toggles = min(128, max(16, _even(0.12 * budget)))
-    gradients = max(4, _even(0.4 * budget / ratio))
+    toggles = min(128, max(24, _even(0.16 * budget)))
+    gradients = max(4, _even(0.36 * budget / ratio))
     probes = min(gradients, 16)
     values = max(16, _even(budget - 3 - folds * fold_ratio - toggles - gradients * ratio - probes))
     counts = {"ends": 2, "values": values, "gradients": gradients, "folds": folds, "toggles": toggles, "probes": probes}
