@@ -266,7 +266,7 @@ def create_payee_account(*, party_id: str, country: str, email: str, key: str) -
         "capabilities": {"transfers": {"requested": True}},
         "metadata": {"party": party_id},
     }
-    if country != getattr(settings, "STRIPE_PLATFORM_COUNTRY", "US"):
+    if country != settings.STRIPE_PLATFORM_COUNTRY:
         # Across a border Stripe pays a payee only under its agreement for recipients, and at home only without it.
         params["tos_acceptance"] = {"service_agreement": "recipient"}
     with _translated():

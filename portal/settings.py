@@ -188,6 +188,7 @@ USE_I18N = False
 # Only the web (a restricted key) and the payments worker are given a key; the others run without, and cannot pay.
 STRIPE_API_KEY = env("STRIPE_API_KEY", default="")
 STRIPE_API_BASE = env("STRIPE_API_BASE", default=None)
+STRIPE_PLATFORM_COUNTRY = env("STRIPE_PLATFORM_COUNTRY", default="US")
 STRIPE_WEBHOOK_SECRET = env("STRIPE_WEBHOOK_SECRET", default="")
 STRIPE_CONNECT_WEBHOOK_SECRET = env("STRIPE_CONNECT_WEBHOOK_SECRET", default="")
 RESIDUAL_PROCESS = env("RESIDUAL_PROCESS", default="web")  # web, ingest, attribution, default, payments, beat

@@ -23,6 +23,7 @@ class ActingPartyMiddleware:
 def _membership(request: HttpRequest) -> Membership | None:
     if not request.user.is_authenticated or request.path.startswith(("/api/", "/static/", "/webhooks/")):
         return None
-    mine = Membership.objects.select_related("party").filter(user=request.user).order_by("pk")
+    # Without a choice, the party joined last: whoever claimed a contributor or made an organisation came for that one.
+    mine = Membership.objects.select_related("party").filter(user=request.user).order_by("-pk")
     chosen = request.session.get(SESSION_KEY)
     return (mine.filter(party_id=chosen).first() if chosen else None) or mine.first()

@@ -82,7 +82,7 @@ class MainJob:
                 "title": listing.title,
                 "summary": listing.summary,
                 "modality": "image",
-                "description": "8 × 8 images with 17 shades of grey, one digit each, written by 43 people.",
+                "description": "8 × 8 images with 17 shades of grey, one digit each, written by 13 people.",
                 "source": "scikit-learn's copy of the test part of UCI's Optical Recognition of Handwritten Digits "
                 "(Alpaydin and Kaynak 1998, CC BY 4.0). Rights holders and labellers are assigned for the demo.",
             },
