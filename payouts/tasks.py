@@ -42,4 +42,5 @@ def request_daily_payout_runs() -> None:
 @shared_task
 def reconcile() -> None:
     """Every difference becomes an error in the log; `manage.py reconcile` prints them."""
+    events.retry_failed_events()
     reconciliation.reconcile()

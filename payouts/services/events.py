@@ -67,6 +67,24 @@ def apply_event(row: StripeEvent) -> None:
             transfers.confirm_in_bank(account=row.account, bank_payout=thing["id"])
 
 
+def retry_failed_events() -> int:
+    """Queue again what failed for no fault of the event's: Stripe was silent for longer than a job's attempts last.
+
+    What a person must look at (a `DomainError`) stays failed. Returns how many.
+    """
+    failed = StripeEvent.objects.filter(status=jobs.Job.Status.FAILED, error_code="internal")
+    n_queued = 0
+    for row in failed.order_by("pk"):
+        with transaction.atomic():
+            changed = failed.filter(pk=row.pk).update(
+                status=jobs.Job.Status.QUEUED, attempt=0, finished_at=None, error_code="", error_message=""
+            )
+            if changed:
+                jobs.wake(row)
+                n_queued += 1
+    return n_queued
+
+
 def book_checkout(session_id: str) -> Payment | None:
     """Book what a session paid for, if it is paid; the amounts are Stripe's own answer, not the event's.
 

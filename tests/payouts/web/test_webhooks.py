@@ -11,6 +11,7 @@ from marketplace import jobs
 from marketplace.models import License, Order
 from payouts import ledger, tasks
 from payouts.models import PayeeAccount, Payment, Payout, StripeEvent
+from payouts.services.events import retry_failed_events
 from payouts.services.proofs import check_books
 from payouts.services.sales import start_checkout
 from tests.factories.marketplace import OrderFactory
@@ -145,6 +146,32 @@ def test_an_event_goes_back_to_the_queue_while_stripe_is_silent(
     tasks.apply_stripe_event(row.pk)
 
     assert Order.objects.get().status == Order.Status.PAID
+
+
+def test_an_event_that_outlasted_its_attempts_is_tried_again_and_one_for_a_person_is_not(
+    db: Any, client: Client, stripe: Any, settings: Any
+) -> None:
+    order = OrderFactory()
+    stripe.pay(start_checkout(order=order, success_url="http://a.test/", cancel_url="http://a.test/"))
+    (event,) = stripe.events("checkout.session.completed")
+    there, settings.STRIPE_API_BASE = settings.STRIPE_API_BASE, "http://127.0.0.1:9"
+    send(client, PLATFORM, event)
+    row = StripeEvent.objects.get()
+    for _ in range(jobs.MAX_ATTEMPTS):
+        with pytest.raises(Exception, match="status None"):
+            tasks.apply_stripe_event(row.pk)
+    mismatched = StripeEvent.objects.create(
+        event_id="evt_2", endpoint="platform", type="x", payload="{}", status="failed", error_code="payment_mismatch"
+    )
+    assert StripeEvent.objects.get(pk=row.pk).status == jobs.Job.Status.FAILED
+
+    settings.STRIPE_API_BASE = there
+    assert (retry_failed_events(), retry_failed_events()) == (1, 0)
+    tasks.apply_stripe_event(row.pk)
+
+    assert Order.objects.get().status == Order.Status.PAID
+    mismatched.refresh_from_db()
+    assert mismatched.status == jobs.Job.Status.FAILED
 
 
 def test_account_updated_makes_a_payee_ready(db: Any, client: Client, stripe: Any, alice: Any) -> None:
