@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, Self, TypeVar
 
 from celery import current_app
@@ -137,6 +137,7 @@ def _send(task_name: str, pk: int) -> None:
 def claim(model: type[J], pk: int) -> J | None:
     """Take a queued row or an expired lease; `None` if neither, which is every second delivery of a message."""
     wall = timezone.now()
+    _fail_poison(model, pk, wall)
     free = Q(status=Job.Status.QUEUED) | Q(status=Job.Status.RUNNING, lease_expires_at__lt=wall)
     taken = model._default_manager.filter(free, pk=pk).update(
         status=Job.Status.RUNNING,
@@ -149,6 +150,21 @@ def claim(model: type[J], pk: int) -> J | None:
     job = model._default_manager.get(pk=pk)
     logger.info("Claimed %s id=%s attempt=%s", model.__name__, pk, job.attempt)
     return job
+
+
+def _fail_poison(model: type[J], pk: int, wall: datetime) -> None:
+    """A job whose worker has died at every attempt would take the next one down too, and the queue behind it."""
+    dead = model._default_manager.filter(
+        pk=pk, status=Job.Status.RUNNING, lease_expires_at__lt=wall, attempt__gte=MAX_ATTEMPTS
+    )
+    if dead.update(
+        status=Job.Status.FAILED,
+        lease_expires_at=None,
+        finished_at=wall,
+        error_code="internal",
+        error_message=f"Its worker died {MAX_ATTEMPTS} times while at it. We have been told.",
+    ):
+        logger.error("Gave up %s id=%s: its worker died %s times", model.__name__, pk, MAX_ATTEMPTS)
 
 
 @contextmanager

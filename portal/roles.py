@@ -22,6 +22,7 @@ APPEND_ONLY = frozenset(
         "marketplace_offer",
         "marketplace_citation",
         "marketplace_recordcopy",
+        "attribution_artifact",
         "attribution_share",
         "payouts_account",
         "payouts_journalentry",
@@ -32,6 +33,8 @@ APPEND_ONLY = frozenset(
         "payouts_royaltyinvoiceline",
     }
 )
+#: Rows that change state and are never deleted by the app: a missing payout would be paid again.
+NEVER_DELETED = ("payouts_", "marketplace_order", "marketplace_license", "marketplace_disclosure", "attribution_")
 #: What ingest and attribution write.
 WORKER_WRITES = frozenset(
     {
@@ -105,7 +108,9 @@ def _rights(role: str, table: str) -> str:
     if role == APP:
         if table == "django_migrations":
             return "SELECT"
-        return "SELECT, INSERT" if table in APPEND_ONLY else "SELECT, INSERT, UPDATE, DELETE"
+        if table in APPEND_ONLY:
+            return "SELECT, INSERT"
+        return "SELECT, INSERT, UPDATE" if table.startswith(NEVER_DELETED) else "SELECT, INSERT, UPDATE, DELETE"
     if table in WORKER_WRITES:
         return "SELECT, INSERT" if table in APPEND_ONLY else "SELECT, INSERT, UPDATE"
     return "SELECT" if table in WORKER_READS else ""

@@ -31,6 +31,9 @@ CSRF_TRUSTED_ORIGINS = [BASE_URL]
 #: Keys the private fingerprints by which copies are found; changing it forgets every fingerprint.
 FINGERPRINT_KEY = env("FINGERPRINT_KEY", default=SECRET_KEY) if IS_DEMO else env("FINGERPRINT_KEY")
 
+if not IS_DEMO and (DEBUG or not FINGERPRINT_KEY):
+    raise ImproperlyConfigured("Production runs with DEBUG=false and a FINGERPRINT_KEY, long and random")
+
 INSTALLED_APPS = [
     "marketplace",
     "attribution",
@@ -195,6 +198,8 @@ RESIDUAL_PROCESS = env("RESIDUAL_PROCESS", default="web")  # web, ingest, attrib
 if not IS_DEMO:
     if STRIPE_API_BASE:
         raise ImproperlyConfigured("STRIPE_API_BASE is for the demo's local Stripe; production talks to Stripe itself")
+    if "_test_" in STRIPE_API_KEY:
+        raise ImproperlyConfigured("STRIPE_API_KEY is a test key: production never sells for play money")
     if RESIDUAL_PROCESS in ("web", "payments") and not STRIPE_API_KEY:
         raise ImproperlyConfigured(f"STRIPE_API_KEY is missing: the {RESIDUAL_PROCESS} process cannot run without it")
     if RESIDUAL_PROCESS == "web" and not (STRIPE_WEBHOOK_SECRET and STRIPE_CONNECT_WEBHOOK_SECRET):
@@ -218,6 +223,7 @@ REST_FRAMEWORK = {
         "anon": env("API_ANON_RATE", default="120/min"),
     },
     "UNAUTHENTICATED_USER": None,
+    "NUM_PROXIES": env.int("TRUSTED_PROXIES", default=0 if IS_DEMO else 1),  # else a forged header resets the limit
     "PAGE_SIZE": 50,
 }
 SPECTACULAR_SETTINGS = {

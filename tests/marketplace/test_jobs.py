@@ -143,6 +143,17 @@ def test_what_may_pass_is_tried_again_and_not_for_ever(upload):
     assert "storage is away" not in found.error_message  # our inside is not the uploader's to read
 
 
+def test_a_job_that_kills_its_worker_every_time_is_given_up(upload):
+    for attempt in range(1, jobs.MAX_ATTEMPTS + 1):
+        assert jobs.claim(Upload, upload.pk).attempt == attempt
+        expire_lease(upload)
+
+    assert jobs.claim(Upload, upload.pk) is None
+    found = Upload.objects.get()
+    assert (found.status, found.error_code, found.lease_expires_at) == (Job.Status.FAILED, "internal", None)
+    assert f"died {jobs.MAX_ATTEMPTS} times" in found.error_message
+
+
 def test_a_body_whose_lease_was_lost_ends_quietly_and_changes_nothing(upload):
     with jobs.claimed(Upload, upload.pk) as job:
         expire_lease(upload)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from portal.roles import APP, APPEND_ONLY, WORKER
+from portal.roles import APP, APPEND_ONLY, NEVER_DELETED, WORKER
 
 
 def _may(role: str, table: str, right: str) -> bool:
@@ -38,3 +38,16 @@ def test_nobody_but_the_owner_may_truncate_and_evidence_is_only_ever_added(table
     }
     assert changed == set()
     assert all(_may(APP, t, "INSERT") for t in APPEND_ONLY)
+
+
+def test_the_app_deletes_no_row_of_money_or_evidence(tables: set[str]) -> None:
+    kept = {t for t in tables if t.startswith(NEVER_DELETED)}
+
+    assert {t for t in kept for role in (APP, WORKER) if _may(role, t, "DELETE")} == set()
+    assert {
+        "payouts_payout",
+        "payouts_payment",
+        "payouts_stripeevent",
+        "marketplace_order",
+        "marketplace_license",
+    } <= kept
