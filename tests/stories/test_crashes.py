@@ -105,9 +105,9 @@ def _write_csv(path: Path, n_record: int) -> None:
 def test_attribution_is_taken_up_after_its_worker_was_killed(story: Story) -> None:
     holders = [PartyFactory(name=name) for name in ("North", "South")]
     lab = PartyFactory(name="Lab")
-    version = published_clouds({holders[0]: 200, holders[1]: 200})
+    version = published_clouds({holders[0]: 100, holders[1]: 100})
     license = LicenseFactory(version=version, licensee=lab)
-    disclosure = disclose_model(owner=lab, document=trained_document(licenses=[license], epochs=8))
+    disclosure = disclose_model(owner=lab, document=trained_document(licenses=[license], epochs=4))
 
     def running_shard() -> Shard | None:
         return Shard.objects.filter(run__disclosure=disclosure, status="running").order_by("pk").first()
