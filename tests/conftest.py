@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from django.contrib.auth.hashers import PBKDF2PasswordHasher
 from django.core.cache import cache
+from django.db import connection, connections
+from psycopg import sql
 
 
 def _person(name: str) -> Any:
@@ -62,3 +65,28 @@ def media(tmp_path: Path, settings: Any) -> Iterator[Path]:
 @pytest.fixture
 def superuser_url() -> str:
     return os.environ["SUPERUSER_DATABASE_URL"]
+
+
+@pytest.fixture
+def committed_db(django_db_setup: Any, django_db_blocker: Any, superuser_url: str) -> Iterator[str]:
+    """A clone of the test database, for what several connections do at once; dropped afterwards. Gives its name.
+
+    Evidence refuses the TRUNCATE by which Django would clean up.
+    """
+    original = connection.settings_dict["NAME"]
+    clone = f"{original}_clone"
+    with django_db_blocker.unblock():
+        connections.close_all()
+        with psycopg.connect(superuser_url, autocommit=True) as server:
+            server.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(clone)))
+            server.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(clone), sql.Identifier(original))
+            )
+        connection.settings_dict["NAME"] = clone
+        try:
+            yield clone
+        finally:
+            connections.close_all()
+            connection.settings_dict["NAME"] = original
+            with psycopg.connect(superuser_url, autocommit=True) as server:
+                server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(clone)))

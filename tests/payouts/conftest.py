@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psycopg
 import pytest
-from django.db import connection, connections
-from psycopg import sql
 
 from marketplace.models import Party
 from payouts.local_stripe import process
@@ -25,28 +22,6 @@ DAY = 24 * 3600
 def quick_passwords(settings: Any) -> None:
     """No test here is about passwords, and hashing them well takes a third of a second each."""
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
-
-
-@pytest.fixture
-def committed_db(django_db_setup: Any, django_db_blocker: Any, superuser_url: str) -> Iterator[str]:
-    """A clone of the test database, since what the ledger holds cannot be truncated; dropped afterwards. Gives its name."""
-    original = connection.settings_dict["NAME"]
-    clone = f"{original}_clone"
-    with django_db_blocker.unblock():
-        connections.close_all()
-        with psycopg.connect(superuser_url, autocommit=True) as server:
-            server.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(clone)))
-            server.execute(
-                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(clone), sql.Identifier(original))
-            )
-        connection.settings_dict["NAME"] = clone
-        try:
-            yield clone
-        finally:
-            connections.close_all()
-            connection.settings_dict["NAME"] = original
-            with psycopg.connect(superuser_url, autocommit=True) as server:
-                server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(clone)))
 
 
 @dataclass
