@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 from django.core.files.storage import default_storage
-from django.db import connection
 from django.db.models import F, Prefetch, Q, QuerySet
 
 from marketplace import clock
@@ -22,6 +21,7 @@ from marketplace.models import (
     Party,
     Upload,
 )
+from marketplace.planning import hash_joins
 
 
 def orders_visible_to(party: Party) -> QuerySet[Order]:
@@ -127,7 +127,7 @@ def money_counts(version: DatasetVersion) -> list[MoneyCount]:
     is repeated here; a repeat within the version does not count. As labeller, whoever labelled the record; a record that
     nobody labelled counts for its rights holder in both roles.
     """
-    with connection.cursor() as cursor:
+    with hash_joins() as cursor:
         cursor.execute(_MONEY_COUNTS, {"version": version.pk})
         return [MoneyCount(*row) for row in cursor.fetchall()]
 

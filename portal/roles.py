@@ -89,8 +89,10 @@ def grant_after_migrate(sender: Any, using: str, **kwargs: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SELECT rolname FROM pg_roles WHERE rolname = ANY(%s)", [[APP, WORKER]])
         roles = [name for (name,) in cursor.fetchall()]
+        database = connection.settings_dict["NAME"]
         tables = sorted(set(connection.introspection.table_names(cursor)) & _project_tables())
         for role in roles:
+            cursor.execute(f'GRANT TEMPORARY ON DATABASE "{database}" TO "{role}"')  # copies are matched in one
             cursor.execute(f'GRANT USAGE ON SCHEMA public TO "{role}"')
             for table in tables:
                 cursor.execute(f'REVOKE ALL ON TABLE "{table}" FROM "{role}"')

@@ -14,6 +14,7 @@ from django.db import connection
 
 from marketplace.ingest.normalise import FINGERPRINT_ROW
 from marketplace.models import Contribution, DatasetVersion, RecordCopy
+from marketplace.planning import hash_joins
 
 #: Serialises publications, so that "first" means something: copies are looked for while nobody else registers.
 PUBLICATION_LOCK = 0x7265_7369
@@ -40,19 +41,38 @@ _COPY_ROW = np.dtype(
 )
 
 # Sets, not a lookup per record: a content that was registered a million times must not be met a million times a million.
-_ORIGINALS = """
-WITH mine AS (
-    SELECT f.fingerprint, f.row, f.holder, f.labeller, party.party_id AS labeller_party,
-        first_value(f.row) OVER content AS first_row,
-        first_value(f.holder) OVER content AS first_holder,
-        first_value(f.labeller) OVER content AS first_labeller,
-        min(f.row) OVER (PARTITION BY f.fingerprint, f.holder, f.labeller) AS first_same_row
+# The version's own records become a temporary table, because only of that can PostgreSQL know in time how large it is:
+# they were written a moment ago, in this very transaction.
+_MINE = """
+CREATE TEMPORARY TABLE copies_mine ON COMMIT DROP AS
+WITH named AS (
+    SELECT f.row, f.fingerprint, f.holder, f.labeller, holder.party_id AS holder_party, labeller.party_id AS labeller_party
     FROM marketplace_recordfingerprint f
-    LEFT JOIN marketplace_contribution party
-        ON party.version_id = f.version_id AND party.role = 'labeller' AND party.number = f.labeller
+    JOIN marketplace_contribution holder
+        ON holder.version_id = f.version_id AND holder.role = 'rights_holder' AND holder.number = f.holder
+    LEFT JOIN marketplace_contribution labeller
+        ON labeller.version_id = f.version_id AND labeller.role = 'labeller' AND labeller.number = f.labeller
     WHERE f.version_id = %(version)s
-    WINDOW content AS (PARTITION BY f.fingerprint ORDER BY f.row)
-), registered AS (
+), first AS (
+    SELECT *,
+        first_value(row) OVER content AS first_row,
+        first_value(holder_party) OVER content AS first_holder_party,
+        first_value(labeller_party) OVER content AS first_labeller_party,
+        holder = first_value(holder) OVER content AND labeller >= 0 AND first_value(labeller) OVER content >= 0 AS is_event,
+        min(row) OVER (PARTITION BY fingerprint, holder, labeller) AS first_same_row
+    FROM named
+    WINDOW content AS (PARTITION BY fingerprint ORDER BY row)
+)
+SELECT row, fingerprint, labeller_party,
+    CASE WHEN is_event THEN first_same_row ELSE first_row END AS original_row,
+    first_holder_party AS original_holder_party,
+    CASE WHEN is_event THEN labeller_party ELSE first_labeller_party END AS original_labeller_party
+FROM first
+"""
+
+_REGISTERED = """
+CREATE TEMPORARY TABLE copies_registered ON COMMIT DROP AS
+WITH registered AS (
     SELECT o.fingerprint, o.version_id, o.row, v.published_at,
         holder.party_id AS holder_party, labeller.party_id AS labeller_party
     FROM marketplace_recordfingerprint o
@@ -61,44 +81,40 @@ WITH mine AS (
         ON holder.version_id = o.version_id AND holder.role = 'rights_holder' AND holder.number = o.holder
     LEFT JOIN marketplace_contribution labeller
         ON labeller.version_id = o.version_id AND labeller.role = 'labeller' AND labeller.number = o.labeller
-    WHERE o.fingerprint IN (SELECT fingerprint FROM mine)
+    WHERE o.fingerprint IN (SELECT fingerprint FROM copies_mine)
         AND NOT EXISTS (
             SELECT FROM marketplace_recordcopy c WHERE c.version_id = o.version_id AND c.row = o.row
         )
-), first_registered AS (
-    SELECT DISTINCT ON (fingerprint) * FROM registered ORDER BY fingerprint, published_at, version_id, row
-), first_by_labeller AS (
-    SELECT DISTINCT ON (r.fingerprint, r.labeller_party) r.*
-    FROM registered r JOIN first_registered USING (fingerprint, version_id)
-    ORDER BY r.fingerprint, r.labeller_party, r.row
-), within AS (
-    SELECT *, CASE
-        WHEN holder = first_holder AND labeller >= 0 AND first_labeller >= 0 THEN first_same_row
-        ELSE first_row END AS original_row
-    FROM mine
-), originals AS (
-    SELECT w.row,
+), first AS (
+    SELECT DISTINCT ON (fingerprint) fingerprint, version_id, row
+    FROM registered ORDER BY fingerprint, published_at, version_id, row
+)
+SELECT DISTINCT ON (r.fingerprint, r.labeller_party) r.*, r.row = first.row AS is_first
+FROM registered r JOIN first USING (fingerprint, version_id)
+ORDER BY r.fingerprint, r.labeller_party, r.row
+"""
+
+_ORIGINALS = """
+WITH originals AS (
+    SELECT mine.row,
         CASE WHEN first.row IS NULL THEN %(version)s ELSE first.version_id END AS original_version,
-        CASE WHEN first.row IS NULL THEN w.original_row ELSE coalesce(same.row, first.row) END AS original_row,
-        CASE WHEN first.row IS NULL THEN holder.party_id ELSE coalesce(same.holder_party, first.holder_party) END AS payee,
+        CASE WHEN first.row IS NULL THEN mine.original_row ELSE coalesce(same.row, first.row) END AS original_row,
         CASE
-            WHEN first.row IS NULL THEN labeller.party_id
+            WHEN first.row IS NULL THEN mine.original_holder_party
+            ELSE coalesce(same.holder_party, first.holder_party)
+        END AS payee,
+        CASE
+            WHEN first.row IS NULL THEN mine.original_labeller_party
             WHEN same.row IS NULL THEN first.labeller_party
             ELSE same.labeller_party
         END AS labeller
-    FROM within w
-    LEFT JOIN first_registered first ON first.fingerprint = w.fingerprint
-    LEFT JOIN first_by_labeller same
-        ON same.fingerprint = w.fingerprint AND same.labeller_party = w.labeller_party
-    JOIN marketplace_recordfingerprint own ON own.version_id = %(version)s AND own.row = w.original_row
-    JOIN marketplace_contribution holder
-        ON holder.version_id = %(version)s AND holder.role = 'rights_holder' AND holder.number = own.holder
-    LEFT JOIN marketplace_contribution labeller
-        ON labeller.version_id = %(version)s AND labeller.role = 'labeller' AND labeller.number = own.labeller
-    WHERE first.row IS NOT NULL OR w.original_row <> w.row
+    FROM copies_mine mine
+    LEFT JOIN copies_registered first ON first.fingerprint = mine.fingerprint AND first.is_first
+    LEFT JOIN copies_registered same
+        ON same.fingerprint = mine.fingerprint AND same.labeller_party = mine.labeller_party
+    WHERE first.row IS NOT NULL OR mine.original_row <> mine.row
 )
 """
-
 
 _COUNT = f"""{_ORIGINALS}
 SELECT count(*) FILTER (WHERE original_version = %(version)s), count(*) FILTER (WHERE original_version <> %(version)s)
@@ -157,8 +173,9 @@ def write_fingerprints(*, version: DatasetVersion, path: Path) -> None:
 
 
 def count_copies(*, version: DatasetVersion) -> CopyCounts:
-    """As things stand now; only `write_copies`, at publication, is final."""
-    with connection.cursor() as cursor:
+    """As things stand now; only `write_copies`, at publication, is final. Inside the caller's transaction."""
+    _match(version)
+    with hash_joins() as cursor:
         cursor.execute(_COUNT, {"version": version.pk})
         within, of_listed = cursor.fetchone()
     return CopyCounts(within=within, of_listed=of_listed)
@@ -169,13 +186,26 @@ def write_copies(*, version: DatasetVersion) -> CopyCounts:
 
     The caller holds the publication lock and publishes the version in the same transaction.
     """
-    with connection.cursor() as cursor:
+    _match(version)
+    with hash_joins() as cursor:
         cursor.execute(_INSERT, {"version": version.pk})
         for role in Contribution.Role.values:
             cursor.execute(_COUNT_PER_CONTRIBUTION, {"version": version.pk, "role": role})
     copies = RecordCopy.objects.filter(version=version)
     within = copies.filter(original_version=version).count()
     return CopyCounts(within=within, of_listed=copies.count() - within)
+
+
+def _match(version: DatasetVersion) -> None:
+    """Lay a version's records and what is registered of their content into temporary tables, which end with the transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute("DROP TABLE IF EXISTS pg_temp.copies_mine, pg_temp.copies_registered")
+    with hash_joins() as cursor:
+        cursor.execute(_MINE, {"version": version.pk})
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE copies_mine")
+        cursor.execute(_REGISTERED, {"version": version.pk})
+        cursor.execute("ANALYZE copies_registered")
 
 
 def hold_publication_lock() -> None:

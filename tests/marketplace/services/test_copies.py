@@ -9,6 +9,7 @@ from marketplace.ingest.copies import keyed_hash
 from marketplace.models import Party, RecordCopy, User
 from marketplace.selectors import MoneyCount, money_counts
 from marketplace.services import versions
+from marketplace.services.copies import write_copies
 from marketplace.services.parties import create_party
 from marketplace.services.versions import NothingNew, fingerprint_key, publish_version, version_key
 from tests.marketplace.services.ingested import as_csv, parsed_here, published, uploaded
@@ -170,6 +171,37 @@ def test_money_counts_sum_to_the_distinct_records_in_both_roles(alice):
         "labeller": version.n_records - version.n_copies,
     }
     assert all(isinstance(count, MoneyCount) and count.n_records > 0 for count in counts)
+
+
+def test_matching_copies_meets_each_record_a_few_times_whatever_the_statistics_say(alice):
+    """A version written a moment ago is none that PostgreSQL's statistics know; it once took its records for a single one."""
+    published(alice, [[n, n, "a", "ann", "lea"] for n in range(500)])
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE")
+    n_record = 3_000
+    version = uploaded(
+        alice, as_csv([[n // 2, n // 2, "a", f"h{n % 7}", f"l{n % 3}"] for n in range(n_record)])
+    ).version
+    plans = []
+
+    def explain(execute, sql, params, many, context):
+        if not sql.lstrip().startswith(("CREATE", "WITH", "UPDATE")):
+            return execute(sql, params, many, context)
+        execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", params, many, context)
+        plans.append(context["cursor"].fetchone()[0][0]["Plan"])
+        return None
+
+    with connection.execute_wrapper(explain):
+        write_copies(version=version)
+
+    assert version.copies.count() == 1_000 + 1_000  # of the 500 listed, and the second of each other pair
+    assert len(plans) == 5  # the two tables, the copies, and the counts of both roles
+    assert sum(map(rows_met, plans)) < 60 * n_record
+
+
+def rows_met(plan):
+    met = plan["Actual Rows"] + plan.get("Rows Removed by Join Filter", 0) + plan.get("Rows Removed by Filter", 0)
+    return met * plan["Actual Loops"] + sum(map(rows_met, plan.get("Plans", [])))
 
 
 def test_keys_keep_versions_and_fingerprints_apart():
