@@ -105,14 +105,17 @@ def test_too_much_memory_is_a_clear_error(tmp_path):
 
 
 def test_too_much_time_is_a_clear_error(numbers):
-    limits = replace(Limits(), wall_seconds=0.3)
+    limits = replace(Limits(), wall_seconds=2)
 
-    with pytest.raises(FileRefused) as caught, run(numbers, limits=limits):
+    def hang(done, total):
+        os.kill(next(_children()), signal.SIGSTOP)
+
+    with pytest.raises(FileRefused) as caught, run(numbers, limits=limits, on_progress=hang):
         raise AssertionError("it was read")
 
     assert (caught.value.code, caught.value.message) == (
         "timed_out",
-        "digits.csv was not read within 0.3 seconds; split it into smaller files.",
+        "digits.csv was not read within 2 seconds; split it into smaller files.",
     )
 
 
