@@ -22,6 +22,7 @@ APPEND_ONLY = frozenset(
         "marketplace_offer",
         "marketplace_citation",
         "marketplace_recordcopy",
+        "marketplace_recordfingerprint",
         "attribution_artifact",
         "attribution_share",
         "payouts_account",
@@ -34,7 +35,14 @@ APPEND_ONLY = frozenset(
     }
 )
 #: Rows that change state and are never deleted by the app: a missing payout would be paid again.
-NEVER_DELETED = ("payouts_", "marketplace_order", "marketplace_license", "marketplace_disclosure", "attribution_")
+NEVER_DELETED = (
+    "payouts_",
+    "marketplace_contribution",
+    "marketplace_order",
+    "marketplace_license",
+    "marketplace_disclosure",
+    "attribution_",
+)
 #: What ingest and attribution write.
 WORKER_WRITES = frozenset(
     {

@@ -1,7 +1,8 @@
 """What is evidence stays as it was written, whoever asks (DESIGN §3, §7).
 
 Plain SQL: a trigger of PostgreSQL holds for the owner too, and for every session. A table that may only grow refuses
-UPDATE, DELETE and TRUNCATE; a version that is frozen keeps its content for ever.
+UPDATE, DELETE and TRUNCATE; a version that is frozen keeps its content for ever, and who gave what to it: whoever could
+change a contribution or a fingerprint afterwards could redirect its money. A disclosure keeps its document.
 """
 
 from django.db import migrations
@@ -66,6 +67,78 @@ DROP TRIGGER keep_version ON marketplace_datasetversion;
 DROP FUNCTION marketplace_keep_version();
 """
 
+KEEP_RECORDS = """
+CREATE FUNCTION marketplace_keep_records() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    version_id bigint := CASE TG_OP WHEN 'INSERT' THEN NEW.version_id ELSE OLD.version_id END;
+    state text := (SELECT status FROM marketplace_datasetversion WHERE id = version_id);
+BEGIN
+    IF state = 'draft' AND (TG_OP <> 'UPDATE' OR NEW.version_id = version_id) THEN
+        RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
+    END IF;
+    -- Publication settles the copies, and writes how many each contribution has.
+    IF TG_OP = 'UPDATE' AND state = 'frozen' AND to_jsonb(NEW) - 'n_copies' = to_jsonb(OLD) - 'n_copies' THEN
+        RETURN NEW;
+    END IF;
+    RAISE EXCEPTION '% on % is refused: version % is %', TG_OP, TG_TABLE_NAME, version_id, state
+        USING ERRCODE = 'restrict_violation';
+END $$;
+CREATE FUNCTION marketplace_refuse_late_records() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    late bigint := (
+        SELECT id FROM marketplace_datasetversion
+        WHERE status <> 'draft' AND id IN (SELECT version_id FROM added) LIMIT 1
+    );
+BEGIN
+    IF late IS NOT NULL THEN
+        RAISE EXCEPTION 'INSERT on % is refused: version % is frozen', TG_TABLE_NAME, late
+            USING ERRCODE = 'restrict_violation';
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER keep_contribution BEFORE INSERT OR UPDATE OR DELETE ON marketplace_contribution
+    FOR EACH ROW EXECUTE FUNCTION marketplace_keep_records();
+CREATE TRIGGER keep_contribution_truncate BEFORE TRUNCATE ON marketplace_contribution
+    FOR EACH STATEMENT EXECUTE FUNCTION marketplace_refuse_change();
+CREATE TRIGGER keep_fingerprint BEFORE UPDATE OR DELETE ON marketplace_recordfingerprint
+    FOR EACH ROW EXECUTE FUNCTION marketplace_keep_records();
+CREATE TRIGGER keep_fingerprint_insert AFTER INSERT ON marketplace_recordfingerprint
+    REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION marketplace_refuse_late_records();
+CREATE TRIGGER keep_fingerprint_truncate BEFORE TRUNCATE ON marketplace_recordfingerprint
+    FOR EACH STATEMENT EXECUTE FUNCTION marketplace_refuse_change();
+"""
+
+DROP_RECORDS = """
+DROP TRIGGER keep_fingerprint_truncate ON marketplace_recordfingerprint;
+DROP TRIGGER keep_fingerprint_insert ON marketplace_recordfingerprint;
+DROP TRIGGER keep_fingerprint ON marketplace_recordfingerprint;
+DROP TRIGGER keep_contribution_truncate ON marketplace_contribution;
+DROP TRIGGER keep_contribution ON marketplace_contribution;
+DROP FUNCTION marketplace_refuse_late_records();
+DROP FUNCTION marketplace_keep_records();
+"""
+
+KEEP_DISCLOSURE = """
+CREATE FUNCTION marketplace_keep_disclosure() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' AND to_jsonb(NEW) - 'embargo_until' = to_jsonb(OLD) - 'embargo_until' THEN
+        RETURN NEW;
+    END IF;
+    RAISE EXCEPTION '% on disclosure % is refused: it was published as it stands; publish another', TG_OP, OLD.id
+        USING ERRCODE = 'restrict_violation';
+END $$;
+CREATE TRIGGER keep_disclosure BEFORE UPDATE OR DELETE ON marketplace_disclosure
+    FOR EACH ROW EXECUTE FUNCTION marketplace_keep_disclosure();
+CREATE TRIGGER keep_disclosure_truncate BEFORE TRUNCATE ON marketplace_disclosure
+    FOR EACH STATEMENT EXECUTE FUNCTION marketplace_refuse_change();
+"""
+
+DROP_DISCLOSURE = """
+DROP TRIGGER keep_disclosure_truncate ON marketplace_disclosure;
+DROP TRIGGER keep_disclosure ON marketplace_disclosure;
+DROP FUNCTION marketplace_keep_disclosure();
+"""
+
 
 def append_only(table):
     return migrations.RunSQL(
@@ -86,4 +159,6 @@ class Migration(migrations.Migration):
         migrations.RunSQL(REFUSE, "DROP FUNCTION marketplace_refuse_change();"),
         *(append_only(table) for table in APPEND_ONLY),
         migrations.RunSQL(KEEP_VERSION, DROP_VERSION),
+        migrations.RunSQL(KEEP_RECORDS, DROP_RECORDS),
+        migrations.RunSQL(KEEP_DISCLOSURE, DROP_DISCLOSURE),
     ]

@@ -12,6 +12,7 @@ from io import BytesIO
 from typing import Any
 
 import factory
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from django.conf import settings
@@ -21,6 +22,7 @@ from django.utils import timezone
 from factory.django import DjangoModelFactory
 
 from marketplace import clock
+from marketplace.ingest.copies import text_fingerprints, vector_fingerprints
 from marketplace.models import (
     Attestation,
     Contribution,
@@ -140,11 +142,11 @@ class PublishedVersionFactory(DjangoModelFactory):
             RecordFingerprint(
                 version=version,
                 row=row,
-                fingerprint=_hmac(_content_bytes(one))[:16],
+                fingerprint=fingerprint,
                 holder=holder[row],
                 labeller=labeller[row],
             )
-            for row, one in enumerate(content)
+            for row, fingerprint in enumerate(_fingerprints(content))
         )
         by_number = {
             role: dict(version.contributions.filter(role=role).values_list("number", "party"))
@@ -164,6 +166,11 @@ class PublishedVersionFactory(DjangoModelFactory):
         for name, value in (frozen | fields).items():
             setattr(version, name, value)
         version.save()  # frozen first: the database refuses to publish a draft
+        for role, column in ((Contribution.Role.RIGHTS_HOLDER, holder), (Contribution.Role.LABELLER, labeller)):
+            for number, party in by_number[role].items():
+                n = sum(column[row] == number for row in copies or {})
+                if n:
+                    Contribution.objects.filter(version=version, role=role, party=party).update(n_copies=n)
         version.status, version.published_at, version.n_copies = (
             version.Status.PUBLISHED,
             published_at,
@@ -182,11 +189,6 @@ class PublishedVersionFactory(DjangoModelFactory):
                 payee=theirs(role=Contribution.Role.RIGHTS_HOLDER, number=first.holder).get().party,
                 labeller=labelled.party if labelled else None,
             )
-        for role, column in ((Contribution.Role.RIGHTS_HOLDER, holder), (Contribution.Role.LABELLER, labeller)):
-            for number, party in by_number[role].items():
-                n = sum(column[row] == number for row in copies or {})
-                if n:
-                    Contribution.objects.filter(version=version, role=role, party=party).update(n_copies=n)
         user = owner_of(dataset.owner)
         Attestation.objects.create(
             version=version,
@@ -327,12 +329,11 @@ def _hmac(*parts: bytes) -> bytes:
     return key
 
 
-def _content_bytes(one: Sequence[float] | str) -> bytes:
-    return (
-        " ".join(one.split()).casefold().encode()
-        if isinstance(one, str)
-        else pa.array(one, pa.float64()).buffers()[1].to_pybytes()
-    )
+def _fingerprints(content: Sequence[Sequence[float]] | Sequence[str]) -> list[bytes]:
+    key = settings.FINGERPRINT_KEY.encode()
+    if isinstance(content[0], str):
+        return text_fingerprints(key, [str(one) for one in content])
+    return vector_fingerprints(key, [np.array(one, dtype=np.float64) for one in content])
 
 
 def _features(content: Sequence[Any], labels: Sequence[str | None]) -> dict[str, Any]:

@@ -121,6 +121,54 @@ def test_only_a_draft_can_be_deleted(db):
     assert list(DatasetVersion.objects.all()) == [frozen]
 
 
+@pytest.mark.parametrize("table", ["contribution", "recordfingerprint"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE {} SET version_id = version_id",
+        "DELETE FROM {}",
+        "TRUNCATE {} CASCADE",
+        "INSERT INTO {} SELECT * FROM copied",
+    ],
+)
+def test_who_gave_what_to_a_version_is_settled_when_it_is_frozen(db, table, statement):
+    """Whoever could change it afterwards could redirect the version's money."""
+    PublishedVersionFactory()
+    table = f"marketplace_{table}"
+    execute(f"CREATE TEMPORARY TABLE copied AS SELECT * FROM {table}")  # noqa: S608
+    execute("UPDATE copied SET id = id + 1000")
+    execute(f"UPDATE copied SET {'number = number + 1000' if 'contribution' in table else 'row = row + 1000'}")  # noqa: S608
+
+    with pytest.raises(IntegrityError, match=f"on {table} is refused"), transaction.atomic():
+        execute(statement.format(table))
+
+
+def test_publication_counts_the_copies_of_a_frozen_contribution_and_changes_nothing_else(db):
+    version = PublishedVersionFactory()
+    other = PublishedVersionFactory().dataset.owner
+    execute(
+        "ALTER TABLE marketplace_datasetversion DISABLE TRIGGER keep_version"
+    )  # back to frozen, for this test alone
+    change_version(version, "status = 'frozen', published_at = NULL")
+
+    with pytest.raises(IntegrityError, match="is refused: version"), transaction.atomic():
+        execute("UPDATE marketplace_contribution SET party_id = %s WHERE version_id = %s", other.pk, version.pk)
+    execute("UPDATE marketplace_contribution SET n_copies = 1 WHERE version_id = %s", version.pk)
+
+
+@pytest.mark.parametrize("change", ["document = '[1]'", "document_sha256 = 'x'", "disclosed_at = now()", "number = 7"])
+def test_a_disclosure_stays_as_it_was_published(evidence, change):
+    Disclosure.objects.update(embargo_until=timezone.now())
+
+    for statement in (
+        f"UPDATE marketplace_disclosure SET {change}",  # noqa: S608
+        "DELETE FROM marketplace_disclosure",
+        "TRUNCATE marketplace_disclosure CASCADE",
+    ):
+        with pytest.raises(IntegrityError, match="is refused"), transaction.atomic():
+            execute(statement)
+
+
 def frozen_version():
     return DatasetVersion.objects.create(
         dataset=DatasetFactory(),

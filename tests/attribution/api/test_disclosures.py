@@ -12,9 +12,7 @@ from safetensors.torch import save
 
 from attribution.artifacts import store_artifact
 from attribution.models import AttributionRun, Verification
-from marketplace.ingest.copies import vector_fingerprints
-from marketplace.models import AuditEvent, Disclosure, RecordFingerprint, TrainedModel
-from marketplace.services.versions import fingerprint_key
+from marketplace.models import AuditEvent, Disclosure, TrainedModel
 from tests.factories.attribution import declaration, queries_file, trained_document, two_clouds
 
 URL = "/api/v1/disclosures/"
@@ -66,8 +64,6 @@ def _queries(content: Any, labels: list[str]) -> Callable[[dict[str, Any], Any],
 def _a_training_record(document: dict[str, Any], owner: Any) -> None:
     content, _ = two_clouds(64)
     fresh, _ = two_clouds(3, seed=5)
-    for row, value in enumerate(vector_fingerprints(fingerprint_key(), list(content))):
-        RecordFingerprint.objects.filter(row=row).update(fingerprint=value)
     _queries([*fresh.tolist(), content[17].tolist()], ["0"] * 4)(document, owner)
 
 
