@@ -1,9 +1,10 @@
 """Rows hold the work, the broker only wakes it (DESIGN §2).
 
-    queued → running (lease, heartbeat, attempt) → done | failed
+    queued (from `due_at` on) → running (lease, heartbeat, attempt) → done | failed
 
 A worker claims a row with one conditional `update()`, which also takes over an expired lease; every later write checks
 `attempt`, so that a worker that was thought dead cannot write over its successor. The sweeper re-sends what was lost.
+An attempt that ends by an error of ours comes back later and later, until `MAX_FAILURES` in a row; staff can `reopen` it.
 """
 
 import logging
@@ -14,10 +15,10 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Self, TypeVar
 
 from celery import current_app
-from django.db import close_old_connections, connection, models, transaction
+from django.db import DatabaseError, close_old_connections, connection, models, transaction
 from django.db.models import F, Q
 from django.utils import timezone
-from kombu.exceptions import OperationalError
+from kombu.exceptions import ChannelError, OperationalError
 
 from marketplace.errors import DomainError
 
@@ -25,9 +26,12 @@ logger = logging.getLogger(__name__)
 
 LEASE = timedelta(seconds=20)
 HEARTBEAT_SECONDS = 5.0
-#: A row whose message went out this long ago without being claimed is sent again.
+#: A row whose message went out this long ago without being claimed is sent again, once its queue is empty …
 RESEND_AFTER = timedelta(seconds=10)
-MAX_ATTEMPTS = 5
+#: … or after this long, whatever else waits: a worker that is away for a night must not find a million messages.
+RESEND_ANYWAY_AFTER = timedelta(minutes=10)
+MAX_FAILURES = 6
+FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=10), timedelta(minutes=30)
 
 
 class LostLease(Exception):
@@ -47,7 +51,9 @@ class Job(models.Model):
     task_name: ClassVar[str]
 
     status = models.CharField(max_length=10, choices=Status, default=Status.QUEUED, db_index=True)
-    attempt = models.PositiveIntegerField(default=0)
+    attempt = models.PositiveIntegerField(default=0)  # claims so far: whose write it is
+    n_failures = models.PositiveIntegerField(default=0)  # attempts in a row that ended by an error of ours, or by death
+    due_at = models.DateTimeField(default=timezone.now)  # not claimed before
     queued_at = models.DateTimeField(default=timezone.now)
     sent_at = models.DateTimeField(default=timezone.now)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -114,6 +120,10 @@ class Job(models.Model):
             error_pointers=pointers or {},
         )
 
+    def postpone(self, until: datetime) -> None:
+        """Back to the queue, for no fault of anybody's; `resume` may bring it forward."""
+        self.write(status=self.Status.QUEUED, lease_expires_at=None, due_at=until, n_failures=0)
+
     def progress(self, *, done: int, total: int) -> None:
         self.write(progress_done=done, progress_total=total)
 
@@ -127,6 +137,34 @@ def wake(job: Job) -> None:
     transaction.on_commit(lambda: _send(name, pk))
 
 
+def resume(job: Job) -> bool:
+    """Make a postponed job due now and wake it; False if it was not waiting."""
+    wall = timezone.now()
+    waiting = type(job)._default_manager.filter(pk=job.pk, status=Job.Status.QUEUED)
+    if not waiting.update(due_at=wall, sent_at=wall):
+        return False
+    wake(job)
+    return True
+
+
+def reopen(job: Job) -> bool:
+    """Try once more what failed by an error of ours; False if it did not. What the input was refused for stays failed."""
+    wall = timezone.now()
+    failed = type(job)._default_manager.filter(pk=job.pk, status=Job.Status.FAILED, error_code="internal")
+    if not failed.update(
+        status=Job.Status.QUEUED,
+        n_failures=0,
+        due_at=wall,
+        sent_at=wall,
+        finished_at=None,
+        error_code="",
+        error_message="",
+    ):
+        return False
+    wake(job)
+    return True
+
+
 def _send(task_name: str, pk: int) -> None:
     try:
         current_app.send_task(task_name, args=[pk], retry=False)
@@ -135,15 +173,19 @@ def _send(task_name: str, pk: int) -> None:
 
 
 def claim(model: type[J], pk: int) -> J | None:
-    """Take a queued row or an expired lease; `None` if neither, which is every second delivery of a message."""
+    """Take a queued row that is due, or an expired lease; `None` if neither, which is every second delivery of a message."""
     wall = timezone.now()
-    _fail_poison(model, pk, wall)
-    free = Q(status=Job.Status.QUEUED) | Q(status=Job.Status.RUNNING, lease_expires_at__lt=wall)
-    taken = model._default_manager.filter(free, pk=pk).update(
-        status=Job.Status.RUNNING,
-        attempt=F("attempt") + 1,
-        started_at=wall,
-        lease_expires_at=wall + LEASE,
+    rows = model._default_manager.filter(pk=pk)
+    expired = rows.filter(status=Job.Status.RUNNING, lease_expires_at__lt=wall)
+    _fail_poison(expired, wall)
+    taking = {
+        "status": Job.Status.RUNNING,
+        "attempt": F("attempt") + 1,
+        "started_at": wall,
+        "lease_expires_at": wall + LEASE,
+    }
+    taken = rows.filter(status=Job.Status.QUEUED, due_at__lte=wall).update(**taking) or expired.update(
+        n_failures=F("n_failures") + 1, **taking
     )
     if not taken:
         return None
@@ -152,19 +194,17 @@ def claim(model: type[J], pk: int) -> J | None:
     return job
 
 
-def _fail_poison(model: type[J], pk: int, wall: datetime) -> None:
+def _fail_poison(expired: models.QuerySet[Any], wall: datetime) -> None:
     """A job whose worker has died at every attempt would take the next one down too, and the queue behind it."""
-    dead = model._default_manager.filter(
-        pk=pk, status=Job.Status.RUNNING, lease_expires_at__lt=wall, attempt__gte=MAX_ATTEMPTS
-    )
-    if dead.update(
+    if expired.filter(n_failures__gte=MAX_FAILURES - 1).update(
         status=Job.Status.FAILED,
+        n_failures=F("n_failures") + 1,
         lease_expires_at=None,
         finished_at=wall,
         error_code="internal",
-        error_message=f"Its worker died {MAX_ATTEMPTS} times while at it. We have been told.",
+        error_message=f"Its worker died, or it failed, {MAX_FAILURES} times in a row. We have been told.",
     ):
-        logger.error("Gave up %s id=%s: its worker died %s times", model.__name__, pk, MAX_ATTEMPTS)
+        logger.error("Gave up %s: its worker died at the last of %s failures", expired.model.__name__, MAX_FAILURES)
 
 
 @contextmanager
@@ -172,7 +212,7 @@ def claimed(model: type[J], pk: int) -> Iterator[J | None]:
     """Claim, keep the lease alive while the body runs, and book how it ended.
 
     A `DomainError` is the input's fault: the job fails with its message. Anything else may pass: the row goes back to
-    the queue until `MAX_ATTEMPTS`, and the exception goes on to the worker's log.
+    the queue, each time for longer, until `MAX_FAILURES`, and the exception goes on to the worker's log.
     """
     job = claim(model, pk)
     if job is None:
@@ -188,8 +228,7 @@ def claimed(model: type[J], pk: int) -> Iterator[J | None]:
     except LostLease:
         logger.warning("Lease was lost %s id=%s attempt=%s", model.__name__, pk, job.attempt)
     except DomainError as error:
-        job.fail(code=error.code, message=error.message, pointers=error.pointers)
-        logger.info("Refused %s id=%s code=%s", model.__name__, pk, error.code)
+        _refuse(job, error)
     except Exception as error:
         _give_back(job, error)
         raise
@@ -198,29 +237,52 @@ def claimed(model: type[J], pk: int) -> Iterator[J | None]:
         beating.join()
 
 
-def _give_back(job: Job, error: Exception) -> None:
+def _refuse(job: Job, error: DomainError) -> None:
     try:
-        if job.attempt >= MAX_ATTEMPTS:
+        job.fail(code=error.code, message=error.message, pointers=error.pointers)
+        logger.info("Refused %s id=%s code=%s", type(job).__name__, job.pk, error.code)
+    except LostLease:
+        logger.warning("Lease was lost while refusing id=%s attempt=%s", job.pk, job.attempt)
+
+
+def _give_back(job: Job, error: Exception) -> None:
+    n_failures = job.n_failures + 1
+    try:
+        if n_failures >= MAX_FAILURES:
             job.fail(
                 code="internal",
-                message=f"It failed {job.attempt} times; the last error was {type(error).__name__}. We have been told.",
+                message=f"It failed {n_failures} times in a row; the last error was {type(error).__name__}. We have been told.",
             )
         else:
-            job.write(status=Job.Status.QUEUED, lease_expires_at=None, sent_at=timezone.now())
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 4 ** (n_failures - 1))
+            job.write(
+                status=Job.Status.QUEUED,
+                lease_expires_at=None,
+                n_failures=n_failures,
+                due_at=timezone.now() + pause,
+            )
     except LostLease:
         logger.warning("Lease was lost while failing id=%s attempt=%s", job.pk, job.attempt)
 
 
 def _beat(job: Job, stop: threading.Event) -> None:
-    """Extend the lease until told to stop; a lost lease is noticed by the worker's next write."""
+    """Extend the lease until told to stop; a lost lease is noticed by the worker's next write.
+
+    A database that is away for a moment costs one beat, not the lease.
+    """
     try:
         while not stop.wait(HEARTBEAT_SECONDS):
             close_old_connections()
-            extended = (
-                type(job)
-                ._default_manager.filter(pk=job.pk, attempt=job.attempt, status=Job.Status.RUNNING)
-                .update(lease_expires_at=timezone.now() + LEASE)
-            )
+            try:
+                extended = (
+                    type(job)
+                    ._default_manager.filter(pk=job.pk, attempt=job.attempt, status=Job.Status.RUNNING)
+                    .update(lease_expires_at=timezone.now() + LEASE)
+                )
+            except DatabaseError as error:
+                logger.warning("Heartbeat failed id=%s attempt=%s error=%s", job.pk, job.attempt, type(error).__name__)
+                connection.close()
+                continue
             if not extended:
                 return
     finally:
@@ -232,14 +294,29 @@ def sweep() -> int:
     wall = timezone.now()
     sent = 0
     for model in job_models():
-        waiting = Q(sent_at__lt=wall - RESEND_AFTER) & (
-            Q(status=Job.Status.QUEUED) | Q(status=Job.Status.RUNNING, lease_expires_at__lt=wall)
-        )
-        for pk in model._default_manager.filter(waiting).order_by("pk").values_list("pk", flat=True)[:1000]:
+        rows = model._default_manager.filter(sent_at__lt=wall - RESEND_AFTER)
+        waiting = Q(status=Job.Status.QUEUED, due_at__lte=wall)
+        if rows.filter(waiting).exists() and not _is_queue_empty(model.task_name):
+            waiting &= Q(sent_at__lt=wall - RESEND_ANYWAY_AFTER)
+        waiting |= Q(status=Job.Status.RUNNING, lease_expires_at__lt=wall)
+        for pk in rows.filter(waiting).order_by("pk").values_list("pk", flat=True)[:1000]:
             model._default_manager.filter(pk=pk).update(sent_at=wall)
             _send(model.task_name, pk)
             sent += 1
     return sent
+
+
+def _is_queue_empty(task_name: str) -> bool:
+    """Whether nothing waits in the broker for this task's workers, so that what waits in rows has been lost or held back."""
+    queue = current_app.amqp.router.route({}, task_name)["queue"].name
+    try:
+        with current_app.connection_for_read() as link:
+            return bool(link.default_channel.queue_declare(queue, passive=True).message_count == 0)
+    except ChannelError:  # Redis keeps no list that is empty
+        return True
+    except (OperationalError, ConnectionError, OSError) as error:
+        logger.warning("Broker did not answer queue=%s error=%s", queue, error)
+        return True
 
 
 def job_models() -> list[type[Job]]:

@@ -4,7 +4,7 @@
                               —mismatch→ no result: what was proven false pays nobody by it
     otherwise:   AttributionRun → result of grade declared, by count
 
-A planned run waits in the queue, its message held back, until its last shard wakes it; so no worker is held meanwhile.
+A planned run waits in the queue, not due, until its last shard resumes it; so no worker is held meanwhile.
 """
 
 import json
@@ -39,7 +39,7 @@ from marketplace.models import Disclosure
 logger = logging.getLogger(__name__)
 
 Grade = AttributionResult.Grade
-#: How long the message of a run that waits for its shards is held back; `request_missing_runs` looks sooner.
+#: How long a run that waits for its shards is not due; `request_missing_runs` looks sooner.
 WAITING = timedelta(days=1)
 PROGRESS_SECONDS = 1.0
 MIN_ROUNDS = 4
@@ -146,8 +146,7 @@ def execute_shard(shard: Shard) -> None:
         # Two last shards at once: the second to get the run's row counts after the first has committed.
         AttributionRun.objects.select_for_update().get(pk=run.pk)
         if not run.shards.exclude(status=Shard.Status.DONE).exists():
-            AttributionRun.objects.filter(pk=run.pk).update(sent_at=timezone.now())
-            jobs.wake(run)
+            jobs.resume(run)
 
 
 def publish_result(
@@ -214,12 +213,10 @@ def request_missing_runs() -> int:
     shards = Shard.objects.filter(run=OuterRef("pk"))
     ended = Exists(shards.filter(status=Shard.Status.FAILED)) | ~Exists(shards.exclude(status=Shard.Status.DONE))
     waiting = AttributionRun.objects.filter(
-        ended, status=AttributionRun.Status.QUEUED, plan__isnull=False, sent_at__gt=timezone.now()
+        ended, status=AttributionRun.Status.QUEUED, plan__isnull=False, due_at__gt=timezone.now(), n_failures=0
     )
     for stuck in waiting.order_by("pk")[:1000]:
-        AttributionRun.objects.filter(pk=stuck.pk).update(sent_at=timezone.now())
-        jobs.wake(stuck)
-        requested += 1
+        requested += jobs.resume(stuck)
     return requested
 
 
@@ -240,8 +237,8 @@ def _plan(run: AttributionRun) -> None:
 
 
 def _wait(run: AttributionRun) -> None:
-    """Back to the queue, its message held back: the last shard sends it."""
-    run.write(status=AttributionRun.Status.QUEUED, lease_expires_at=None, sent_at=timezone.now() + WAITING)
+    """Back to the queue and not due: the last shard resumes it."""
+    run.postpone(timezone.now() + WAITING)
 
 
 def _merge(run: AttributionRun) -> None:

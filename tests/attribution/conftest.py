@@ -51,7 +51,7 @@ def _queued() -> list[tuple[type[Job], int]]:
     from django.utils import timezone
 
     models = [m for m in apps.get_app_config("attribution").get_models() if issubclass(m, Job)]
-    due = {"status": Job.Status.QUEUED, "sent_at__lte": timezone.now()}
+    due = {"status": Job.Status.QUEUED, "due_at__lte": timezone.now()}
     return [
         (model, pk)
         for model in models

@@ -2,7 +2,7 @@ from datetime import timedelta
 from threading import Barrier, Event, Thread
 
 import pytest
-from django.db import IntegrityError, connection, transaction
+from django.db import DatabaseError, IntegrityError, connection, transaction
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
@@ -43,6 +43,10 @@ def sent(monkeypatch):
 
 def expire_lease(job):
     Upload.objects.filter(pk=job.pk).update(lease_expires_at=timezone.now() - timedelta(seconds=1))
+
+
+def make_due(job):
+    Upload.objects.filter(pk=job.pk).update(due_at=timezone.now() - timedelta(seconds=1))
 
 
 def test_a_claimed_row_has_a_lease_and_counts_its_attempt(upload):
@@ -131,27 +135,75 @@ def test_a_refusal_is_the_inputs_fault_and_final(upload):
     )
 
 
-def test_what_may_pass_is_tried_again_and_not_for_ever(upload):
-    for attempt in range(1, jobs.MAX_ATTEMPTS + 1):
+def test_what_may_pass_is_tried_again_later_and_later_and_not_for_ever(upload):
+    pauses = []
+    for failure in range(1, jobs.MAX_FAILURES + 1):
         with pytest.raises(ConnectionError), jobs.claimed(Upload, upload.pk):
             raise ConnectionError("storage is away")
         found = Upload.objects.get()
-        assert found.attempt == attempt
-        assert found.status == (Job.Status.QUEUED if attempt < jobs.MAX_ATTEMPTS else Job.Status.FAILED)
+        assert (found.attempt, found.n_failures) == (failure, failure if failure < jobs.MAX_FAILURES else failure - 1)
+        assert found.status == (Job.Status.QUEUED if failure < jobs.MAX_FAILURES else Job.Status.FAILED)
+        if not found.is_finished:
+            pauses.append((found.due_at - timezone.now()).total_seconds())
+            assert jobs.claim(Upload, upload.pk) is None  # whoever else sends its message
+            make_due(upload)
 
+    assert pauses == pytest.approx([10, 40, 160, 640, 1800], abs=5)
     assert (found.error_code, "ConnectionError" in found.error_message) == ("internal", True)
     assert "storage is away" not in found.error_message  # our inside is not the uploader's to read
 
 
 def test_a_job_that_kills_its_worker_every_time_is_given_up(upload):
-    for attempt in range(1, jobs.MAX_ATTEMPTS + 1):
+    for attempt in range(1, jobs.MAX_FAILURES + 1):
         assert jobs.claim(Upload, upload.pk).attempt == attempt
         expire_lease(upload)
 
     assert jobs.claim(Upload, upload.pk) is None
     found = Upload.objects.get()
     assert (found.status, found.error_code, found.lease_expires_at) == (Job.Status.FAILED, "internal", None)
-    assert f"died {jobs.MAX_ATTEMPTS} times" in found.error_message
+    assert f"{jobs.MAX_FAILURES} times in a row" in found.error_message
+
+
+def test_waiting_is_no_failure_and_is_not_interrupted(upload, sent, django_capture_on_commit_callbacks):
+    for _ in range(2 * jobs.MAX_FAILURES):
+        with jobs.claimed(Upload, upload.pk) as job:
+            job.postpone(timezone.now() + timedelta(days=1))
+        assert jobs.claim(Upload, upload.pk) is None  # a stray message
+        with django_capture_on_commit_callbacks(execute=True):
+            assert jobs.resume(upload)
+
+    assert len(sent) == 2 * jobs.MAX_FAILURES
+    job = jobs.claim(Upload, upload.pk)
+    assert (job.n_failures, jobs.resume(upload)) == (0, False)
+    expire_lease(upload)  # the one death of a job that was claimed often
+    assert jobs.claim(Upload, upload.pk).n_failures == 1
+
+
+def test_what_failed_by_our_fault_can_be_tried_again_and_a_refusal_cannot(
+    upload, sent, django_capture_on_commit_callbacks
+):
+    refused = make_upload()
+    with jobs.claimed(Upload, refused.pk):
+        raise InvalidInput("It is empty.")
+    job = jobs.claim(Upload, upload.pk)
+    assert not jobs.reopen(upload)
+    job.fail(code="internal", message="It failed.")
+
+    with django_capture_on_commit_callbacks(execute=True):
+        assert [jobs.reopen(upload), jobs.reopen(upload), jobs.reopen(refused)] == [True, False, False]
+
+    assert [args for _, args in sent] == [[upload.pk]]
+    again = jobs.claim(Upload, upload.pk)
+    assert (again.attempt, again.n_failures, again.error_code, again.finished_at) == (2, 0, "", None)
+
+
+def test_a_refusal_after_the_lease_was_lost_is_the_successors_to_tell(upload):
+    with jobs.claimed(Upload, upload.pk):
+        expire_lease(upload)
+        jobs.claim(Upload, upload.pk)
+        raise InvalidInput("It is empty.")
+
+    assert (Upload.objects.get().status, Upload.objects.get().error_code) == (Job.Status.RUNNING, "")
 
 
 def test_a_body_whose_lease_was_lost_ends_quietly_and_changes_nothing(upload):
@@ -181,6 +233,30 @@ def test_the_lease_of_a_living_worker_goes_on(committed_db, monkeypatch):
     assert Upload.objects.get(pk=upload.pk).status == Job.Status.DONE
 
 
+def test_a_database_that_is_away_for_a_moment_costs_a_beat_and_not_the_lease(committed_db, monkeypatch):
+    upload, beats = make_upload(), []
+    monkeypatch.setattr(jobs, "HEARTBEAT_SECONDS", 0.05)
+    real = jobs.close_old_connections
+
+    def drop_the_connection():
+        real()
+        beats.append(1)
+        if len(beats) == 1:
+            with connection.cursor() as cursor, pytest.raises(DatabaseError):
+                cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+            connection.connection.close()  # Django has not noticed: the next statement fails
+
+    monkeypatch.setattr(jobs, "close_old_connections", drop_the_connection)
+    with jobs.claimed(Upload, upload.pk) as job:
+        first = job.lease_expires_at
+        for _ in range(100):
+            if Upload.objects.get(pk=upload.pk).lease_expires_at > first:
+                break
+            Event().wait(0.05)
+        assert Upload.objects.get(pk=upload.pk).lease_expires_at > first
+        assert len(beats) > 1
+
+
 def test_a_message_goes_out_only_with_the_row(upload, sent, django_capture_on_commit_callbacks):
     with django_capture_on_commit_callbacks(execute=True):
         jobs.wake(upload)
@@ -201,16 +277,47 @@ def test_a_broker_that_is_away_loses_nothing(upload, monkeypatch, django_capture
 
 
 def test_the_sweeper_sends_again_what_nobody_works_on(db, sent):
-    lost, fresh, dead, alive, over = (make_upload() for _ in range(5))
+    lost, fresh, dead, alive, over, later = (make_upload() for _ in range(6))
     jobs.claim(Upload, dead.pk)
     expire_lease(dead)
     jobs.claim(Upload, alive.pk)
     Upload.objects.filter(pk=over.pk).update(status=Job.Status.DONE)
-    Upload.objects.exclude(pk=fresh.pk).update(sent_at=timezone.now() - jobs.RESEND_AFTER - timedelta(seconds=1))
+    Upload.objects.filter(pk=later.pk).update(due_at=timezone.now() + timedelta(hours=1))
+    age(Upload.objects.exclude(pk=fresh.pk), jobs.RESEND_AFTER)
 
     assert jobs.sweep() == 2
     assert [args for _, args in sent] == [[lost.pk], [dead.pk]]
     assert jobs.sweep() == 0  # each was just sent
+
+
+def test_the_sweeper_does_not_fill_a_queue_that_is_not_empty(db, sent, celery_queue):
+    """A night without a worker: messages must not pile up, a tenth of a minute after another."""
+    waiting, forgotten, dead = (make_upload() for _ in range(3))
+    jobs.claim(Upload, dead.pk)
+    expire_lease(dead)
+    age(Upload.objects.filter(pk__in=[waiting.pk, dead.pk]), jobs.RESEND_AFTER)
+    age(Upload.objects.filter(pk=forgotten.pk), jobs.RESEND_ANYWAY_AFTER)
+    celery_queue.put("somebody else's message")
+
+    jobs.sweep()
+    assert [args for _, args in sent] == [[forgotten.pk], [dead.pk]]
+
+    celery_queue.clear()
+    jobs.sweep()
+    assert [args for _, args in sent] == [[forgotten.pk], [dead.pk], [waiting.pk]]
+
+
+def age(rows, by):
+    rows.update(sent_at=timezone.now() - by - timedelta(seconds=1))
+
+
+@pytest.fixture
+def celery_queue():
+    """The broker's queue of the ingest worker."""
+    with jobs.current_app.connection_for_write() as link, link.SimpleQueue("ingest") as queue:
+        queue.clear()
+        yield queue
+        queue.clear()
 
 
 def test_a_row_is_running_exactly_while_it_has_a_lease(upload):

@@ -152,14 +152,14 @@ def run_plan(run: AttributionRun) -> None:
     assert (run.status, run.plan is None) == ("queued", False)
 
 
-def test_a_run_that_waits_for_its_shards_holds_no_worker_and_its_message_back(license, carol):
+def test_a_run_that_waits_for_its_shards_holds_no_worker_and_is_not_due(license, carol):
     disclosure = disclose_model(owner=carol, document=trained_document(licenses=[license]))
     tasks.verify_disclosure(disclosure.verification.pk)
     run = AttributionRun.objects.get()
 
     run_plan(run)
 
-    assert run.sent_at > timezone.now() + timedelta(hours=1)
+    assert run.due_at > timezone.now() + timedelta(hours=1)
     assert run.lease_expires_at is None
     tasks.advance_run(run.pk)  # a stray message
     assert not AttributionResult.objects.exists()
@@ -172,7 +172,7 @@ def test_a_lost_message_to_the_merge_is_found(license, carol):
     run_plan(run)
     for shard in run.shards.all():
         tasks.execute_shard(shard.pk)
-    AttributionRun.objects.update(sent_at=timezone.now() + timedelta(days=1))  # as if it had been parked a moment later
+    AttributionRun.objects.update(due_at=timezone.now() + timedelta(days=1))  # as if it had been parked a moment later
 
     assert runs.request_missing_runs() == 1
     tasks.advance_run(run.pk)
