@@ -12,29 +12,22 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from django.conf import settings
 from django.core.files import File
 from django.core.files.storage import default_storage
-from numpy.typing import NDArray
 
 from attribution.errors import ArtifactInvalid, ArtifactMissing
 from attribution.models import Artifact
+from attribution.queries import Queries, QueriesRefused, normalise_queries
 from marketplace.models import Party
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1_000_000  # of a safetensors file: names and shapes of some ten thousand tensors
-MAX_QUERIES = 100_000
-MAX_QUERY_NUMBERS = 20_000_000  # over all queries: 160 MB once read
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 #: safetensors' names for what a training state is made of, and their sizes in bytes
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -42,17 +35,6 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 
 class Readable(Protocol):
     def read(self, size: int = ..., /) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Evaluation queries: vectors (n_query, length) or texts, each with its true label."""
-
-    content: NDArray[np.float64] | list[str]
-    labels: list[str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def store_artifact(*, owner: Party | None, kind: str, stream: Readable) -> Artifact:
@@ -66,12 +48,13 @@ def store_artifact(*, owner: Party | None, kind: str, stream: Readable) -> Artif
     with tempfile.TemporaryDirectory(prefix="artifact-") as folder:
         path = Path(folder) / "bytes"
         sha256, size = _receive(stream, path)
+        key = f"artifacts/{sha256[:2]}/{sha256}"
         match kind:
             case Artifact.Kind.STATE:
                 read_header(path)
             case Artifact.Kind.QUERIES:
-                read_queries(path)
-        key = f"artifacts/{sha256[:2]}/{sha256}"
+                normalised = _normalise(path)
+                _put(_normalised(key), normalised, normalised.stat().st_size)
         _put(key, path, size)
     artifact, is_new = Artifact.objects.get_or_create(
         sha256=sha256, kind=kind, owner=owner, defaults={"size_bytes": size, "key": key}
@@ -163,70 +146,14 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     return tensors
 
 
-def read_queries(path: Path) -> Queries:
-    """Read a Parquet of queries: `content` (list of doubles, or string) and `label` (string).
-
-    Raises:
-        ArtifactInvalid: names the column or the row that is wrong.
-    """
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-        raise _no_queries("this is not a Parquet file; write it with two columns, content and label") from error
-    with file:
-        names = file.schema_arrow.names
-        for column in ("content", "label"):
-            if column not in names:
-                raise _no_queries(f"there is no column {column!r}; the columns are {', '.join(names[:20])}")
-        rows = file.metadata.num_rows
-        if not 0 < rows <= MAX_QUERIES:
-            raise _no_queries(f"it has {rows} rows; 1 to {MAX_QUERIES} are possible")
-        groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
-        numbers = sum(g.column(c).num_values for g in groups for c in range(g.num_columns))
-        declared = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
-        if numbers > MAX_QUERY_NUMBERS or declared > 10 * MAX_QUERY_NUMBERS:
-            raise _no_queries(
-                f"it holds {numbers} values; at most {MAX_QUERY_NUMBERS} are possible. Send fewer queries"
-            )
-        try:
-            table = file.read(columns=["content", "label"])
-        except (pa.ArrowException, OSError) as error:
-            raise _no_queries(f"it cannot be read: {error}") from error
-    labels = _texts(table["label"], "label")
-    kind = table.schema.field("content").type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return Queries(_texts(table["content"], "content"), labels)
-    return Queries(_vectors(table["content"]), labels)
+def read_queries(artifact: Artifact) -> Queries:
+    """What a file of queries held when it was handed in."""
+    with default_storage.open(_normalised(artifact.key)) as file:
+        return Queries.load(file.read())
 
 
-def _texts(column: pa.ChunkedArray, name: str) -> list[str]:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise _no_queries(f"column {name!r} is {column.type}; it must be a string")
-    texts = column.to_pylist()
-    for row, text in enumerate(texts):
-        if not text:
-            raise _no_queries(f"row {row} has no {name}")
-    return texts
-
-
-def _vectors(column: pa.ChunkedArray) -> NDArray[np.float64]:
-    kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
-        raise _no_queries(f"column 'content' is {kind}; it must be a list of numbers, or a string")
-    if column.null_count:
-        raise _no_queries("column 'content' has empty rows")
-    lengths = pc.list_value_length(column).to_numpy()
-    wrong = np.flatnonzero(lengths != lengths[0])
-    if len(wrong):
-        raise _no_queries(f"row {wrong[0]} has {lengths[wrong[0]]} numbers, row 0 has {lengths[0]}")
-    flat = pc.list_flatten(column)
-    # (n_query, length), a null as NaN; copied, since torch will not share what Arrow keeps read-only
-    content = np.array(flat.cast(pa.float64()).to_numpy(), dtype=np.float64).reshape(len(column), -1)
-    wrong = np.flatnonzero(~np.isfinite(content).all(1))
-    if len(wrong):
-        raise _no_queries(f"row {wrong[0]} holds a number that is missing or not finite")
-    return content
+def _normalised(key: str) -> str:
+    return f"{key}.safetensors"
 
 
 def _entry(name: str, entry: Any) -> tuple[str, list[int], tuple[int, int]]:
@@ -283,5 +210,10 @@ def _not_a_state(reason: str) -> ArtifactInvalid:
     return ArtifactInvalid(f"Not a usable safetensors file: {reason}.", pointers={"/body": reason})
 
 
-def _no_queries(reason: str) -> ArtifactInvalid:
-    return ArtifactInvalid(f"Not usable as queries: {reason}.", pointers={"/body": reason})
+def _normalise(path: Path) -> Path:
+    target = path.with_name("normalised")
+    try:
+        normalise_queries(path, target)
+    except QueriesRefused as error:
+        raise ArtifactInvalid(f"Not usable as queries: {error}.", pointers={"/body": str(error)}) from error
+    return target

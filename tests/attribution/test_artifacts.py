@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from attribution import artifacts
+from attribution import queries
 from attribution.artifacts import local_path, open_artifact, read_header, read_queries, store_artifact
 from attribution.errors import ArtifactInvalid
 from attribution.models import Artifact
+from attribution.queries import QueriesRefused, normalise_queries
 from tests.factories.attribution import queries_file
 
 STATE = save({"model.0.weight": torch.ones(3, 2), "model.0.bias": torch.zeros(3)})
@@ -130,14 +132,21 @@ def test_a_header_that_begins_as_a_pickle_does_is_read(tmp_path):
     assert read_header(path) == {"w": ("F32", [1])}
 
 
-def test_queries_are_read_as_they_were_written(tmp_path):
-    path = tmp_path / "queries.parquet"
-    path.write_bytes(queries_file(np.array([[0.5, 1.0], [2.0, -3.0]]), ["1", "0"]).read())
+def test_queries_are_read_as_they_were_written(alice):
+    stream = queries_file(np.array([[0.5, 1.0], [2.0, -3.0]]), ["1", "ö"])
 
-    queries = read_queries(path)
+    found = read_queries(store_artifact(owner=alice, kind="queries", stream=stream))
 
-    assert queries.labels == ["1", "0"]
-    assert queries.content.tolist() == [[0.5, 1.0], [2.0, -3.0]]
+    assert found.labels == ["1", "ö"]
+    assert found.content.tolist() == [[0.5, 1.0], [2.0, -3.0]]
+
+
+def test_text_queries_are_read_as_they_were_written(alice):
+    stream = queries_file(pa.array(["a long day", "ein schöner Tag"]), ["1", "0"])
+
+    found = read_queries(store_artifact(owner=alice, kind="queries", stream=stream))
+
+    assert (found.content, found.labels) == (["a long day", "ein schöner Tag"], ["1", "0"])
 
 
 FLOATS = pa.list_(pa.float64())
@@ -178,9 +187,27 @@ def test_queries_without_a_column_say_which_columns_there_are(alice):
         store_artifact(owner=alice, kind="queries", stream=without)
 
 
-def test_a_small_file_of_many_values_is_not_read(alice, monkeypatch):
-    monkeypatch.setattr(artifacts, "MAX_QUERY_NUMBERS", 1_000)
-    bomb = queries_file(np.zeros((10, 2_000)), ["1"] * 10)
+def test_a_small_file_of_many_values_is_not_read(tmp_path):
+    bomb = tmp_path / "bomb"
+    bomb.write_bytes(queries_file(np.zeros((10, 2_000)), ["1"] * 10).read())
 
-    with pytest.raises(ArtifactInvalid, match="at most 1000"):
-        store_artifact(owner=alice, kind="queries", stream=bomb)
+    with pytest.raises(QueriesRefused, match="at most 1000"):
+        normalise_queries(bomb, tmp_path / "out", max_numbers=1_000)
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_does_not_end_is_a_refusal(tmp_path, monkeypatch):
+    monkeypatch.setattr(queries, "SECONDS", 1)
+    os.mkfifo(tmp_path / "never")
+
+    with pytest.raises(QueriesRefused, match="not read within 1 seconds"):
+        normalise_queries(tmp_path / "never", tmp_path / "out")
+
+
+def test_a_reader_that_dies_is_a_refusal(tmp_path):
+    path = tmp_path / "queries"
+    path.write_bytes(queries_file(np.zeros((10, 20)), ["1"] * 10).read())
+
+    with pytest.raises(QueriesRefused, match="damaged, or too large"):
+        normalise_queries(path, tmp_path / "no" / "such" / "folder")
