@@ -3,7 +3,7 @@
 from django.contrib import admin
 
 from attribution.models import Artifact, AttributionResult, AttributionRun, Shard, Share, Verification
-from marketplace.admin import ReadOnly, ReadOnlyInline
+from marketplace.admin import JobAdmin, ReadOnly, ReadOnlyInline
 
 JOB = ["status", "attempt", "queued_at", "finished_at", "error_code"]
 
@@ -27,19 +27,25 @@ class ArtifactAdmin(ReadOnly):
 
 
 @admin.register(Verification)
-class VerificationAdmin(ReadOnly):
+class VerificationAdmin(JobAdmin):
     list_display = ["disclosure", "verdict", *JOB]
     list_filter = ["status", "verdict"]
     list_select_related = ["disclosure__model"]
 
 
 @admin.register(AttributionRun)
-class AttributionRunAdmin(ReadOnly):
+class AttributionRunAdmin(JobAdmin):
     list_display = ["public_id", "disclosure", "grade", "budget", *JOB]
     list_filter = ["status", "grade"]
     list_select_related = ["disclosure__model"]
-    exclude = ["plan"]  # megabytes of it
     inlines = [ShardInline]
+
+
+@admin.register(Shard)
+class ShardAdmin(JobAdmin):
+    list_display = ["run", "number", *JOB]
+    list_filter = ["status"]
+    list_select_related = ["run__disclosure__model"]
 
 
 @admin.register(AttributionResult)

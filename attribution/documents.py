@@ -32,6 +32,7 @@ from marketplace.services.versions import fingerprint_key
 Ints = NDArray[np.int64]
 
 NOBODY = -1
+MAX_REPLAYED = 1_000_000  # records; their columns are held at once
 MAX_STEPS = 200_000
 MAX_SLOTS = 50_000_000  # steps · batch: 400 MB of order
 FINGERPRINTS_AT_ONCE = 5_000
@@ -82,8 +83,19 @@ def check_evidence(disclosure: Disclosure) -> None:
     document = disclosure.document
     if not is_replayable(document):
         return
+    n_cited = sum(citation.n_records for citation in disclosure.citations.all())
+    if n_cited > MAX_REPLAYED:
+        raise EvidenceInvalid(
+            f"It cites {n_cited:,} records; at most {MAX_REPLAYED:,} can be replayed. Disclose it without a recipe, or cite less.",
+            pointers={"/training_data": f"{n_cited:,} records"},
+        )
     records = read_records(disclosure)
     sample = _task(disclosure, records, rows=2)
+    shape = sample.train[torch.arange(1)][0].shape[1:]
+    with pointing("/architecture"):
+        architectures.check_activations(
+            sample.model, shape, batch=min(document["recipe"]["order"]["batch"], len(records))
+        )
     _probe(sample, len(document["features"]["classes"]))
     _order(document["recipe"], len(records))
     with pointing(""):
@@ -352,8 +364,7 @@ def _queries(disclosure: Disclosure) -> tuple[NDArray[np.float64], Ints]:
         sha256=disclosure.document["queries"]["sha256"],
         pointer=pointer,
     )
-    with local_path(artifact) as path:
-        queries = read_queries(path)
+    queries = read_queries(artifact)
     stated = disclosure.document["queries"]["n_queries"]
     if stated != len(queries):
         raise EvidenceInvalid(
@@ -397,15 +408,14 @@ def _n_step(spec: Mapping[str, Any], n_train: int) -> int:
 
 
 def _probe(task: Task, n_class: int) -> None:
-    """Show the model two records: a layer that does not fit its input, or too few outputs, are found now."""
+    """Show the model two records: what it refuses of their values, or too few outputs, are found now."""
     module, batch = task.model(), task.train[torch.arange(len(task.train))]
     try:
         with torch.no_grad():
             outputs = module(batch[0])
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # an embedding's index out of range, say
         raise EvidenceInvalid(
-            f"The architecture does not take records of {tuple(batch[0].shape[1:])} numbers: {error}",
-            pointers={"/architecture": str(error)},
+            f"The architecture does not take these records: {error}", pointers={"/architecture": str(error)}
         ) from error
     if outputs.shape != (len(task.train), n_class):
         raise EvidenceInvalid(
@@ -478,12 +488,14 @@ def _check_disjoint(disclosure: Disclosure, records: TrainingRecords, queries: N
     """A query that repeats a training record would measure memory, not learning; found by fingerprint."""
     prints = vector_fingerprints(fingerprint_key(), list(queries))
     citation_of = {version.pk: number for number, version in enumerate(records.versions)}
-    selected = set(zip(records.citation.tolist(), records.row.tolist(), strict=True))
+    rows_of = {number: np.sort(records.row[records.citation == number]) for number in citation_of.values()}
     for start in range(0, len(prints), FINGERPRINTS_AT_ONCE):
         asked = {value: start + at for at, value in enumerate(prints[start : start + FINGERPRINTS_AT_ONCE])}
         found = RecordFingerprint.objects.filter(version__in=records.versions, fingerprint__in=list(asked))
         for version_id, row, value in found.order_by("version", "row").values_list("version", "row", "fingerprint"):
-            if (citation_of[version_id], row) in selected:
+            rows = rows_of[citation_of[version_id]]
+            at = np.searchsorted(rows, row)
+            if at < len(rows) and rows[at] == row:
                 query = asked[bytes(value)]
                 raise EvidenceInvalid(
                     f"Query {query} repeats record {row} of {records.versions[citation_of[version_id]]}, which the model "

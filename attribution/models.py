@@ -19,6 +19,7 @@ class Artifact(models.Model):
     class Kind(models.TextChoices):
         STATE = "state"  # safetensors
         QUERIES = "queries"  # Parquet, the dataset's columns
+        PLAN = "plan"  # the engine's plan, JSON
         ROUND = "round"  # a shard's output
         VALUES = "values"  # records' values, Parquet
 
@@ -66,13 +67,15 @@ class AttributionRun(Job):
     """One measurement of a disclosure: plan → shards → merge. The run itself is the job that plans and, last, merges."""
 
     task_name: ClassVar[str] = "attribution.tasks.advance_run"
+    reopened_codes = ("internal", "run_failed")
 
     public_id = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
     disclosure = models.ForeignKey("marketplace.Disclosure", models.PROTECT, related_name="runs")
     grade = models.CharField(max_length=9)  # AttributionResult.Grade
     budget = models.FloatField()  # run equivalents
     seed = models.BigIntegerField(default=0)
-    plan = models.JSONField(null=True, blank=True)  # the engine's plan; null until made
+    # The engine's plan, a number per record; null until made.
+    plan = models.ForeignKey(Artifact, models.PROTECT, null=True, blank=True, related_name="+")
 
     class Meta(Job.Meta):
         constraints = [

@@ -4,9 +4,10 @@ from typing import Any
 
 from django.contrib import admin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
-from django.db.models import Model
+from django.db.models import Model, QuerySet
 from django.http import HttpRequest
 
+from marketplace import jobs
 from marketplace.models import (
     ApiKey,
     Attestation,
@@ -131,6 +132,26 @@ class ApiKeyAdmin(ReadOnly):
     exclude = ["key_sha256"]
 
 
+class JobAdmin(ReadOnly):
+    """A job can be looked at and, where it failed by an error of ours, tried again."""
+
+    actions = ["try_again"]
+
+    @admin.action(description="Try again what failed by an error of ours", permissions=["reopen"])
+    def try_again(self, request: HttpRequest, chosen: QuerySet[Any]) -> None:
+        reopened = [job for job in chosen.order_by("pk") if jobs.reopen(job)]
+        for job in reopened:
+            target = f"{job._meta.model_name}:{job.pk}"
+            AuditEvent.objects.create(actor=request.user, action="job.reopened", target=target)
+        self.message_user(
+            request,
+            f"{len(reopened)} of {len(chosen)} will be tried again; what was refused for its input stays as it is.",
+        )
+
+    def has_reopen_permission(self, request: HttpRequest) -> bool:
+        return bool(request.user.is_superuser)
+
+
 @admin.register(Dataset)
 class DatasetAdmin(ReadOnly):
     list_display = ["title", "owner", "status", "modality", "created_at"]
@@ -150,7 +171,7 @@ class DatasetVersionAdmin(ReadOnly):
 
 
 @admin.register(Upload)
-class UploadAdmin(ReadOnly):
+class UploadAdmin(JobAdmin):
     list_display = ["filename", "version", "status", "attempt", "size_bytes", "queued_at", "error_code"]
     list_select_related = ["version__dataset"]
     list_filter = ["status", "format"]

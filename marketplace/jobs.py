@@ -49,6 +49,8 @@ class Job(models.Model):
 
     #: dotted name of the Celery task that does this work
     task_name: ClassVar[str]
+    #: what it failed by that was no fault of its input
+    reopened_codes: ClassVar[tuple[str, ...]] = ("internal",)
 
     status = models.CharField(max_length=10, choices=Status, default=Status.QUEUED, db_index=True)
     attempt = models.PositiveIntegerField(default=0)  # claims so far: whose write it is
@@ -150,7 +152,7 @@ def resume(job: Job) -> bool:
 def reopen(job: Job) -> bool:
     """Try once more what failed by an error of ours; False if it did not. What the input was refused for stays failed."""
     wall = timezone.now()
-    failed = type(job)._default_manager.filter(pk=job.pk, status=Job.Status.FAILED, error_code="internal")
+    failed = type(job)._default_manager.filter(pk=job.pk, status=Job.Status.FAILED, error_code__in=job.reopened_codes)
     if not failed.update(
         status=Job.Status.QUEUED,
         n_failures=0,

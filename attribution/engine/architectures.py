@@ -23,6 +23,7 @@ from attribution.engine.task import Batch, PerRecord
 MAX_PARAMETERS = 50_000_000
 MAX_LAYERS = 64
 MAX_WIDTH = 1_000_000  # of any one size in a description: a vocabulary, a layer's width
+MAX_ACTIVATIONS = 200_000_000  # numbers that all layers put out together, over a batch
 MAX_STATE_BYTES = 4_000_000_000
 
 Description = Mapping[str, Any]
@@ -97,6 +98,33 @@ def count_parameters(description: Description) -> int:
     """
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in builder(description)().parameters())
+
+
+def check_activations(build: Callable[[], nn.Module], shape: Sequence[int], *, batch: int) -> None:
+    """Refuse a model whose layers put out more for a batch than fits; shapes alone, on the meta device.
+
+    Args:
+        shape: of one record, as the model takes it.
+        batch: records that a step sees.
+
+    Raises:
+        EngineError: a layer does not take what the one before it gives, or the sum is too large.
+    """
+    total = 0
+    with torch.device("meta"), torch.no_grad():
+        passed = torch.empty(1, *shape)
+        for index, layer in enumerate(build().eval().children()):
+            try:
+                passed = layer(passed)
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                raise EngineError(f"does not take what comes to it: {error}", pointer=f"/layers/{index}") from error
+            total += passed.numel() * batch
+            if total > MAX_ACTIVATIONS:
+                raise EngineError(
+                    f"up to this layer the model puts out {total:.1e} numbers for a batch of {batch}; at most "
+                    f"{MAX_ACTIVATIONS:,} can be replayed",
+                    pointer=f"/layers/{index}",
+                )
 
 
 def _layers(description: Description) -> list[tuple[str, dict[str, Any]]]:

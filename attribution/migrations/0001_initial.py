@@ -18,7 +18,7 @@ class Migration(migrations.Migration):
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('sha256', models.CharField(max_length=64)),
-                ('kind', models.CharField(choices=[('state', 'State'), ('queries', 'Queries'), ('round', 'Round'), ('values', 'Values')], max_length=10)),
+                ('kind', models.CharField(choices=[('state', 'State'), ('queries', 'Queries'), ('plan', 'Plan'), ('round', 'Round'), ('values', 'Values')], max_length=10)),
                 ('size_bytes', models.PositiveBigIntegerField()),
                 ('key', models.CharField(max_length=200)),
                 ('registered_at', models.DateTimeField(default=django.utils.timezone.now)),
@@ -68,7 +68,6 @@ class Migration(migrations.Migration):
                 ('grade', models.CharField(max_length=9)),
                 ('budget', models.FloatField()),
                 ('seed', models.BigIntegerField(default=0)),
-                ('plan', models.JSONField(blank=True, null=True)),
             ],
             options={
                 'abstract': False,

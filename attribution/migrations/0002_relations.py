@@ -40,6 +40,11 @@ class Migration(migrations.Migration):
             field=models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='runs', to='marketplace.disclosure'),
         ),
         migrations.AddField(
+            model_name='attributionrun',
+            name='plan',
+            field=models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='attribution.artifact'),
+        ),
+        migrations.AddField(
             model_name='attributionresult',
             name='run',
             field=models.OneToOneField(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='result', to='attribution.attributionrun'),

@@ -7,6 +7,7 @@
 A planned run waits in the queue, not due, until its last shard resumes it; so no worker is held meanwhile.
 """
 
+import io
 import json
 import logging
 import tempfile
@@ -26,7 +27,7 @@ from django.db import connection, transaction
 from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
-from attribution.artifacts import local_path, store_artifact
+from attribution.artifacts import local_path, open_artifact, store_artifact
 from attribution.documents import TrainingRecords, build_task, checkpoint_paths, is_replayable, pointing, read_records
 from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds, plan_shares, run_round
 from attribution.engine.verification import verify
@@ -131,10 +132,9 @@ def execute_shard(shard: Shard) -> None:
     """Measure one round; whoever finishes the last one wakes the merge."""
     _use_threads()
     run = shard.run
-    assert run.plan is not None, "shards are made with their run's plan"
     task = build_task(run.disclosure)
     with pointing("/plan"), tempfile.TemporaryDirectory(prefix="round-") as folder:
-        result = run_round(task, Plan.from_json(run.plan), shard.number, progress=_teller(shard))
+        result = run_round(task, read_plan(run), shard.number, progress=_teller(shard))
         path = Path(folder) / "round.safetensors"
         result.save(path)
         with path.open("rb") as stream:
@@ -226,14 +226,23 @@ def _plan(run: AttributionRun) -> None:
         plan = plan_shares(task, budget=run.budget, seed=run.seed)
         if len(plan.rounds) < MIN_ROUNDS:  # a small task, quickly planned again: several workers may share it
             plan = plan_shares(task, budget=run.budget, seed=run.seed, n_rounds=MIN_ROUNDS)
+    document = io.BytesIO(json.dumps(plan.to_json()).encode())
+    stored = store_artifact(owner=None, kind=Artifact.Kind.PLAN, stream=document)
     with transaction.atomic():
         run.lock()
-        run.write(plan=_plain(plan.to_json()), progress_done=0, progress_total=len(plan.rounds))
+        run.write(plan=stored, progress_done=0, progress_total=len(plan.rounds))
         shards = Shard.objects.bulk_create(Shard(run=run, number=number) for number in range(len(plan.rounds)))
         for shard in shards:
             jobs.wake(shard)
         _wait(run)
     logger.info("Planned run=%s rounds=%s run_equivalents=%.0f", run.pk, len(shards), plan.run_equivalents)
+
+
+def read_plan(run: AttributionRun) -> Plan:
+    """What a planned run measures."""
+    assert run.plan is not None, "a run without a plan is planned first"
+    with open_artifact(run.plan) as file:
+        return Plan.from_json(json.load(file))
 
 
 def _wait(run: AttributionRun) -> None:
@@ -242,14 +251,13 @@ def _wait(run: AttributionRun) -> None:
 
 
 def _merge(run: AttributionRun) -> None:
-    assert run.plan is not None, "a run without a plan is planned first"
     records = read_records(run.disclosure)
     task = build_task(run.disclosure, records)
     shards = run.shards.select_related("output").order_by("number")
     outputs = [shard.output for shard in shards if shard.output is not None]
     with ExitStack() as stack, pointing("/rounds"):
         rounds = [RoundResult.load(stack.enter_context(local_path(output))) for output in outputs]
-        measured = merge_rounds(task, Plan.from_json(run.plan), rounds)
+        measured = merge_rounds(task, read_plan(run), rounds)
     values = _store_values(records, measured)
     publish_result(run=run, shares=shares_by_influence(measured, records), measured=measured, values=values)
 

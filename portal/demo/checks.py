@@ -13,10 +13,11 @@ from attribution.artifacts import local_path
 from attribution.documents import TrainingRecords, build_task, checkpoint_paths, read_records
 from attribution.engine import Task, TensorRecords, epoch_order
 from attribution.engine.architectures import load_state
-from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds
+from attribution.engine.shares import RoundResult, SharesResult, merge_rounds
 from attribution.engine.training import save_state
 from attribution.engine.verification import VerificationReport, verify
 from attribution.models import PPQ, AttributionResult, AttributionRun, Share, Verification
+from attribution.services.runs import read_plan
 from attribution.services.shares import to_ppq
 from marketplace.models import Contribution, Disclosure, Party, RecordCopy
 from marketplace.money import Money
@@ -171,7 +172,7 @@ def _measured(result: AttributionResult, task: Task) -> SharesResult:
     with ExitStack() as stack:
         outputs = [shard.output for shard in run.shards.select_related("output").order_by("number") if shard.output]
         rounds = [RoundResult.load(stack.enter_context(local_path(output))) for output in outputs]
-        return merge_rounds(task, Plan.from_json(run.plan or {}), rounds)
+        return merge_rounds(task, read_plan(run), rounds)
 
 
 def _divided(measured: SharesResult, pool: Money) -> dict[int, int]:

@@ -4,10 +4,11 @@ from django.urls import reverse
 
 from marketplace.admin import ReadOnly
 from marketplace.api.keys import create_api_key
-from marketplace.models import AuditEvent, User
+from marketplace.models import AuditEvent, Upload, User
 from marketplace.services.disclosures import record_disclosure
 from tests.factories.marketplace import LicenseFactory, UserFactory
 from tests.marketplace.services.test_disclosures import cite, document
+from tests.marketplace.test_jobs import make_upload
 
 REGISTERED = [model for model in admin.site._registry if model._meta.app_label == "marketplace"]
 
@@ -44,6 +45,24 @@ def test_staff_change_nothing_that_services_make(staff, carol, model):
         assert staff.post(reverse(f"{name}_change", args=[row.pk]), {}).status_code == 403
         assert staff.post(reverse(f"{name}_delete", args=[row.pk]), {"post": "yes"}).status_code == 403
         assert model.objects.filter(pk=row.pk).exists()
+
+
+def test_staff_can_try_again_what_failed_by_our_fault_and_nothing_else(staff):
+    failed, refused = (
+        make_upload(status="failed", error_code="internal"),
+        make_upload(status="failed", error_code="empty"),
+    )
+    chosen = {"action": "try_again", "_selected_action": [failed.pk, refused.pk]}
+
+    page = staff.post(reverse("admin:marketplace_upload_changelist"), chosen, follow=True)
+
+    assert "1 of 2 will be tried again" in page.content.decode()
+    assert list(Upload.objects.order_by("pk").values_list("status", flat=True)) == ["queued", "failed"]
+    assert AuditEvent.objects.get(action="job.reopened").target == f"upload:{failed.pk}"
+
+    User.objects.update(is_superuser=False)  # staff who may only look
+    staff.post(reverse("admin:marketplace_upload_changelist"), chosen)
+    assert AuditEvent.objects.filter(action="job.reopened").count() == 1
 
 
 def test_a_keys_hash_is_not_shown(staff, carol):

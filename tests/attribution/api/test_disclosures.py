@@ -98,8 +98,8 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any], Any], None], str, str]] = {
     ),
     "layers that do not fit the records": (
         _set(f"{LAYERS}/0/in_features", 5),
-        "/architecture",
-        "does not take records of (6,) numbers",
+        "/architecture/layers/0",
+        "does not take what comes to it",
     ),
     "too few outputs": (_set("features/classes", ["1", "0", "2"]), "/architecture", "(2,) for 3 classes"),
     "a checkpoint of another shape": (_other_shape, "/checkpoints/1/sha256", "F32 of shape [8, 5]"),

@@ -4,7 +4,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from attribution.engine import EngineError
-from attribution.engine.architectures import builder, count_parameters, load_state, per_record, transform
+from attribution.engine.architectures import (
+    builder,
+    check_activations,
+    count_parameters,
+    load_state,
+    per_record,
+    transform,
+)
 
 LINEAR = {"kind": "linear", "in_features": 64, "out_features": 10}
 
@@ -96,6 +103,28 @@ def test_a_transform_that_is_not_allowed_is_refused(step, pointer):
         transform([step], torch.zeros(4, 2, dtype=torch.float64))
 
     assert refused.value.pointer == pointer
+
+
+def test_a_model_of_few_parameters_that_would_fill_the_memory_is_refused_on_paper():
+    padded = {
+        "kind": "sequential",
+        "layers": [
+            {"kind": "unflatten", "shape": [1, 8, 8]},
+            {"kind": "conv2d", "in_channels": 1, "out_channels": 1, "kernel_size": 1, "padding": 20_000},
+            {"kind": "flatten"},
+        ],
+    }
+    small = builder({"kind": "sequential", "layers": [{"kind": "linear", "in_features": 64, "out_features": 10}]})
+
+    with pytest.raises(EngineError, match=r"1\.6e\+09 numbers for a batch of 1; at most 200,000,000") as refused:
+        check_activations(builder(padded), [64], batch=1)
+    assert refused.value.pointer == "/layers/1"
+    check_activations(small, [64], batch=20_000_000)
+    with pytest.raises(EngineError, match="for a batch of 20000001"):
+        check_activations(small, [64], batch=20_000_001)
+    with pytest.raises(EngineError, match="does not take what comes to it") as refused:
+        check_activations(small, [63], batch=1)
+    assert refused.value.pointer == "/layers/0"
 
 
 def test_losses_are_per_record_and_from_the_list():

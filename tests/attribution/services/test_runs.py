@@ -44,7 +44,7 @@ def test_an_honest_disclosure_is_reproduced_bit_for_bit_measured_and_published(l
     # 50 labelled by bob; the 14 that nobody labelled are all bob's own
     assert {s.party: s.n_records for s in result.shares.filter(partition="labeller")} == {bob: 64}
     assert result.values.kind == "values"
-    n_rounds = len(result.run.plan["rounds"])
+    n_rounds = len(runs.read_plan(result.run).rounds)
     assert n_rounds > 1, "several workers may share even a small task"
     assert (result.run.status, result.run.shards.filter(status="done").count()) == ("done", n_rounds)
 
@@ -208,6 +208,10 @@ def test_a_round_that_fails_for_good_fails_its_run_by_name(license, carol, work)
     assert (run.status, run.error_code) == ("failed", "run_failed")
     assert "Round 0 failed: It failed 5 times." in run.error_message
     assert runs.request_missing_runs() == 0
+
+    assert [jobs.reopen(job) for job in (run.shards.get(number=0), run)] == [True, True]
+    work()
+    assert disclosure.results.get().run == run
 
 
 def test_copies_within_and_across_versions_earn_for_the_first_registrant(alice, bob, carol, work):
