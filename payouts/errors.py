@@ -38,6 +38,12 @@ class PaymentMismatch(DomainError):
     code = "payment_mismatch"
 
 
+class TransferMismatch(DomainError):
+    """Stripe made a transfer that is not what was intended; a person must look before anything more is booked of it."""
+
+    code = "transfer_mismatch"
+
+
 class PayeeNotServed(DomainError):
     """Stripe does not reach the payee's country; the money accrues."""
 

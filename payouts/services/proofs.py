@@ -245,6 +245,8 @@ def _payouts(balances: Balances) -> Iterator[Finding]:
             Payout.Status.PAID: ["intent", "sent"],
             Payout.Status.REFUSED: ["intent", "refused"],
         }[Payout.Status(payout.status)]
+        if payout.refusal_code and "sent" in stages:  # made at Stripe after all, and booked when it was found
+            stages = ["intent", "refused", "intent-again", "sent"]
         expected |= {f"payout:{payout.pk}:{stage}" for stage in stages}
         moved = _postings(f"payout:{payout.pk}:intent").get(chart.payable(payout.party_id, payout.currency))
         if (

@@ -5,6 +5,9 @@
     refused    Stripe definitely refused: booked back to payable; the next run tries anew
     paid       the connected account's payout reached the bank
 
+A refusal is definite, and yet a worker that was suspended in the middle of its call may wake and make the transfer after
+its successor was refused: the next run, and the bank's word, find it and book it as sent.
+
 A worker may die anywhere. The next attempt finds the intent, asks Stripe whether the transfer was made, and repeats the
 call with the same idempotency key while Stripe remembers it.
 """
@@ -21,12 +24,15 @@ from marketplace import clock, jobs
 from marketplace.jobs import Job
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import chart, gateway, ledger
+from payouts.errors import TransferMismatch
 from payouts.models import DivisionLine, JournalEntry, PayeeAccount, Payout, PayoutRun
 
 logger = logging.getLogger(__name__)
 
 #: Stripe forgets an idempotency key after a day; an hour is kept clear of it.
 KEY_LIFE = timedelta(hours=23)
+#: How long after its last try a refused payout's transfer is looked for: no HTTP call sleeps longer.
+LATE = timedelta(days=2)
 TRIES = 3
 LONGEST_WAIT_SECONDS = 5.0
 
@@ -59,9 +65,11 @@ def execute_payout_run(run: PayoutRun) -> None:
     Raises:
         LostLease: another worker has taken the run over.
         StillUncertain: some payouts wait for a clear answer of Stripe's.
+        TransferMismatch: some need a person; all others have been sent.
         gateway.StripeRefused: Stripe refused us rather than a payout (the key is wrong, say); the intents stay.
     """
     if run.planned_at is None:
+        _book_late_transfers(run)
         for payee in _payees_with_something_due(run):
             with transaction.atomic():
                 run.lock()
@@ -73,10 +81,16 @@ def execute_payout_run(run: PayoutRun) -> None:
         .order_by("pk")
         .values_list("pk", flat=True)
     )
-    n_uncertain = 0
+    n_uncertain, mismatches = 0, []
     for number, pk in enumerate(waiting, start=1):
-        n_uncertain += not _send(run, pk)
+        try:
+            n_uncertain += not _send(run, pk)
+        except TransferMismatch as error:  # one of them must not stop everybody else's money
+            logger.exception("Payout needs a person payout=%s", pk)
+            mismatches.append(str(error))
         run.progress(done=number, total=len(waiting))
+    if mismatches:
+        raise TransferMismatch(" ".join(mismatches))
     if n_uncertain:
         raise StillUncertain(f"{n_uncertain} of {len(waiting)} payouts of run {run.pk}")
 
@@ -91,7 +105,8 @@ def confirm_in_bank(*, account: str, bank_payout: str) -> list[Payout]:
     known = set(Payout.objects.filter(transfer_id__in=transfers).values_list("transfer_id", flat=True))
     if set(transfers) - known:
         # Stripe can be faster than our own book-keeping: a transfer may be in the bank while its payout is still intended.
-        for payout in Payout.objects.filter(destination=account, status=Payout.Status.INTENDED).order_by("pk"):
+        unsent = Payout.objects.filter(destination=account, transfer_id=None)
+        for payout in unsent.order_by("pk"):
             found = gateway.find_transfer(group_of(payout))
             if found is not None and found.id in transfers:
                 _book_sent(payout, found)
@@ -148,25 +163,37 @@ def _intend(run: PayoutRun, payee: PayeeAccount) -> None:
             "Funds do not suffice run=%s party=%s micros=%s free=%s", run.pk, payee.party_id, amount.micros, free
         )
         return
-    now = clock.now()
     payout = Payout.objects.create(
         run=run,
         party_id=payee.party_id,
         destination=payee.stripe_account_id,
         amount_micros=amount.micros,
         currency=amount.currency,
-        intended_at=now,
+        intended_at=clock.now(),
     )
+    _book_intent(payout, key=f"payout:{payout.pk}:intent")
+    logger.info("Intended payout=%s run=%s party=%s micros=%s", payout.pk, run.pk, payee.party_id, amount.micros)
+
+
+def _book_intent(payout: Payout, *, key: str) -> None:
     ledger.post(
-        key=f"payout:{payout.pk}:intent",
+        key=key,
         kind=JournalEntry.Kind.PAYOUT_INTENT,
         postings={
-            chart.payable(payee.party_id, run.currency): amount.micros,
-            chart.in_transit(run.currency): -amount.micros,
+            chart.payable(payout.party_id, payout.currency): payout.amount_micros,
+            chart.in_transit(payout.currency): -payout.amount_micros,
         },
-        booked_at=now,
+        booked_at=clock.now(),
     )
-    logger.info("Intended payout=%s run=%s party=%s micros=%s", payout.pk, run.pk, payee.party_id, amount.micros)
+
+
+def _book_late_transfers(run: PayoutRun) -> None:
+    """Look again for transfers of payouts that were lately refused, before the same money is intended anew."""
+    lately = timezone.now() - LATE
+    refused = Payout.objects.filter(currency=run.currency, status=Payout.Status.REFUSED, first_tried_at__gt=lately)
+    for payout in refused.order_by("pk"):
+        if found := gateway.find_transfer(group_of(payout)):
+            _book_sent(payout, found, run)
 
 
 # --- effect -----------------------------------------------------------------------------------------------------------
@@ -251,12 +278,17 @@ def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None
     if run is not None:
         run.lock()
     locked = Payout.objects.select_for_update().get(pk=payout.pk)
-    if locked.status != Payout.Status.INTENDED:
+    if locked.transfer_id is not None:
         return  # a webhook was faster, or another attempt
-    assert (transfer.amount_minor, transfer.currency) == (locked.amount.to_minor(), locked.currency), (
-        f"transfer {transfer.id} is not what payout {locked.pk} intended"
-    )
+    if (transfer.amount_minor, transfer.currency) != (locked.amount.to_minor(), locked.currency):
+        raise TransferMismatch(
+            f"Transfer {transfer.id} of {transfer.amount_minor} {transfer.currency} is not payout {locked.pk} of "
+            f"{locked.amount}; correct it at Stripe."
+        )
     now = clock.now()
+    if locked.status == Payout.Status.REFUSED:
+        logger.error("A refused payout was sent after all payout=%s transfer=%s", locked.pk, transfer.id)
+        _book_intent(locked, key=f"payout:{locked.pk}:intent-again")
     locked.status, locked.transfer_id, locked.sent_at = Payout.Status.SENT, transfer.id, now
     locked.save(update_fields=["status", "transfer_id", "sent_at"])
     ledger.post(

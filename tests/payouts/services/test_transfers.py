@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -292,6 +293,45 @@ def test_a_later_run_brings_to_an_end_what_a_failed_one_left(told: Stripe, due: 
     execute(request_payout_run(currency="USD", key="two"))
 
     assert list(Payout.objects.values_list("run__key", "status")) == [("one", "sent")]
+
+
+def test_a_transfer_that_was_made_after_its_refusal_is_found_before_the_money_is_sent_again(
+    told: Stripe, due: PayoutRun, alice: Any
+) -> None:
+    """A worker was suspended in the middle of its call; its successor was refused; then it woke."""
+    told.answers, told.after = [gateway.StripeRefused("rate", "Refused.", 400)], True
+    execute(due)
+    assert (Payout.objects.get().status, len(told.made)) == ("refused", 1)
+
+    told.after = False
+    execute(request_payout_run(currency="USD", key="two"))
+
+    payout = Payout.objects.get()  # and no second one
+    assert (payout.status, payout.transfer_id) == ("sent", "tr_0")
+    assert kinds() == [INTENT, REVERSAL, INTENT, SENT]
+    assert ledger.balances(prefix="payable") == {}
+    assert check_books().findings == []
+
+
+def test_a_payout_that_needs_a_person_holds_up_nobody_else(
+    told: Stripe, db: Any, alice: Any, bob: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for party in (alice, bob):
+        PayeeAccountFactory(party=party)
+    earn({alice: 1, bob: 1})
+    real = told.create_transfer
+
+    def wrong_for_alice(**params: Any) -> gateway.Transfer:
+        made = real(**params)
+        is_hers = params["destination"] == alice.payee_account.stripe_account_id
+        return dataclasses.replace(made, amount_minor=1) if is_hers else made
+
+    gateway.create_transfer = wrong_for_alice  # type: ignore[assignment] # `told` puts the real one back
+    run = execute(request_payout_run(currency="USD", key="one"))
+
+    assert (run.status, run.error_code) == ("failed", "transfer_mismatch")
+    assert "correct it at Stripe" in run.error_message
+    assert {p.party: p.status for p in Payout.objects.all()} == {alice: "intended", bob: "sent"}
 
 
 def test_an_attempt_that_lost_its_lease_writes_nothing(told: Stripe, due: PayoutRun) -> None:
