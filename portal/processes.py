@@ -360,14 +360,17 @@ def _foreground(argv: list[str], **extra_env: str) -> int:
     """Run a command in our terminal; a signal to us interrupts it, and it does not outlive us."""
     from portal.embedded import dies_with
 
-    child = subprocess.Popen(argv, env=os.environ | extra_env, preexec_fn=dies_with(os.getpid(), signal.SIGINT))
+    # What runs in a shell's background ignores Ctrl-C, and so would its child.
+    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ending = signal.SIGTERM if is_deaf else signal.SIGINT
+    child = subprocess.Popen(argv, env=os.environ | extra_env, preexec_fn=dies_with(os.getpid(), ending))
     stop = False
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         nonlocal stop
         stop = True
         if signum != signal.SIGINT:  # Ctrl-C goes to the child as well, from the terminal
-            child.send_signal(signal.SIGINT)
+            child.send_signal(ending)
 
     handlers = {signum: signal.signal(signum, interrupt) for signum in _heeded_signals()}
     code = child.wait()

@@ -74,8 +74,13 @@ def server_processes(var: Path) -> list[psutil.Process]:
 
 
 def main_process(var: Path, name: str) -> psutil.Process:
-    (found,) = [p for p in server_processes(var) if p.name() == name and p.parent().name() != name]
-    return found
+    found = []
+    for process in server_processes(var):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a connection's own process, which has just ended
+            if process.name() == name and process.parent().name() != name:
+                found.append(process)
+    (one,) = found
+    return one
 
 
 def eventually(question: Callable[[], bool], *, seconds: float = 15) -> None:

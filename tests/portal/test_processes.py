@@ -164,11 +164,16 @@ with Supervisor(log_dir=pathlib.Path(sys.argv[1])) as supervisor:
 )
 def test_nothing_outlives_the_supervisor_whatever_ends_it(tmp_path, signum, status):
     argv = [sys.executable, "-c", PARENT.format(family=FAMILY), str(tmp_path)]
-    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heeding_ctrl_c) as parent:
         leader, _, near, far = parent.stdout.readline().split()
         parent.send_signal(signum)
         assert parent.wait(15) == status
     eventually(lambda: not any(is_alive(int(pid)) for pid in (leader, near, far)))
+
+
+def heeding_ctrl_c():
+    """A shell without job control has its background commands ignore Ctrl-C, and they hand that on to us."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_hangup_that_nohup_has_us_ignore_is_ignored(tmp_path):
@@ -303,9 +308,12 @@ def test_the_tests_do_not_outlive_the_command(recorder, signum):
     argv = [sys.executable, "-m", "portal.processes", "test", *PYTEST, str(recorder)]
     pid = recorder / "pid"
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as command:
-        eventually(lambda: pid.exists() and pid.read_text().endswith("\n"), seconds=30)
-        command.send_signal(signum)
-        assert command.wait(30) != 0
+        try:
+            eventually(lambda: pid.exists() and pid.read_text().endswith("\n"), seconds=120)
+            command.send_signal(signum)
+            assert command.wait(30) != 0
+        finally:
+            command.kill()  # or leaving this block would wait for it
     eventually(lambda: not is_alive(int(pid.read_text())))
 
 
