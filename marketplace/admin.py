@@ -139,6 +139,7 @@ class JobAdmin(ReadOnly):
 
     @admin.action(description="Try again what failed by an error of ours", permissions=["reopen"])
     def try_again(self, request: HttpRequest, chosen: QuerySet[Any]) -> None:
+        assert isinstance(request.user, User), "nobody else gets here"
         reopened = [job for job in chosen.order_by("pk") if jobs.reopen(job)]
         for job in reopened:
             target = f"{job._meta.model_name}:{job.pk}"

@@ -7,6 +7,7 @@ from django.http import HttpRequest
 
 from payouts.models import (
     Account,
+    BalanceSnapshot,
     Division,
     DivisionLine,
     JournalEntry,
@@ -58,6 +59,12 @@ class AccountAdmin(ReadOnly, admin.ModelAdmin):
     list_filter = ["kind", "currency"]
     list_select_related = ["party"]
     search_fields = ["code"]
+
+
+@admin.register(BalanceSnapshot)
+class BalanceSnapshotAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["account", "up_to", "balance_micros", "taken_at"]
+    list_select_related = ["account"]
 
 
 @admin.register(JournalEntry)

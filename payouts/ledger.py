@@ -1,15 +1,16 @@
 """The only writer of money: balanced entries, each exactly once.
 
 PostgreSQL refuses what must not be (migration `0002_ledger_rules`); what is checked here as well is checked for a better
-message. Debits are positive, credits negative.
+message. Debits are positive, credits negative. A balance is the account's latest snapshot and the postings after it.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from itertools import islice
 from typing import TypeVar
 
-from django.db import transaction
+from django.db import OperationalError, connection, transaction
 from django.db.models import Sum
 
 from marketplace import clock
@@ -18,9 +19,17 @@ from payouts import chart
 from payouts.models import Account, JournalEntry, Posting
 from payouts.models.ledger import MAX_LEGS
 
-__all__ = ["MAX_LEGS", "EntryKeyReused", "balance", "balances", "batches", "post", "reverse"]
+__all__ = ["MAX_LEGS", "EntryKeyReused", "balance", "balances", "batches", "post", "reverse", "take_snapshots"]
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: An account gets a snapshot once so many postings have come after its last one.
+SNAPSHOT_POSTINGS = 1_000
+#: Held shared by every transaction that makes an entry (migration `0002_ledger_rules`), alone by whoever takes snapshots.
+LEDGER_LOCK = 1_818_584_935
+LOCK_WAIT_MILLISECONDS = 1_000
 
 
 class EntryKeyReused(DomainError):
@@ -104,17 +113,76 @@ def balance(code: str, *, before: datetime | None = None) -> int:
         ValueError: no such account can exist.
     """
     chart.parse(code)
-    postings = Posting.objects.filter(account__code=code)
-    if before is not None:
-        postings = postings.filter(entry__booked_at__lt=before)
+    if before is None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"{_BALANCES} WHERE a.code = %s", [code])
+            found = cursor.fetchone()
+        return int(found[1]) if found else 0
+    postings = Posting.objects.filter(account__code=code, entry__booked_at__lt=before)
     return int(postings.aggregate(sum=Sum("amount_micros"))["sum"] or 0)
 
 
 def balances(*, prefix: str = "") -> dict[str, int]:
     """Micros by code, in order of codes, of every account under a prefix ("payable", "cash:pending") that is not at zero."""
-    postings = Posting.objects.filter(account__code__startswith=f"{prefix}:") if prefix else Posting.objects.all()
-    sums = postings.values("account__code").annotate(sum=Sum("amount_micros")).exclude(sum=0)
-    return {row["account__code"]: int(row["sum"]) for row in sums.order_by("account__code")}
+    with connection.cursor() as cursor:
+        cursor.execute(f"{_BALANCES} WHERE starts_with(a.code, %s)", [prefix and f"{prefix}:"])
+        found = {code: int(micros) for code, micros in cursor.fetchall() if micros}
+    return dict(sorted(found.items()))
+
+
+_BALANCES = """
+SELECT a.code, coalesce(s.balance_micros, 0) + coalesce(later.micros, 0)
+FROM payouts_account a
+LEFT JOIN LATERAL (
+    SELECT up_to, balance_micros FROM payouts_balancesnapshot WHERE account_id = a.id ORDER BY up_to DESC LIMIT 1
+) s ON true
+LEFT JOIN LATERAL (
+    SELECT sum(amount_micros) AS micros FROM payouts_posting WHERE account_id = a.id AND id > coalesce(s.up_to, 0)
+) later ON true
+"""
+
+
+def take_snapshots() -> int:
+    """Sum up the accounts that many postings have reached since their last snapshot; returns how many.
+
+    While the lock is held alone no entry is being made, so every posting up to the highest id is there, and none with a
+    lower id comes later. Somebody's long transaction is not waited for: the next call tries again.
+    """
+    try:
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute(f"SET LOCAL lock_timeout = {LOCK_WAIT_MILLISECONDS}")
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", [LEDGER_LOCK])
+            cursor.execute("SELECT coalesce(max(id), 0) FROM payouts_posting")
+            (up_to,) = cursor.fetchone()
+    except OperationalError as error:
+        logger.info("Took no snapshots: the ledger is being written to error=%s", type(error).__name__)
+        return 0
+    with connection.cursor() as cursor:
+        cursor.execute(_TAKE_SNAPSHOTS, {"up_to": up_to, "least": SNAPSHOT_POSTINGS})
+        taken: int = cursor.rowcount
+    logger.info("Took snapshots=%s up_to=%s", taken, up_to)
+    return taken
+
+
+# Only accounts that have been posted to since the last round are looked at.
+_TAKE_SNAPSHOTS = """
+INSERT INTO payouts_balancesnapshot (account_id, up_to, balance_micros, taken_at)
+SELECT changed.account_id, %(up_to)s, coalesce(s.balance_micros, 0) + later.micros, now()
+FROM (
+    SELECT DISTINCT account_id FROM payouts_posting
+    WHERE id > (SELECT coalesce(max(up_to), 0) FROM payouts_balancesnapshot) AND id <= %(up_to)s
+) changed
+LEFT JOIN LATERAL (
+    SELECT up_to, balance_micros FROM payouts_balancesnapshot
+    WHERE account_id = changed.account_id ORDER BY up_to DESC LIMIT 1
+) s ON true
+CROSS JOIN LATERAL (
+    SELECT sum(amount_micros) AS micros, count(*) AS n FROM payouts_posting
+    WHERE account_id = changed.account_id AND id > coalesce(s.up_to, 0) AND id <= %(up_to)s
+) later
+WHERE later.n >= %(least)s
+ON CONFLICT DO NOTHING
+"""
 
 
 def batches(dues: Mapping[int, T], *, size: int) -> Iterator[dict[int, T]]:

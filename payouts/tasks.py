@@ -2,6 +2,7 @@ from celery import shared_task
 
 from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
+from payouts import ledger
 from payouts.models import PayoutRun, StripeEvent
 from payouts.services import events, reconciliation, royalties, transfers
 
@@ -37,6 +38,11 @@ def request_daily_payout_runs() -> None:
     """One run per currency and business day, however often beat calls."""
     for currency in MINOR_DIGITS:
         transfers.request_payout_run(currency=currency, key=f"run:{currency}:{clock.today()}")
+
+
+@shared_task
+def take_snapshots() -> None:
+    ledger.take_snapshots()
 
 
 @shared_task

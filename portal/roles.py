@@ -28,6 +28,7 @@ APPEND_ONLY = frozenset(
         "payouts_account",
         "payouts_journalentry",
         "payouts_posting",
+        "payouts_balancesnapshot",
         "payouts_division",
         "payouts_divisionline",
         "payouts_royaltyreport",

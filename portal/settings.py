@@ -149,6 +149,7 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 3600},
     },
+    "snapshots": {"task": "payouts.tasks.take_snapshots", "schedule": 600.0, "options": {"expires": 600}},
     "reconcile": {"task": "payouts.tasks.reconcile", "schedule": 900.0, "options": {"expires": 900}},
 }
 

@@ -129,6 +129,24 @@ class Migration(migrations.Migration):
             ],
         ),
         migrations.CreateModel(
+            name='BalanceSnapshot',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('up_to', models.BigIntegerField()),
+                ('balance_micros', models.BigIntegerField()),
+                ('taken_at', models.DateTimeField(default=django.utils.timezone.now)),
+                ('account', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='snapshots', to='payouts.account')),
+            ],
+        ),
+        migrations.AddConstraint(
+            model_name='balancesnapshot',
+            constraint=models.UniqueConstraint(fields=('account', 'up_to'), name='one_snapshot_per_account_and_posting'),
+        ),
+        migrations.AddIndex(
+            model_name='posting',
+            index=models.Index(fields=['account', 'id'], include=['amount_micros'], name='postings_of_an_account'),
+        ),
+        migrations.CreateModel(
             name='Payment',
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),

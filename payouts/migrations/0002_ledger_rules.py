@@ -18,6 +18,8 @@ CREATE FUNCTION payouts_stamp_entry() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
     NEW.txid := pg_current_xact_id();  -- the top-level transaction's, also inside a savepoint; never the client's word
+    -- Whoever takes a snapshot of balances holds this lock alone: then no posting with a lower id is still to be committed.
+    PERFORM pg_advisory_xact_lock_shared(1818584935);
     RETURN NEW;
 END $$;
 
@@ -94,6 +96,7 @@ APPEND_ONLY = (
     "payouts_account",
     "payouts_journalentry",
     "payouts_posting",
+    "payouts_balancesnapshot",
     "payouts_division",
     "payouts_divisionline",
     "payouts_royaltyreport",

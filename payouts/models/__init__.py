@@ -1,6 +1,6 @@
 """Who is owed what, and what has been paid."""
 
-from payouts.models.ledger import Account, JournalEntry, Posting
+from payouts.models.ledger import Account, BalanceSnapshot, JournalEntry, Posting
 from payouts.models.payees import PayeeAccount
 from payouts.models.payments import Payment, StripeEvent
 from payouts.models.pools import Division, DivisionLine, RoyaltyPool
@@ -9,6 +9,7 @@ from payouts.models.transfers import Payout, PayoutRun
 
 __all__ = [
     "Account",
+    "BalanceSnapshot",
     "Division",
     "DivisionLine",
     "JournalEntry",

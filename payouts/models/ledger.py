@@ -77,6 +77,26 @@ class Posting(models.Model):
             models.UniqueConstraint(fields=["entry", "leg"], name="one_posting_per_leg"),
             models.CheckConstraint(condition=~Q(amount_micros=0), name="posting_not_zero"),
         ]
+        indexes = [models.Index(fields=["account", "id"], include=["amount_micros"], name="postings_of_an_account")]
 
     def __str__(self) -> str:
         return f"{self.account}: {self.amount_micros}"
+
+
+class BalanceSnapshot(models.Model):
+    """The sum of an account's postings up to one of them, so that a balance adds up only what came later. Append-only."""
+
+    account = models.ForeignKey(Account, models.PROTECT, related_name="snapshots")
+    up_to = (
+        models.BigIntegerField()
+    )  # id of a posting, the last of those that every account's sum of this round includes
+    balance_micros = models.BigIntegerField()
+    taken_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["account", "up_to"], name="one_snapshot_per_account_and_posting")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.account} up to {self.up_to}: {self.balance_micros}"

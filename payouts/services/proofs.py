@@ -105,6 +105,27 @@ def _entries(balances: Balances) -> Iterator[Finding]:
             yield Finding("reversal_differs", f"{reversal.key} does not undo {reversal.reverses.key}")
 
 
+def _snapshots(balances: Balances) -> Iterator[Finding]:
+    """Each snapshot is the one before it and the postings between them."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            SELECT a.code, s.up_to, s.balance_micros, s.before + coalesce(sum(p.amount_micros), 0)
+            FROM (
+                SELECT *, coalesce(lag(balance_micros) OVER earlier, 0) AS before, coalesce(lag(up_to) OVER earlier, 0) AS since
+                FROM payouts_balancesnapshot WINDOW earlier AS (PARTITION BY account_id ORDER BY up_to)
+            ) s
+            JOIN payouts_account a ON a.id = s.account_id
+            LEFT JOIN payouts_posting p ON p.account_id = s.account_id AND p.id > s.since AND p.id <= s.up_to
+            GROUP BY a.code, s.up_to, s.balance_micros, s.before
+            HAVING s.balance_micros <> s.before + coalesce(sum(p.amount_micros), 0)
+            ORDER BY a.code, s.up_to
+            """
+        )
+        for code, up_to, micros, summed in cursor.fetchall():
+            yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
+
+
 def _balances_in_range(balances: Balances) -> Iterator[Finding]:
     """Nobody owes us what we owed them, and no heap of cash is below nothing."""
     for code, micros in sorted(balances.items()):
@@ -275,6 +296,7 @@ def _is_known(code: str) -> bool:
 
 CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _entries,
+    _snapshots,
     _balances_in_range,
     _divisions,
     _payables,

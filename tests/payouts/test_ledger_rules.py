@@ -22,6 +22,7 @@ EVIDENCE = [
     "payouts_account",
     "payouts_journalentry",
     "payouts_posting",
+    "payouts_balancesnapshot",
     "payouts_division",
     "payouts_divisionline",
     "payouts_royaltyreport",
