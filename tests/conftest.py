@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 from django.contrib.auth.hashers import PBKDF2PasswordHasher
 from django.core.cache import cache
 from django.db import connection, connections
+from django.test.utils import setup_databases, teardown_databases
 from psycopg import sql
 
 
@@ -67,13 +69,30 @@ def superuser_url() -> str:
     return os.environ["SUPERUSER_DATABASE_URL"]
 
 
+@pytest.fixture(scope="session")
+def template_database(django_db_setup: None, django_db_blocker: Any, django_db_keepdb: bool) -> Iterator[str]:
+    """The name of the migrated test database, to be cloned.
+
+    pytest-django has made it if any collected test asks for `db`; where none does, it is made here.
+    """
+    if connection.settings_dict["NAME"] != urlsplit(os.environ["DATABASE_URL"]).path.strip("/"):
+        yield connection.settings_dict["NAME"]
+        return
+    with django_db_blocker.unblock():
+        made = setup_databases(verbosity=0, interactive=False, aliases={"default"}, keepdb=django_db_keepdb)
+    yield connection.settings_dict["NAME"]
+    if not django_db_keepdb:
+        with django_db_blocker.unblock():
+            teardown_databases(made, verbosity=0)
+
+
 @pytest.fixture
-def committed_db(django_db_setup: Any, django_db_blocker: Any, superuser_url: str) -> Iterator[str]:
+def committed_db(template_database: str, django_db_blocker: Any, superuser_url: str) -> Iterator[str]:
     """A clone of the test database, for what several connections do at once; dropped afterwards. Gives its name.
 
     Evidence refuses the TRUNCATE by which Django would clean up.
     """
-    original = connection.settings_dict["NAME"]
+    original = template_database
     clone = f"{original}_clone"
     with django_db_blocker.unblock():
         connections.close_all()
