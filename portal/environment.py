@@ -6,7 +6,7 @@ given, process by process, by whoever deploys it.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -49,7 +49,9 @@ def _inherited() -> dict[str, str]:
 
 @contextmanager
 def demo_environment(var: Path | None = None) -> Iterator[Environment]:
-    """Hold the demo's servers; make its database and roles where they are missing.
+    """What the environment names, and embedded servers for what it does not: `DATABASE_URL` and `REDIS_URL` each by itself.
+
+    In the embedded PostgreSQL the database and its roles are made where they are missing.
 
     Raises:
         EmbeddedError: a server did not start.
@@ -60,20 +62,22 @@ def demo_environment(var: Path | None = None) -> Iterator[Environment]:
         "RESIDUAL_VAR": str(var),
         "SECRET_KEY": os.environ.get("SECRET_KEY") or embedded.demo_secret_key(var),
     }
-    if "DATABASE_URL" in os.environ and "REDIS_URL" in os.environ:
-        common["REDIS_URL"] = os.environ["REDIS_URL"]
-        app = os.environ["DATABASE_URL"]
-        owner = os.environ.get("DATABASE_OWNER_URL", app)
-        worker = os.environ.get("DATABASE_WORKER_URL", app)
-        yield environment_of(common, owner=owner, app=app, worker=worker)
-        return
-    with embedded.servers(var) as urls:
-        common["REDIS_URL"] = urls.redis
-        make_database(urls.database, DATABASE)
-        yield environment_of(
-            common,
-            **{role: role_url(urls.database, f"residual_{role}", DATABASE) for role in ("owner", "app", "worker")},
-        )
+    database, redis = os.environ.get("DATABASE_URL"), os.environ.get("REDIS_URL")
+    with ExitStack() as stack:
+        if not (database and redis):
+            urls = stack.enter_context(embedded.servers(var))
+            redis = redis or urls.redis
+        common["REDIS_URL"] = redis
+        if database:
+            given = {
+                "owner": os.environ.get("DATABASE_OWNER_URL", database),
+                "app": database,
+                "worker": os.environ.get("DATABASE_WORKER_URL", database),
+            }
+        else:
+            make_database(urls.database, DATABASE)
+            given = {role: role_url(urls.database, f"residual_{role}", DATABASE) for role in ("owner", "app", "worker")}
+        yield environment_of(common, **given)
 
 
 def environment_of(common: dict[str, str], *, owner: str, app: str, worker: str) -> Environment:
