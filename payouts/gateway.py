@@ -87,8 +87,8 @@ class CheckoutSession:
 class PaidCheckout:
     """A checkout session and, once it is paid, the charge behind it.
 
-    Stripe books a charge shortly after it succeeds: until then `balance_transaction`, `fee_minor`, `net_minor` and
-    `available_on` are None although `is_paid`; ask again on `charge.updated`, or later.
+    Stripe books a charge shortly after it succeeds: until then `balance_transaction`, `fee_minor`, `net_minor`,
+    `booked_currency` and `available_on` are None although `is_paid`; ask again on `charge.updated`, or later.
     """
 
     id: str
@@ -104,6 +104,7 @@ class PaidCheckout:
     balance_transaction: str | None
     fee_minor: int | None
     net_minor: int | None
+    booked_currency: str | None  # of fee and net: a balance that Stripe settles in may be another than was charged
     available_on: datetime | None
 
     @property
@@ -241,6 +242,7 @@ def get_checkout(session_id: str) -> PaidCheckout:
         balance_transaction=booked.get("id"),
         fee_minor=booked.get("fee"),
         net_minor=booked.get("net"),
+        booked_currency=booked["currency"].upper() if booked else None,
         available_on=_moment(booked["available_on"]) if booked else None,
     )
 

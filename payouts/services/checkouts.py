@@ -104,6 +104,11 @@ def take_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
     given = (checkout.amount_total_minor, checkout.currency, checkout.public_reference)
     if wanted != given or not checkout.is_paid:
         raise PaymentMismatch(f"Payment {payment.pk} asked for {wanted}; checkout {checkout.id} is for {given}.")
+    if checkout.booked_currency != payment.currency:
+        raise PaymentMismatch(
+            f"Payment {payment.pk} is in {payment.currency}, and Stripe booked charge {checkout.charge} in "
+            f"{checkout.booked_currency}: we hold no balance in {payment.currency} there. Open one, or refund the charge."
+        )
     assert checkout.fee_minor is not None and checkout.available_on is not None
     payment.status = Payment.Status.PAID
     payment.checkout_id = checkout.id

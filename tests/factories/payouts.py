@@ -37,6 +37,7 @@ def paid_checkout(payment: Payment, **changes: Any) -> gateway.PaidCheckout:
         "balance_transaction": f"txn_{number}",
         "fee_minor": fee,
         "net_minor": minor - fee,
+        "booked_currency": payment.currency,
         "available_on": clock.now() + timedelta(days=2),
     }
     return gateway.PaidCheckout(**told | changes)

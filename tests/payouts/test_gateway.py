@@ -80,7 +80,7 @@ def test_a_checkout_is_paid_and_carries_our_order(stripe_server: Handle) -> None
     paid = gateway.get_checkout(session.id)
     assert (paid.status, paid.is_paid, paid.amount_total_minor, paid.currency) == ("complete", True, 12_900, "USD")
     assert (paid.order_id, paid.public_reference, paid.metadata["buyer"]) == ("17", "R-17", "5")
-    assert (paid.fee_minor, paid.net_minor) == (404, 12_496)
+    assert (paid.fee_minor, paid.net_minor, paid.booked_currency) == (404, 12_496, "USD")
     entry = list(gateway.balance_transactions())[-1]
     assert (entry.id, entry.source) == (paid.balance_transaction, paid.charge)
     assert paid.available_on == entry.available_on == entry.created_at + timedelta(days=2)

@@ -161,6 +161,7 @@ def test_booking_again_changes_nothing(db: Any, carol: Any) -> None:
         {"currency": "EUR"},
         {"public_reference": "some other order"},
         {"payment_status": "unpaid"},
+        {"booked_currency": "EUR"},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
