@@ -51,16 +51,24 @@ class StripeUncertain(Exception):
         http_status: None when no answer came.
         retry_after_seconds: how long Stripe asks to wait, where it says so.
         is_key_spent: the idempotency key would only repeat this answer.
+        is_replayed: this was such a repetition; the answer is an earlier call's.
     """
 
     def __init__(
-        self, message: str, *, http_status: int | None, retry_after_seconds: float | None, is_key_spent: bool
+        self,
+        message: str,
+        *,
+        http_status: int | None,
+        retry_after_seconds: float | None,
+        is_key_spent: bool,
+        is_replayed: bool = False,
     ) -> None:
         super().__init__(f"{message} (status {http_status})")
         self.message = message
         self.http_status = http_status
         self.retry_after_seconds = retry_after_seconds
         self.is_key_spent = is_key_spent
+        self.is_replayed = is_replayed
 
 
 class BadSignature(DomainError):
@@ -476,6 +484,7 @@ def _translated() -> Iterator[None]:
             http_status=status,
             retry_after_seconds=_retry_after(error),
             is_key_spent=is_reused_key or (status is not None and status not in (409, 429)),
+            is_replayed=_headers(error).get("idempotent-replayed") == "true",
         ) from error
 
 
@@ -485,10 +494,13 @@ def _code(error: stripe.StripeError) -> str:
     return error.code or (inner and (inner.code or inner.type)) or "unknown"
 
 
+def _headers(error: stripe.StripeError) -> dict[str, str]:
+    return {name.lower(): value for name, value in (error.headers or {}).items()}
+
+
 def _retry_after(error: stripe.StripeError) -> float | None:
-    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     try:
-        return float(headers["retry-after"])
+        return float(_headers(error)["retry-after"])
     except (KeyError, ValueError):  # absent, or a date, which Stripe does not send
         return None
 

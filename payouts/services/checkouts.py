@@ -8,8 +8,9 @@ from django.db import transaction
 from marketplace import clock
 from marketplace.money import Money
 from payouts import gateway
-from payouts.errors import AlreadyPaid, PaymentMismatch, StripeDeclined, StripeUnavailable
+from payouts.errors import AlreadyPaid, PaymentMismatch, StripeUnavailable
 from payouts.models import Payment
+from payouts.services.refusals import declined
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ def reference_of(payment: Payment) -> str:
     return f"royalty-invoice-{payment.invoice_id}"
 
 
-@transaction.atomic
 def open_checkout(*, payment: Payment, lines: Sequence[gateway.CheckoutLine], success_url: str, cancel_url: str) -> str:
     """The address of the payment's page at Stripe: the open one, or a new one if it has expired.
 
@@ -37,9 +37,22 @@ def open_checkout(*, payment: Payment, lines: Sequence[gateway.CheckoutLine], su
         AlreadyPaid: it is, or Stripe says so and the webhook is on its way.
         StripeUnavailable, StripeDeclined: see the classes.
     """
-    payment.refresh_from_db(from_queryset=Payment.objects.select_for_update())
-    if payment.status == Payment.Status.PAID:
-        raise AlreadyPaid("This has been paid.")
+    with transaction.atomic():
+        payment.refresh_from_db(from_queryset=Payment.objects.select_for_update())
+        if payment.status == Payment.Status.PAID:
+            raise AlreadyPaid("This has been paid.")
+        try:
+            url = _open_page(payment, lines, success_url, cancel_url)
+        except gateway.StripeUncertain as error:
+            # Not raised in here: what was learnt of the attempt's key must stay written.
+            payment.save(update_fields=["checkout_attempt"])
+            failure: Exception = error
+        else:
+            return url
+    raise StripeUnavailable("Stripe did not answer. Nothing was charged; try again in a minute.") from failure
+
+
+def _open_page(payment: Payment, lines: Sequence[gateway.CheckoutLine], success_url: str, cancel_url: str) -> str:
     try:
         if payment.checkout_id:
             known = gateway.get_checkout(payment.checkout_id)
@@ -49,10 +62,8 @@ def open_checkout(*, payment: Payment, lines: Sequence[gateway.CheckoutLine], su
                 raise AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
             payment.checkout_attempt += 1
         session = _create(payment, lines, success_url, cancel_url)
-    except gateway.StripeUncertain as error:
-        raise StripeUnavailable("Stripe did not answer. Nothing was charged; try again in a minute.") from error
     except gateway.StripeRefused as error:
-        raise StripeDeclined(f"Stripe does not accept this payment: {error.message}") from error
+        raise declined(error, "Stripe does not accept this payment") from error
     payment.checkout_id, payment.checkout_url = session.id, session.url
     payment.save(update_fields=["checkout_id", "checkout_url", "checkout_attempt"])
     logger.info("Opened checkout payment=%s micros=%s %s", payment.pk, payment.amount_micros, payment.currency)
@@ -124,9 +135,10 @@ def take_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
 def _create(
     payment: Payment, lines: Sequence[gateway.CheckoutLine], success_url: str, cancel_url: str
 ) -> gateway.CheckoutSession:
-    """Ask with the attempt's key, and with the next one if that key is bound to other addresses or to an old error.
+    """Ask with the attempt's key, and with the next one if that key is bound to other addresses.
 
-    A session of the earlier key was never shown to anybody: its address is stored in the transaction that holds the row.
+    Stripe repeats a 5xx under its key for a day, so the next call has the next attempt. A session of an earlier key was
+    never shown to anybody: its address is stored in the transaction that holds the row.
     """
     if len(lines) > MAX_ITEMS:
         lines = [gateway.CheckoutLine(f"{len(lines)} datasets", payment.amount.to_minor())]
@@ -143,6 +155,6 @@ def _create(
                 metadata={"payment": str(payment.pk)},
             )
         except gateway.StripeUncertain as error:
+            payment.checkout_attempt += error.is_key_spent
             if error.http_status is None or error.http_status >= 500 or not error.is_key_spent:
                 raise
-            payment.checkout_attempt += 1

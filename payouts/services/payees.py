@@ -10,8 +10,12 @@ from marketplace.models import AuditEvent, Membership, Party
 from payouts import gateway
 from payouts.errors import PayeeNotServed, StripeUnavailable
 from payouts.models import PayeeAccount
+from payouts.services.refusals import declined
 
 logger = logging.getLogger(__name__)
+
+COUNTRY_UNSUPPORTED = "country_unsupported"
+MAX_SPENT_KEYS = 50  # calls of one day that ended in a 5xx, each a click of a person's
 
 
 def start_onboarding(*, party: Party, return_url: str, refresh_url: str) -> str:
@@ -20,11 +24,13 @@ def start_onboarding(*, party: Party, return_url: str, refresh_url: str) -> str:
     Raises:
         InvalidInput: the party has no country, or nobody who owns it.
         PayeeNotServed: Stripe does not reach the country; what the party earns accrues.
-        StripeUnavailable: try again.
+        StripeUnavailable, StripeDeclined: see the classes.
     """
     try:
         account = _account_of(party)
         return gateway.create_onboarding_link(account=account, return_url=return_url, refresh_url=refresh_url)
+    except gateway.StripeRefused as error:
+        raise declined(error, f"Stripe does not open its page for {party.name}") from error
     except gateway.StripeUncertain as error:
         raise StripeUnavailable("Stripe did not answer; try again in a minute.") from error
 
@@ -74,16 +80,32 @@ def _account_of(party: Party) -> str:
     # The same request has the same key, so two clicks make one account; a corrected country makes a new request.
     asked = hashlib.sha256(f"{party.country}:{owner.user.email}".encode()).hexdigest()[:16]
     try:
-        account = gateway.create_payee_account(
-            party_id=str(party.public_id),
-            country=party.country,
-            email=owner.user.email,
-            key=f"payee:{party.public_id}:{asked}",
-        )
+        account = _create_account(party, owner.user.email, f"payee:{party.public_id}:{asked}")
     except gateway.StripeRefused as error:
+        if error.code != COUNTRY_UNSUPPORTED:
+            raise declined(error, f"Stripe does not open an account for {party.name}") from error
         raise PayeeNotServed(
             f"Stripe cannot pay to {party.country} yet ({error.message}). What {party.name} earns accrues and is kept.",
             pointers={"/country": error.code},
         ) from error
     payee, _ = PayeeAccount.objects.get_or_create(party=party, defaults={"stripe_account_id": account})
     return payee.stripe_account_id
+
+
+def _create_account(party: Party, email: str, key: str) -> str:
+    """Ask under the key; where Stripe only repeats an old 5xx of its own, which it does for a day, under the next one.
+
+    An account of the earlier call, if there is one, was never shown to anybody and can receive nothing.
+    """
+    for attempt in range(1, MAX_SPENT_KEYS + 1):
+        try:
+            return gateway.create_payee_account(
+                party_id=str(party.public_id),
+                country=party.country,
+                email=email,
+                key=key if attempt == 1 else f"{key}:{attempt}",
+            )
+        except gateway.StripeUncertain as error:
+            if not error.is_replayed or attempt == MAX_SPENT_KEYS:
+                raise
+    raise AssertionError("the last attempt returns or raises")

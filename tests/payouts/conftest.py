@@ -1,7 +1,9 @@
 """A database in which tests may commit, and a local Stripe that the services talk to."""
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,58 @@ def stripe(tmp_path: Path, settings: Any) -> Iterator[StripeWorld]:
     yield StripeWorld(handle)
     handle.kill()
     assert "Traceback" not in handle.log.read_text(encoding="utf-8")
+
+
+@dataclass
+class Door:
+    """A door before the local Stripe that can answer for it: as Stripe does, it repeats a 5xx under its idempotency key."""
+
+    url: str
+    refuse_with: int | None = None  # answer every new POST of an effect with this
+    keys: list[str] = field(default_factory=list)  # of every POST, in order
+    remembered: dict[str, int] = field(default_factory=dict)
+
+
+@pytest.fixture
+def door(stripe: StripeWorld, settings: Any) -> Iterator[Door]:
+    """The services talk to Stripe through it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            key = self.headers.get("Idempotency-Key", "")
+            given = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.command == "POST":
+                kept.keys.append(key)
+                is_replayed = key in kept.remembered
+                status = kept.remembered.get(key) or kept.refuse_with
+                if status is not None:
+                    if status >= 500:
+                        kept.remembered[key] = status
+                    error = b'{"error": {"type": "api_error", "message": "sk_test_secret is not yours to read."}}'
+                    self.answer(status, error, {"Idempotent-Replayed": "true"} if is_replayed else {})
+                    return
+            passed = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
+            answer = httpx.request(self.command, f"{stripe.handle.url}{self.path}", headers=passed, content=given)
+            self.answer(answer.status_code, answer.content, {})
+
+        do_GET = do_POST
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kept = Door(f"http://127.0.0.1:{server.server_port}")
+    settings.STRIPE_API_BASE = kept.url
+    yield kept
+    server.shutdown()
+    server.server_close()

@@ -5,7 +5,7 @@ import pytest
 
 from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, Party
-from payouts.errors import PayeeNotServed, StripeUnavailable
+from payouts.errors import PayeeNotServed, StripeDeclined, StripeUnavailable
 from payouts.models import PayeeAccount
 from payouts.services import payees
 from payouts.services.payees import start_onboarding
@@ -77,3 +77,39 @@ def test_a_silent_stripe_is_a_clear_refusal(db: Any, settings: Any, alice: Any) 
         start_onboarding(party=alice, **BACK)
 
     assert PayeeAccount.objects.count() == 0
+
+
+def test_a_500_does_not_lock_the_payee_out_for_a_day(db: Any, door: Any, stripe: Any, alice: Any) -> None:
+    door.refuse_with = 500
+    for _ in range(2):
+        with pytest.raises(StripeUnavailable, match="try again"):
+            start_onboarding(party=alice, **BACK)
+    door.refuse_with = None
+
+    start_onboarding(party=alice, **BACK)
+
+    first = door.keys[0]
+    assert door.keys[:6] == [first, first, f"{first}:2", first, f"{first}:2", f"{first}:3"]
+    assert len(stripe.objects("accounts")) == 1
+    assert PayeeAccount.objects.get().party == alice
+
+
+def test_only_an_unserved_country_is_said_to_be_one(db: Any, door: Any, alice: Any) -> None:
+    door.refuse_with = 400
+    with pytest.raises(StripeDeclined, match="does not open an account for Alice"):
+        start_onboarding(party=alice, **BACK)
+
+    door.refuse_with = 401
+    with pytest.raises(StripeUnavailable) as ours:
+        start_onboarding(party=alice, **BACK)
+
+    assert "sk_test" not in ours.value.message
+    assert PayeeAccount.objects.count() == 0
+
+
+def test_a_link_that_stripe_refuses_is_a_refusal_and_no_crash(db: Any, door: Any, alice: Any) -> None:
+    start_onboarding(party=alice, **BACK)
+    door.refuse_with = 400
+
+    with pytest.raises(StripeDeclined, match="does not open its page for Alice"):
+        start_onboarding(party=alice, **BACK)

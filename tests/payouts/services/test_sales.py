@@ -11,7 +11,7 @@ from marketplace.models import License, Order
 from marketplace.money import Money
 from marketplace.services.orders import OrderNotPayable
 from payouts import chart, gateway, ledger
-from payouts.errors import AlreadyPaid, PaymentMismatch
+from payouts.errors import AlreadyPaid, PaymentMismatch, StripeUnavailable
 from payouts.models import Division, DivisionLine, JournalEntry, Payment, RoyaltyPool
 from payouts.services import sales
 from payouts.services.events import book_checkout
@@ -275,3 +275,40 @@ def test_an_expired_page_is_replaced_by_a_new_one(db: Any, stripe: Any, carol: A
     stripe.pay(new)
     book_checkout(payment.checkout_id)
     assert check_books().findings == []
+
+
+def test_a_500_does_not_lock_the_buyer_out_for_a_day(db: Any, door: Any, stripe: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    door.refuse_with = 500
+    for _ in range(2):
+        with pytest.raises(StripeUnavailable, match="Nothing was charged"):
+            sales.start_checkout(order=order, **BACK)
+    door.refuse_with = None
+
+    url = sales.start_checkout(order=order, **BACK)
+
+    payment = Payment.objects.get()
+    assert door.keys == [f"checkout:{payment.pk}:{attempt}" for attempt in (1, 2, 3)]
+    assert sales.start_checkout(order=order, **BACK) == url
+    assert len(stripe.objects("checkout/sessions")) == 1
+
+
+def test_a_429_is_asked_again_under_the_same_key(db: Any, door: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    door.refuse_with = 429
+    with pytest.raises(StripeUnavailable):
+        sales.start_checkout(order=order, **BACK)
+    door.refuse_with = None
+
+    sales.start_checkout(order=order, **BACK)
+
+    assert len(set(door.keys)) == 1
+
+
+def test_a_buyer_does_not_read_that_our_key_is_wrong(db: Any, door: Any, carol: Any) -> None:
+    door.refuse_with = 401
+
+    with pytest.raises(StripeUnavailable) as refused:
+        sales.start_checkout(order=OrderFactory(buyer=carol), **BACK)
+
+    assert "sk_test" not in refused.value.message
