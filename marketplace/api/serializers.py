@@ -10,6 +10,9 @@ from marketplace.api.fields import MoneyField
 from marketplace.models import Citation, Dataset, DatasetVersion, License, Offer, Order, OrderLine
 from marketplace.money import Money
 from marketplace.selectors import cited_by, current_offer, price_history
+from marketplace.services.orders import MAX_LINES
+
+MAX_ID = 2**63 - 1  # of PostgreSQL's bigint
 
 
 class VersionOutput(serializers.ModelSerializer):
@@ -156,13 +159,19 @@ def _offer_of(dataset: Dataset) -> Offer:
 )
 class OrderInput(serializers.Serializer):
     #: place_order refuses what is not open to the buyer
-    offers = serializers.PrimaryKeyRelatedField(
-        queryset=Offer.objects.select_related("dataset"), many=True, allow_empty=False
+    offers = serializers.ListField(
+        child=serializers.IntegerField(min_value=1, max_value=MAX_ID), allow_empty=False, max_length=MAX_LINES
     )
     expected_total = MoneyField(help_text="What you were shown; an order is never placed at another price.")
     accepted_name = serializers.CharField(
         max_length=120, help_text="Your full name: with it you accept the contract of every line."
     )
+
+    def validate_offers(self, ids: list[int]) -> list[Offer]:
+        found = Offer.objects.select_related("dataset").in_bulk(ids)
+        if missing := {index: [f"There is no offer {id}."] for index, id in enumerate(ids) if id not in found}:
+            raise serializers.ValidationError(missing)  # type: ignore[arg-type]
+        return [found[id] for id in ids]
 
 
 class OrderLineOutput(serializers.ModelSerializer):

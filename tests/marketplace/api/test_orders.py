@@ -95,6 +95,8 @@ def test_an_amount_that_is_none_is_refused_by_its_field(api, carol, amount):
         ({"offers": [999_999]}, "/offers"),
         ({"offers": ["x"]}, "/offers"),
         ({"offers": [True]}, "/offers"),
+        ({"offers": [2**70]}, "/offers/0"),
+        ({"offers": list(range(1, 202))}, "/offers"),
         ({"accepted_name": ""}, "/accepted_name"),
         ({"accepted_name": "x" * 121}, "/accepted_name"),
         ({"expected_total": {"amount": "100.00", "currency": "XYZ"}}, "/expected_total"),
@@ -108,6 +110,23 @@ def test_a_wrong_field_is_named(api, carol, changes, pointer):
     assert refused.status_code == 422
     assert refused.json()["errors"][0]["pointer"].startswith(pointer)
     assert not Order.objects.exists()
+
+
+def test_every_missing_offer_is_named_and_all_are_asked_for_at_once(api, carol):
+    client = api(carol, "buy")
+    offer = OfferFactory()
+
+    with CaptureQueriesContext(connection) as queries:
+        refused = place(client, ask([offer]) | {"offers": [999_998, offer.pk, *range(1_000_000, 1_000_150)]})
+
+    errors = refused.json()["errors"]
+    assert refused.status_code == 422
+    assert errors[:2] == [
+        {"pointer": "/offers/0", "detail": "There is no offer 999998."},
+        {"pointer": "/offers/2", "detail": "There is no offer 1000000."},
+    ]
+    assert len(errors) == 151
+    assert len(queries) == 3  # the key, its last use, the offers
 
 
 def test_a_body_that_is_no_json_is_refused(api, carol):
