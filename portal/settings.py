@@ -61,6 +61,7 @@ MIDDLEWARE = [
     "csp.middleware.CSPMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
+    "marketplace.bodies.BodyLimitMiddleware",  # before the next, which reads a form's body
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
@@ -120,6 +121,8 @@ WHITENOISE_USE_FINDERS = IS_DEMO  # the demo serves from the tree, production fr
 FILE_UPLOAD_MAX_MEMORY_SIZE = 1_000_000  # larger uploads go to disk as they arrive
 DATA_UPLOAD_MAX_MEMORY_SIZE = 10_000_000
 MAX_UPLOAD_BYTES = env.int("MAX_UPLOAD_BYTES", default=2_000_000_000)
+MAX_JSON_BYTES = env.int("MAX_JSON_BYTES", default=1_000_000)  # of one API request
+MAX_DISCLOSURE_BYTES = env.int("MAX_DISCLOSURE_BYTES", default=16_000_000)  # its selection may have 100,000 ranges
 MAX_ARTIFACT_BYTES = env.int("MAX_ARTIFACT_BYTES", default=500_000_000)  # a checkpoint or a file of queries
 
 # --- work -------------------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": ["marketplace.api.keys.ApiKeyAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["marketplace.api.keys.HasScope"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
-    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
+    "DEFAULT_PARSER_CLASSES": ["marketplace.bodies.LimitedJSONParser"],
     "DEFAULT_PAGINATION_CLASS": "marketplace.api.pagination.CreatedCursorPagination",
     "DEFAULT_SCHEMA_CLASS": "marketplace.api.schema.ScopedAutoSchema",
     "EXCEPTION_HANDLER": "marketplace.api.problems.problem_response",

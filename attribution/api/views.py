@@ -29,6 +29,7 @@ class ArtifactViewSet(GenericViewSet):
 
     scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.DISCLOSE}
     parser_classes = [RawBody]
+    body_limit = "MAX_ARTIFACT_BYTES"
     serializer_class = ArtifactOutput
     queryset = Artifact.objects.none()
 
@@ -58,6 +59,7 @@ class ArtifactViewSet(GenericViewSet):
 )
 class DisclosureViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
     scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.DISCLOSE}
+    body_limit = "MAX_DISCLOSURE_BYTES"
     serializer_class = DisclosureOutput
     queryset = Disclosure.objects.none()
     lookup_field = "public_id"

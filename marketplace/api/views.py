@@ -26,6 +26,7 @@ from marketplace.api.serializers import (
     OrderInput,
     OrderOutput,
 )
+from marketplace.bodies import problem_document
 from marketplace.errors import DomainError
 from marketplace.models import ApiKey, Dataset, License, Order
 from marketplace.selectors import licenses_visible_to, listed_datasets, orders_visible_to
@@ -183,14 +184,7 @@ def _refusal(request: HttpRequest, error: DomainError) -> HttpResponse:
     """A page for a person, a problem document for a program."""
     if "text/html" in request.headers.get("Accept", ""):
         return render(request, f"{error.status}.html", {"message": error.message}, status=error.status)
-    problem = {
-        "type": f"/docs/problems#{error.code}",
-        "title": type(error).__name__,
-        "status": error.status,
-        "detail": error.message,
-        "code": error.code,
-    }
-    return JsonResponse(problem, status=error.status, content_type="application/problem+json")
+    return problem_document(error)
 
 
 def _range(request: HttpRequest, found: Download) -> range | None:

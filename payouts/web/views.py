@@ -4,6 +4,7 @@ from django.http import HttpRequest, JsonResponse
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_POST
 
+from marketplace.bodies import problem_document
 from payouts.gateway import BadSignature
 from payouts.models import StripeEvent
 from payouts.services.events import receive_event
@@ -27,12 +28,5 @@ def _receive(request: HttpRequest, endpoint: StripeEvent.Endpoint) -> JsonRespon
     try:
         event = receive_event(payload=request.body, signature=signature, endpoint=endpoint)
     except BadSignature as error:
-        problem = {
-            "type": f"/docs/problems#{error.code}",
-            "title": type(error).__name__,
-            "status": error.status,
-            "detail": error.message,
-            "code": error.code,
-        }
-        return JsonResponse(problem, status=error.status, content_type="application/problem+json")
+        return problem_document(error)
     return JsonResponse({"received": event.event_id})

@@ -7,6 +7,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
 
 from marketplace import selectors
+from marketplace.bodies import takes_files
 from marketplace.errors import DomainError
 from marketplace.models import Upload
 from marketplace.services.versions import attestation_statement, publish_version, start_upload
@@ -15,6 +16,7 @@ from marketplace.web.forms import FileForm, MappingForm, PublishForm
 from marketplace.web.incoming import get_incoming, receive
 
 
+@takes_files("MAX_UPLOAD_BYTES")
 @acting_editor
 @require_http_methods(["GET", "POST"])
 def upload(request: ActingRequest, slug: str) -> HttpResponseBase:
