@@ -9,6 +9,8 @@ MICROS = 1_000_000
 MINOR_DIGITS = {"USD": 2, "EUR": 2, "GBP": 2, "JPY": 0}
 #: Far above any price, far below 2**63 micros, so that sums over a million lines still fit a bigint.
 MAX_MICROS = 10**9 * MICROS
+#: The most that Stripe charges at once: eight digits of the minor unit, in every currency.
+MAX_CHARGE_MINOR = 99_999_999
 
 
 class InvalidMoney(ValueError):

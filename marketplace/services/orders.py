@@ -22,7 +22,7 @@ from marketplace.models import (
     Party,
     User,
 )
-from marketplace.money import Money
+from marketplace.money import MAX_CHARGE_MINOR, Money
 from marketplace.services.authority import require_authority
 
 logger = logging.getLogger(__name__)
@@ -246,6 +246,12 @@ def _check_open(offers: Sequence[Offer], expected_total: Money) -> None:
         raise InvalidInput(
             f"An order is at least {Money(MIN_TOTAL[costs.currency], costs.currency)}; this one is {costs}.",
             pointers={"/expected_total": "too small"},
+        )
+    if costs.to_minor() > MAX_CHARGE_MINOR:
+        raise InvalidInput(
+            f"An order is at most {Money.from_minor(MAX_CHARGE_MINOR, costs.currency)}, which is what can be paid at once; "
+            f"this one is {costs}. Place several.",
+            pointers={"/expected_total": "too large"},
         )
 
 

@@ -15,7 +15,7 @@ from attribution.selectors import latest_result
 from marketplace import clock
 from marketplace.errors import InvalidInput, KeyReused
 from marketplace.models import Citation, License, Offer, Party, TrainedModel
-from marketplace.money import MAX_MICROS, Money
+from marketplace.money import MAX_CHARGE_MINOR, MAX_MICROS, Money
 from payouts import chart, gateway, ledger
 from payouts.allocation import allocate
 from payouts.errors import AlreadyPaid, NoResultYet, NotFound, PeriodOverlaps, ResultNotPublished
@@ -192,7 +192,7 @@ def report_revenue(
 
     Raises:
         NotFound: the model is not theirs.
-        InvalidInput: a period that is reversed or not over, or a revenue that cannot be.
+        InvalidInput: a period that is reversed or not over, or a revenue that cannot be or owes more than Stripe can charge.
         PeriodOverlaps: part of it has been reported in this currency.
         NoResultYet: see `quote_royalty`.
         KeyReused: the key stands for another report.
@@ -259,6 +259,12 @@ def _invoice(
     cited = Citation.objects.filter(disclosure__model=model).values("license")
     list(License.objects.select_for_update(of=("self",)).filter(pk__in=cited).order_by("pk"))
     quote = quote_royalty(model=model, revenue=revenue)
+    if quote.total.to_minor() > MAX_CHARGE_MINOR:
+        raise InvalidInput(
+            f"This revenue owes {quote.total}; the most that can be paid at once is "
+            f"{Money.from_minor(MAX_CHARGE_MINOR, revenue.currency)}. Report the period in shorter parts.",
+            pointers={"/revenue/amount": "owes more than can be paid at once"},
+        )
     invoice = RoyaltyInvoice.objects.create(
         report=report,
         total_micros=quote.total.micros,

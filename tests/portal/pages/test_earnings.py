@@ -122,6 +122,13 @@ def test_revenue_is_reported_once_and_becomes_an_invoice(carol, owing):
     assert "Pay $50.00 at Stripe" in text and "100.00 % 5 % $50.00" in text
 
 
+def test_a_royalty_that_stripe_cannot_charge_at_once_is_refused_beside_the_revenue(carol, owing):
+    text = assert_page(signed_in(carol).post("/royalties/", report(owing, revenue="20000000.00")), 422)
+
+    assert "Report the period in shorter parts" in text and "999,999.99" in text.replace("999999.99", "999,999.99")
+    assert not RoyaltyInvoice.objects.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
