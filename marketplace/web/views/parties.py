@@ -1,8 +1,10 @@
 """Whom one acts for: switch, found an organisation, take up an invitation; and the keys that act without a person."""
 
+import uuid
+
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
-from django.http import HttpResponseBase
+from django.http import Http404, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST
@@ -22,10 +24,12 @@ from marketplace.web.views.orders import refusal
 @login_required
 @require_POST
 def party_switch(request: ActingRequest) -> HttpResponseBase:
+    try:
+        chosen = uuid.UUID(request.POST.get("party", ""))
+    except ValueError:
+        raise Http404("There is no such party") from None
     membership = get_object_or_404(
-        Membership.objects.select_related("party"),
-        user=request.user,
-        party__public_id=request.POST.get("party") or None,
+        Membership.objects.select_related("party"), user=request.user, party__public_id=chosen
     )
     request.session[SESSION_KEY] = membership.party_id
     messages.success(request, f"You now act for {membership.party.name}.")

@@ -51,7 +51,7 @@ def test_one_acts_for_the_chosen_party_and_sees_its_things_only(alice):
 def test_nobody_switches_to_a_party_that_is_not_theirs(alice, mallory):
     browser = signed_in(mallory)
 
-    for party in (str(alice.public_id), ""):
+    for party in (str(alice.public_id), "", "abc"):
         assert_page(browser.post("/party/", {"party": party}), 404)
     assert "What Mallory has ordered" in assert_page(browser.get("/orders/"))
 
