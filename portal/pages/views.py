@@ -244,9 +244,13 @@ def earnings(request: ActingRequest) -> HttpResponse:
 @acting_owner
 @require_http_methods(["GET", "POST"])
 def onboarding(request: ActingRequest) -> HttpResponseBase:
-    """POST: go to Stripe's own pages. GET: Stripe sent the person back because the link was too old; a fresh one follows."""
+    """POST: go to Stripe's own pages. GET: Stripe sent the person back because the link was too old; they ask for a fresh one."""
     party = request.party
-    if payouts.payee_of(party) is None and ("country" in request.POST or not party.country):
+    needs_country = payouts.payee_of(party) is None and not party.country
+    if request.method == "GET":
+        context = {"section": "earnings", "form": CountryForm() if needs_country else None}
+        return render(request, "portal/country_form.html", context)
+    if payouts.payee_of(party) is None and (needs_country or "country" in request.POST):
         form = CountryForm(request.POST if "country" in request.POST else None)
         if not form.is_valid():
             context = {"section": "earnings", "form": form}

@@ -85,6 +85,17 @@ def test_onboarding_asks_for_the_country_and_goes_to_stripe(alice, monkeypatch):
     ]
 
 
+def test_looking_at_the_onboarding_page_changes_nothing(alice, monkeypatch):
+    monkeypatch.setattr(payees, "start_onboarding", None)  # whoever called it would fail
+    browser = signed_in(alice)
+
+    page = browser.get("/earnings/onboarding/?country=FR")  # as Stripe sends back whose link had run out
+
+    assert "link had run out" in assert_page(page) and b'action="/earnings/onboarding/"' in page.content
+    alice.refresh_from_db()
+    assert alice.country == "DE"
+
+
 def test_a_payee_whom_stripe_can_pay_sees_that(alice, sold):
     PayeeAccountFactory(party=alice)
 
