@@ -40,6 +40,7 @@ from portal.pages.forms import CountryForm, RevenueForm
 
 PER_PAGE = 24
 N_DRAWN = 24
+N_SHARES = 50
 N_LINES = 100
 
 
@@ -90,7 +91,7 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
         "run": run,
         "progress": attribution.run_progress(run) if run else None,
         "result": result,
-        "partitions": _partitions(result, [citation.version_id for citation in citations]) if result else [],
+        "partitions": _partitions(request, result, [citation.version_id for citation in citations]) if result else [],
         "n_drawn": N_DRAWN,
     }
     if request.htmx:  # type: ignore[attr-defined]
@@ -132,29 +133,31 @@ def _model_or_404(request: HttpRequest, slug: str) -> tuple[TrainedModel, list[D
     return found, disclosures
 
 
-def _partitions(result: AttributionResult, cited: list[int]) -> list[dict[str, Any]]:
-    """Rights holders and labellers, each as rows for the table and, of the largest, positions for the drawing.
+def _partitions(request: HttpRequest, result: AttributionResult, cited: list[int]) -> list[dict[str, Any]]:
+    """Rights holders and labellers, each a page of rows for the table and, of the largest, positions for the drawing.
 
     A row names its source by the number that the bibliography gives it; 0: cited by an earlier disclosure only.
     """
     numbers = {version_id: number for number, version_id in enumerate(cited, 1)}
-    shares = list(attribution.result_shares(result))
     titles = {Share.Partition.RIGHTS_HOLDER: "Rights holders", Share.Partition.LABELLER: "Labellers"}
     found = []
     for partition, title in titles.items():
-        rows = [(share, numbers.get(share.version_id, 0)) for share in shares if share.partition == partition]
-        if not rows:
+        shares = attribution.result_shares(result).filter(partition=partition)
+        page = Paginator(shares, N_SHARES).get_page(request.GET.get(partition.value))
+        if not page.paginator.count:
             continue
+        rows = [(share, numbers.get(share.version_id, 0)) for share in page]
         drawn = rows[:N_DRAWN]
         layout = forest([(share.count_ppq / PPQ, share.raw, share.low, share.high) for share, _ in drawn])
         found.append(
             {
                 "id": partition.value,
                 "title": title,
+                "page": page,
                 "rows": rows,
                 "drawn": [(*row, mark) for row, mark in zip(drawn, layout.marks, strict=True)],
                 "ticks": layout.ticks,
-                "has_several_versions": len({share.version_id for share, _ in rows}) > 1,
+                "has_several_versions": shares.order_by().values("version").distinct().count() > 1,
             }
         )
     return found

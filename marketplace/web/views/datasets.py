@@ -5,6 +5,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.paginator import Paginator
+from django.db.models import Count
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
@@ -22,6 +23,7 @@ from marketplace.web.terms import Example, example_sale
 from marketplace.web.thumbnails import thumbnail
 
 PER_PAGE = 24
+PEOPLE_PER_PAGE = 50
 
 
 @require_GET
@@ -62,7 +64,7 @@ def dataset_context(request: HttpRequest, found: Dataset, form: OrderForm | None
         "price_history": selectors.price_history(found),
     }
     if version and version.status != DatasetVersion.Status.DRAFT:
-        context |= _inside(version)
+        context |= _inside(version) | _people(request, version)
     if offer:
         context["example"] = example_of(offer)
         context["uses"] = [ALLOWED_USES.get(use, use) for use in offer.allowed_uses]
@@ -182,9 +184,19 @@ def _latest_version(found: Dataset) -> DatasetVersion | None:
     return found.versions.exclude(status=DatasetVersion.Status.DRAFT).order_by("-number").first()
 
 
+def _people(request: HttpRequest, version: DatasetVersion) -> dict[str, Any]:
+    """Who gave what to a version: rights holders, then labellers, most records first, a page at a time."""
+    numbers = dict(version.contributions.order_by().values_list("role").annotate(n=Count("pk")))
+    rows = version.contributions.select_related("party").order_by("-role", "-n_records", "number")
+    return {
+        "n_holders": numbers.get(Contribution.Role.RIGHTS_HOLDER, 0),
+        "n_labellers": numbers.get(Contribution.Role.LABELLER, 0),
+        "people": Paginator(rows, PEOPLE_PER_PAGE).get_page(request.GET.get("people")),
+    }
+
+
 def _inside(version: DatasetVersion) -> dict[str, Any]:
-    """Who gave what to a version, and the rows that anyone may see."""
-    contributions = list(version.contributions.select_related("party").order_by("role", "-n_records", "number"))
+    """The rows that anyone may see."""
     content = version.features.get("content", {})
     rows = [
         row
@@ -197,8 +209,6 @@ def _inside(version: DatasetVersion) -> dict[str, Any]:
         for row in version.preview
     ]
     return {
-        "holders": [c for c in contributions if c.role == Contribution.Role.RIGHTS_HOLDER],
-        "labellers": [c for c in contributions if c.role == Contribution.Role.LABELLER],
         "preview": rows,
         "preview_is_pictures": bool(rows) and all(row["image"] for row in rows),
         "classes": version.features.get("label", {}).get("classes", []),

@@ -73,6 +73,21 @@ def test_dataset_page_calls_who_has_not_claimed_by_number_to_all_but_the_owner(c
     assert "someone@example.org" in own
 
 
+def test_a_page_shows_fifty_contributors_and_leads_to_the_others(client, alice):
+    people = Party.objects.bulk_create(Party(name=f"P{n}", claimed_at=alice.claimed_at) for n in range(60))
+    version = PublishedVersionFactory(
+        dataset=DatasetFactory(owner=alice), contributions=dict.fromkeys(people, 1), labellers={people[0]: 4}
+    )
+    url = f"/datasets/{OfferFactory(version=version).dataset.slug}/"
+
+    first, second = (client.get(f"{url}?people={page}") for page in (1, 2))
+
+    assert "rights holders 60 labellers 1" in assert_page(first).replace("records 60 ", "")
+    assert b"?people=2#people-heading" in first.content
+    assert [page.content.count(b"<td>rights holder</td>") for page in (first, second)] == [50, 10]
+    assert second.content.count(b"<td>labeller</td>") == 1
+
+
 def test_a_draft_exists_for_its_owner_only(client, alice, mallory):
     draft = DatasetFactory(owner=alice, title="Not yet")
     url = f"/datasets/{draft.slug}/"

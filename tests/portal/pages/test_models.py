@@ -5,6 +5,7 @@ import pytest
 
 from attribution.models import AttributionResult, AttributionRun, Shard
 from marketplace import clock
+from marketplace.models import Party
 from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
 from tests.factories.marketplace import LicenseFactory, OfferFactory, PublishedVersionFactory
 from tests.pages import assert_page, signed_in, text_of
@@ -40,6 +41,23 @@ def test_model_page_cites_measures_and_draws(client, measured):
     assert "Reliability λ 0.83" in text and "1.610 to 1.880" in text
     assert response.content.count(b'<circle class="measured"') == 2 * (1 + 2)  # two partitions: a legend and two rows
     assert b'role="img"' in response.content
+
+
+def test_shares_come_in_pages(client, alice, carol):
+    people = Party.objects.bulk_create(Party(name=f"P{n}") for n in range(60))
+    version = PublishedVersionFactory(contributions=dict.fromkeys(people, 1))
+    license = LicenseFactory(licensee=carol, version=version)
+    PublishedResultFactory(
+        disclosure=DisclosureFactory(model=ModelFactory(owner=carol, slug="wide"), licenses=[license]),
+        shares=dict.fromkeys(people, 1),
+    )
+
+    first, second = (client.get(f"/models/wide/?rights_holder={page}") for page in (1, 2))
+
+    assert "there are 60 in all" in assert_page(first)
+    assert b"?rights_holder=2#shares-rights_holder" in first.content
+    rows = [page.content.split(b"shares-labeller")[0].count(b'data-label="Paid"') for page in (first, second)]
+    assert rows == [50, 10]
 
 
 def test_model_list_shows_what_anyone_may_read(client, measured, carol):
