@@ -255,6 +255,17 @@ def get_checkout(session_id: str) -> PaidCheckout:
     )
 
 
+def expire_checkout(session_id: str) -> None:
+    """Close a page that is open, so that nobody pays there any more.
+
+    Raises:
+        StripeRefused: it is not open: paid a moment ago, or expired by itself.
+        StripeUncertain: see the module.
+    """
+    with _translated():
+        _client().v1.checkout.sessions.expire(session_id)
+
+
 def create_payee_account(*, party_id: str, country: str, email: str, key: str) -> str:
     """Open a connected account that can only receive transfers; its owner completes it on Stripe's own pages.
 

@@ -4,7 +4,7 @@ from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
 from payouts.models import PayoutRun, StripeEvent
-from payouts.services import events, reconciliation, royalties, transfers
+from payouts.services import events, reconciliation, royalties, sales, transfers
 
 
 @shared_task(acks_late=True)
@@ -21,6 +21,11 @@ def execute_payout_run(run_id: int) -> None:
     with jobs.claimed(PayoutRun, run_id) as run:
         if run:
             transfers.execute_payout_run(run)
+
+
+@shared_task
+def cancel_expired_orders() -> None:
+    sales.cancel_expired_orders()
 
 
 @shared_task

@@ -146,6 +146,7 @@ CELERY_BEAT_SCHEDULE = {
     "sweep": {"task": "marketplace.tasks.sweep_jobs", "schedule": 5.0, "options": {"expires": 5}},
     "open-runs": {"task": "attribution.tasks.request_missing_runs", "schedule": 5.0, "options": {"expires": 5}},
     "divide": {"task": "payouts.tasks.divide_what_is_ready", "schedule": 5.0, "options": {"expires": 5}},
+    "expire-orders": {"task": "payouts.tasks.cancel_expired_orders", "schedule": 60.0, "options": {"expires": 60}},
     "settle": {"task": "payouts.tasks.settle_funds", "schedule": 10.0, "options": {"expires": 10}},
     "payout-runs": {
         "task": "payouts.tasks.request_daily_payout_runs",

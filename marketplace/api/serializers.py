@@ -200,7 +200,8 @@ class OrderOutput(serializers.ModelSerializer):
 
     class Meta:
         model = Order
-        fields = ["id", "status", "total", "accepted_name", "placed_at", "paid_at", "lines"]
+        fields = ["id", "status", "total", "accepted_name", "placed_at", "expires_at", "paid_at", "lines"]
+        extra_kwargs = {"expires_at": {"help_text": "Unpaid by then, the order is cancelled: place a new one."}}
 
 
 class LicenseOutput(serializers.ModelSerializer):

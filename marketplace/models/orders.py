@@ -10,7 +10,7 @@ from marketplace.money import Money
 
 
 class Order(models.Model):
-    """placed → paid, or placed → cancelled. One currency; the total is fixed when it is placed."""
+    """placed → paid, or placed → cancelled at its deadline. One currency; the total is fixed when it is placed."""
 
     class Status(models.TextChoices):
         PLACED = "placed"
@@ -28,6 +28,7 @@ class Order(models.Model):
     request_sha256 = models.CharField(max_length=64)  # of what was asked under that key
     accepted_name = models.CharField(max_length=120)  # the buyer accepts the contract by name
     placed_at = models.DateTimeField()
+    expires_at = models.DateTimeField()  # business time; unpaid by then, it is cancelled
     paid_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:
@@ -40,6 +41,7 @@ class Order(models.Model):
                 name="paid_order_has_its_time",
             ),
         ]
+        indexes = [models.Index(fields=["expires_at"], condition=Q(status="placed"), name="unpaid_orders_by_deadline")]
 
     def __str__(self) -> str:
         return f"Order {self.public_id}"

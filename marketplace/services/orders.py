@@ -28,6 +28,8 @@ from marketplace.services.authority import require_authority
 logger = logging.getLogger(__name__)
 
 MAX_LINES = 200
+#: How long an order waits for its payment.
+PAYMENT_TERM = timedelta(hours=24)
 #: What still carries Stripe's fee: five dollars, or about as much where nothing is exchanged.
 MIN_TOTAL = {"USD": 5_000_000, "EUR": 5_000_000, "GBP": 5_000_000, "JPY": 750_000_000}
 
@@ -52,7 +54,7 @@ class SpendingLimitReached(DomainError):
 
 
 class OrderNotPayable(DomainError):
-    """The order was cancelled before the money came."""
+    """The order was cancelled, or its deadline is over."""
 
     code = "order_not_payable"
 
@@ -94,6 +96,7 @@ def place_order(
         return placed
     _check_request(offers, expected_total, accepted_name)
     _check_open(offers, expected_total)
+    now = clock.now()
     try:
         with transaction.atomic():
             if api_key is not None:
@@ -107,7 +110,8 @@ def place_order(
                 key=key,
                 request_sha256=request_sha256,
                 accepted_name=accepted_name,
-                placed_at=clock.now(),
+                placed_at=now,
+                expires_at=now + PAYMENT_TERM,
             )
             OrderLine.objects.bulk_create(
                 OrderLine(order=order, offer=offer, version_id=offer.version_id, price_micros=offer.price_micros)
@@ -132,6 +136,38 @@ def place_order(
         raise
     logger.info("Placed order=%s buyer=%s micros=%s %s", order.pk, buyer.pk, order.total_micros, order.currency)
     return order
+
+
+def hold_payable(order: Order) -> Order:
+    """Inside a transaction: hold the order's row while a payment for it is opened; it may still be paid.
+
+    Raises:
+        OrderNotPayable: it was cancelled or paid, or its deadline is over.
+        OfferNotOpen: what it orders is no longer for sale on those terms.
+    """
+    order = Order.objects.select_for_update(of=("self",)).get(pk=order.pk)
+    if order.status != Order.Status.PLACED:
+        raise OrderNotPayable(f"Order {order.public_id} is {order.status}; place a new one.")
+    if order.expires_at <= clock.now():
+        raise OrderNotPayable(
+            f"Order {order.public_id} was to be paid by {order.expires_at:%d %B %Y, %H:%M} UTC; place a new one."
+        )
+    lines = list(order.lines.select_related("offer").order_by("pk"))
+    try:
+        _check_open([line.offer for line in lines], order.total)
+    except PriceChanged as error:
+        raise OfferNotOpen(f"{error.message} Place a new order.") from error
+    return order
+
+
+@transaction.atomic
+def cancel_order(*, order: Order) -> bool:
+    """Cancel what was not paid in time; whether it was still unpaid. The caller has closed its page at Stripe."""
+    cancelled = Order.objects.filter(pk=order.pk, status=Order.Status.PLACED).update(status=Order.Status.CANCELLED)
+    if cancelled:
+        AuditEvent.objects.create(party_id=order.buyer_id, action="order.cancelled", target=f"order:{order.pk}")
+        logger.info("Cancelled order=%s micros=%s %s", order.pk, order.total_micros, order.currency)
+    return bool(cancelled)
 
 
 @transaction.atomic

@@ -1,7 +1,7 @@
 """A checkout at Stripe for one order or one royalty invoice: opened here, and checked here once Stripe says it is paid."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from django.db import transaction
 
@@ -28,10 +28,20 @@ def reference_of(payment: Payment) -> str:
     return f"royalty-invoice-{payment.invoice_id}"
 
 
-def open_checkout(*, payment: Payment, lines: Sequence[gateway.CheckoutLine], success_url: str, cancel_url: str) -> str:
+def open_checkout(
+    *,
+    payment: Payment,
+    lines: Sequence[gateway.CheckoutLine],
+    success_url: str,
+    cancel_url: str,
+    still_due: Callable[[], object] = lambda: None,
+) -> str:
     """The address of the payment's page at Stripe: the open one, or a new one if it has expired.
 
     The row stays locked while Stripe is asked, so that two clicks at once give one page.
+
+    Args:
+        still_due: called once the row is locked; it raises if there is nothing to pay any more.
 
     Raises:
         AlreadyPaid: it is, or Stripe says so and the webhook is on its way.
@@ -41,6 +51,7 @@ def open_checkout(*, payment: Payment, lines: Sequence[gateway.CheckoutLine], su
         payment.refresh_from_db(from_queryset=Payment.objects.select_for_update())
         if payment.status == Payment.Status.PAID:
             raise AlreadyPaid("This has been paid.")
+        still_due()
         try:
             url = _open_page(payment, lines, success_url, cancel_url)
         except gateway.StripeUncertain as error:
@@ -68,6 +79,22 @@ def _open_page(payment: Payment, lines: Sequence[gateway.CheckoutLine], success_
     payment.save(update_fields=["checkout_id", "checkout_url", "checkout_attempt"])
     logger.info("Opened checkout payment=%s micros=%s %s", payment.pk, payment.amount_micros, payment.currency)
     return session.url
+
+
+def close_checkout(payment: Payment) -> bool:
+    """Inside a transaction that holds the payment's row: close its page at Stripe; False if it may have been paid there.
+
+    Raises:
+        gateway.StripeRefused, gateway.StripeUncertain: ask again.
+    """
+    if payment.status == Payment.Status.PAID:
+        return False
+    if not payment.checkout_id:
+        return True
+    known = gateway.get_checkout(payment.checkout_id)
+    if known.status == "open":
+        gateway.expire_checkout(payment.checkout_id)
+    return known.status != "complete"
 
 
 def fetch_checkout(session_id: str) -> gateway.PaidCheckout | None:

@@ -5,8 +5,9 @@ from datetime import datetime, timedelta
 
 from django.db import transaction
 
+from marketplace import clock
 from marketplace.models import License, Order
-from marketplace.services.orders import OrderNotPayable, mark_paid
+from marketplace.services.orders import cancel_order, hold_payable, mark_paid
 from payouts import chart, gateway, ledger
 from payouts.errors import AlreadyPaid
 from payouts.models import Division, JournalEntry, Payment, RoyaltyPool
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 #: What a pool waits after the disclosure was due, and from the sale where no disclosure is due.
 POOL_GRACE = timedelta(days=30)
 POOL_WAITS = timedelta(days=180)
+MAX_CANCELLED_AT_ONCE = 1_000
 
 
 def start_checkout(*, order: Order, success_url: str, cancel_url: str) -> str:
@@ -25,21 +27,51 @@ def start_checkout(*, order: Order, success_url: str, cancel_url: str) -> str:
 
     Raises:
         AlreadyPaid: it is.
-        OrderNotPayable: it was cancelled.
+        OrderNotPayable, OfferNotOpen: it was cancelled, its deadline is over, or an offer of it has changed.
         StripeUnavailable, StripeDeclined: see `payouts.errors`.
     """
     if order.status == Order.Status.PAID:
         raise AlreadyPaid(f"Order {order.public_id} has been paid.")
-    if order.status != Order.Status.PLACED:
-        raise OrderNotPayable(f"Order {order.public_id} is {order.status}; place a new one.")
-    payment, _ = Payment.objects.get_or_create(
-        order=order, defaults={"currency": order.currency, "amount_micros": order.total_micros}
-    )
+    with transaction.atomic():
+        hold_payable(order)
+        payment, _ = Payment.objects.get_or_create(
+            order=order, defaults={"currency": order.currency, "amount_micros": order.total_micros}
+        )
     lines = [
         gateway.CheckoutLine(f"{line.version.dataset.title}, version {line.version.number}", line.price.to_minor())
         for line in order.lines.select_related("order", "version__dataset").order_by("pk")
     ]
-    return checkouts.open_checkout(payment=payment, lines=lines, success_url=success_url, cancel_url=cancel_url)
+    return checkouts.open_checkout(
+        payment=payment,
+        lines=lines,
+        success_url=success_url,
+        cancel_url=cancel_url,
+        still_due=lambda: hold_payable(order),
+    )
+
+
+def cancel_expired_orders() -> int:
+    """Cancel what was not paid in time, its page at Stripe first, so that nobody pays for what is gone; returns how many.
+
+    What has been paid there is left to the event that says so; what Stripe does not answer to, to the next call.
+    """
+    n_cancelled = 0
+    late = Order.objects.filter(status=Order.Status.PLACED, expires_at__lte=clock.now())
+    for order in late.order_by("pk")[:MAX_CANCELLED_AT_ONCE]:
+        try:
+            n_cancelled += _cancel_expired(order)
+        except (gateway.StripeRefused, gateway.StripeUncertain) as error:
+            logger.warning("Could not close the checkout order=%s error=%s", order.pk, error)
+    return n_cancelled
+
+
+@transaction.atomic
+def _cancel_expired(order: Order) -> bool:
+    # Locked in the order in which opening and booking lock: the payment, then the order.
+    payment = Payment.objects.select_for_update(of=("self",)).filter(order=order).first()
+    if payment is not None and not checkouts.close_checkout(payment):
+        return False
+    return cancel_order(order=order)
 
 
 @transaction.atomic

@@ -38,7 +38,7 @@ from marketplace.models import (
     RecordFingerprint,
     User,
 )
-from marketplace.services.orders import mark_paid
+from marketplace.services.orders import PAYMENT_TERM, mark_paid
 
 PASSWORD = "correct horse battery staple"
 
@@ -246,6 +246,7 @@ class OrderFactory(DjangoModelFactory):
     request_sha256 = "0" * 64
     accepted_name = "A Buyer"
     placed_at = factory.LazyFunction(clock.now)
+    expires_at = factory.LazyAttribute(lambda order: order.placed_at + PAYMENT_TERM)
 
     @classmethod
     def _create(

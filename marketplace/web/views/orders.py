@@ -60,6 +60,7 @@ def order(request: ActingRequest, order_id: uuid.UUID) -> HttpResponse:
         "section": "orders",
         "order": found,
         "lines": found.lines.all(),
+        "is_late": found.expires_at <= clock.now(),
         "came_from_checkout": request.GET.get("from") == "checkout",
         "was_cancelled": request.GET.get("from") == "cancelled",
     }

@@ -1,8 +1,11 @@
+from datetime import timedelta
+
 import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from marketplace.models import Order
+from marketplace.services.orders import cancel_order
 from tests.factories.marketplace import OfferFactory, OrderFactory, PaidOrderFactory
 
 
@@ -31,6 +34,7 @@ def test_an_order_is_placed_and_read_back(api, carol):
         "total": {"amount": "100.00", "currency": "USD"},
         "accepted_name": "Carol Chen",
         "placed_at": order.placed_at.isoformat().replace("+00:00", "Z"),
+        "expires_at": (order.placed_at + timedelta(hours=24)).isoformat().replace("+00:00", "Z"),
         "paid_at": None,
         "lines": [
             {
@@ -143,6 +147,15 @@ def test_a_key_spends_no_more_than_its_limit(api, carol):
 
     assert (refused.status_code, refused.json()["code"]) == (403, "spending_limit_reached")
     assert Order.objects.count() == 1
+
+
+def test_an_order_that_was_cancelled_is_not_spent(api, carol):
+    client = api(carol, "buy", "read", spending_limit_micros=150_000_000)
+    first = place(client, ask([OfferFactory()]), "1").json()
+    cancel_order(order=Order.objects.get())
+
+    assert client.get(f"/api/v1/orders/{first['id']}/").json()["status"] == "cancelled"
+    assert place(client, ask([OfferFactory()]), "2").status_code == 201
 
 
 def test_a_strangers_order_does_not_exist(api, carol, mallory):

@@ -1,9 +1,12 @@
 import re
 import uuid
+from datetime import timedelta
 
 import pytest
 
+from marketplace import clock
 from marketplace.models import Membership, Order, User
+from marketplace.services.orders import cancel_order
 from tests.factories.marketplace import LicenseFactory, OfferFactory, OrderFactory, PaidOrderFactory
 from tests.pages import assert_page, signed_in
 
@@ -111,3 +114,21 @@ def test_lists_take_the_same_number_of_queries_for_any_number_of_rows(carol, dja
 
     with django_assert_num_queries(7):  # session, user, membership, menu; count, rows, and their lines or the clock
         browser.get(url)
+
+
+def test_an_order_says_until_when_it_can_be_paid_and_then_that_it_was_cancelled(carol):
+    order, browser = OrderFactory(buyer=carol), signed_in(carol)
+    url = f"/orders/{order.public_id}/"
+    deadline = f"{order.expires_at:%H:%M}"
+
+    text = assert_page(browser.get(url))
+    assert "Pay by" in text and deadline in text and "Pay at Stripe" in text
+
+    clock.advance(timedelta(hours=24))
+    text = assert_page(browser.get(url))
+    assert "Too late to pay" in text and "Pay at Stripe" not in text
+
+    cancel_order(order=order)
+    text = assert_page(browser.get(url))
+    assert "Cancelled It was not paid by" in text and deadline in text
+    assert "cancelled" in assert_page(browser.get("/orders/"))

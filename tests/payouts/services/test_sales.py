@@ -1,21 +1,25 @@
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 from django.db import connection
 
 from marketplace import clock
-from marketplace.models import License, Order
+from marketplace.models import AuditEvent, Dataset, License, Order
 from marketplace.money import Money
-from marketplace.services.orders import OrderNotPayable
+from marketplace.services.orders import OfferNotOpen, OrderNotPayable
 from payouts import chart, gateway, ledger
 from payouts.errors import AlreadyPaid, PaymentMismatch, StripeUnavailable
-from payouts.models import Division, DivisionLine, JournalEntry, Payment, RoyaltyPool
+from payouts.models import Division, DivisionLine, JournalEntry, Payment, RoyaltyPool, StripeEvent
 from payouts.services import sales
 from payouts.services.events import book_checkout
 from payouts.services.proofs import check_books
+from payouts.services.reconciliation import reconcile
+from payouts.tasks import apply_stripe_event
 from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
 from tests.factories.payouts import paid_checkout, sell
 
@@ -197,6 +201,23 @@ def test_money_for_a_cancelled_order_is_not_booked(db: Any, carol: Any) -> None:
     assert Payment.objects.get().status == Payment.Status.OPEN
 
 
+def test_money_for_a_cancelled_order_is_named_until_a_person_has_looked(db: Any, stripe: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    stripe.pay(sales.start_checkout(order=order, **BACK))
+    Order.objects.update(status=Order.Status.CANCELLED)  # which no service does to an order with a page that is paid
+    (event,) = stripe.events("checkout.session.completed")
+    row = StripeEvent.objects.create(
+        event_id=event["id"], type=event["type"], endpoint="platform", payload=json.dumps(event)
+    )
+
+    apply_stripe_event(row.pk)
+
+    assert nothing_is_booked()
+    found = {difference.code: difference.detail for difference in reconcile().differences}
+    assert {"event_not_applied", "charge_not_booked", "cash_differs"} <= set(found)
+    assert "its payment has to be returned" in found["event_not_applied"]
+
+
 def test_a_thousand_payees_and_more_are_batches_of_entries(db: Any, carol: Any, alice: Any) -> None:
     from marketplace.models import Party
 
@@ -312,3 +333,61 @@ def test_a_buyer_does_not_read_that_our_key_is_wrong(db: Any, door: Any, carol: 
         sales.start_checkout(order=OrderFactory(buyer=carol), **BACK)
 
     assert "sk_test" not in refused.value.message
+
+
+# --- deadlines
+
+
+def test_an_order_is_payable_until_its_deadline(db: Any, stripe: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    clock.advance(timedelta(hours=24))
+
+    with pytest.raises(OrderNotPayable, match="place a new one"):
+        sales.start_checkout(order=order, **BACK)
+
+    assert stripe.objects("checkout/sessions") == [] and not Payment.objects.exists()
+
+
+def test_an_order_of_what_is_no_longer_offered_cannot_be_paid(db: Any, stripe: Any, carol: Any) -> None:
+    replaced, withdrawn = (OrderFactory(buyer=carol) for _ in range(2))
+    OfferFactory(version=replaced.lines.get().version, price_micros=120_000_000)
+    Dataset.objects.filter(pk=withdrawn.lines.get().version.dataset_id).update(status=Dataset.Status.WITHDRAWN)
+
+    for order in (replaced, withdrawn):
+        with pytest.raises(OfferNotOpen):
+            sales.start_checkout(order=order, **BACK)
+
+    assert stripe.objects("checkout/sessions") == [] and not Payment.objects.exists()
+
+
+def test_what_was_not_paid_in_time_is_cancelled_and_its_page_closed(db: Any, stripe: Any, carol: Any) -> None:
+    opened, untouched, paid, late_webhook = (OrderFactory(buyer=carol) for _ in range(4))
+    url = sales.start_checkout(order=opened, **BACK)
+    sell(paid)
+    stripe.pay(sales.start_checkout(order=late_webhook, **BACK))
+    clock.advance(timedelta(hours=24))
+    fresh = OrderFactory(buyer=carol)
+
+    assert sales.cancel_expired_orders() == 2
+    assert sales.cancel_expired_orders() == 0
+
+    states = {order: Order.objects.get(pk=order.pk).status for order in (opened, untouched, paid, late_webhook, fresh)}
+    assert states == {
+        opened: "cancelled", untouched: "cancelled", paid: "paid", late_webhook: "placed", fresh: "placed"
+    }  # fmt: skip
+    assert httpx.get(url).status_code == 410
+    assert AuditEvent.objects.filter(action="order.cancelled").count() == 2
+    book_checkout(Payment.objects.get(order=late_webhook).checkout_id)
+    assert Order.objects.get(pk=late_webhook.pk).status == Order.Status.PAID
+
+
+def test_an_order_stays_until_stripe_has_said_that_its_page_is_closed(
+    db: Any, door: Any, stripe: Any, carol: Any
+) -> None:
+    order = OrderFactory(buyer=carol)
+    sales.start_checkout(order=order, **BACK)
+    clock.advance(timedelta(hours=24))
+    door.refuse_with = 500
+
+    assert sales.cancel_expired_orders() == 0
+    assert Order.objects.get().status == Order.Status.PLACED
