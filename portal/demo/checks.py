@@ -19,8 +19,10 @@ from attribution.engine.verification import VerificationReport, verify
 from attribution.models import PPQ, AttributionResult, AttributionRun, Share, Verification
 from attribution.services.runs import read_plan
 from attribution.services.shares import to_ppq
+from marketplace import clock
 from marketplace.models import Contribution, Disclosure, Party, RecordCopy
 from marketplace.money import Money
+from payouts import chart, ledger
 from payouts.allocation import allocate
 from payouts.models import Division, DivisionLine, Payout
 from payouts.services.proofs import check_books
@@ -91,13 +93,31 @@ def _cash() -> Iterator[Check]:
 
 
 def _payouts() -> Check:
-    payouts = Payout.objects.all()
-    paid = payouts.filter(status=Payout.Status.PAID)
-    twice = payouts.count() - payouts.values("party").distinct().count()
-    total = Money(paid.aggregate(sum=Sum("amount_micros"))["sum"] or 0, "USD")
-    holds = paid.count() == payouts.count() > 0 and twice == 0
+    """What each payee's division lines owe by now, against what their bank has and what the ledger still keeps for them."""
+    lines = DivisionLine.objects.order_by().values_list("party", "division__currency")
+    earned = {(party, currency): micros for party, currency, micros in lines.annotate(sum=Sum("amount_micros"))}
+    matured = lines.filter(due_at__lte=clock.now()).annotate(sum=Sum("amount_micros"))
+    due = {(party, currency): Money(micros, currency).floor_to_minor().micros for party, currency, micros in matured}
+    payouts = Payout.objects.order_by().values_list("party", "currency")
+    paid = {
+        (party, currency): micros
+        for party, currency, micros in payouts.filter(status=Payout.Status.PAID).annotate(sum=Sum("amount_micros"))
+    }
+    wrong = [
+        f"{Party.objects.get(pk=party).name}: due {Money(due.get((party, currency), 0), currency)}, "
+        f"in the bank {Money(paid.get((party, currency), 0), currency)}"
+        for party, currency in sorted({*earned, *paid})
+        if due.get((party, currency), 0) != paid.get((party, currency), 0)
+        or -ledger.balance(chart.payable(party, currency))
+        != earned.get((party, currency), 0) - paid.get((party, currency), 0)
+    ]
+    twice = payouts.count() - payouts.distinct().count()
+    n_due = sum(micros > 0 for micros in due.values())
+    total = Money(sum(paid.values()), "USD")
     return Check(
-        "Everyone due was paid once, and their bank has it", holds, f"{paid.count()} of {payouts.count()}, {total}"
+        "Everyone due was paid once, and their bank has it",
+        not wrong and twice == 0 and n_due > 0,
+        "; ".join(wrong) or f"{len(paid)} of {n_due} payees, {total}",
     )
 
 
