@@ -117,21 +117,6 @@ class PartyAdmin(ReadOnly):
     inlines = [MembershipInline]
 
 
-@admin.register(Invitation)
-class InvitationAdmin(ReadOnly):
-    list_display = ["party", "email", "expires_at", "accepted_at"]
-    list_select_related = ["party"]
-    exclude = ["token_hash"]
-
-
-@admin.register(ApiKey)
-class ApiKeyAdmin(ReadOnly):
-    list_display = ["prefix", "name", "party", "scopes", "last_used_at", "revoked_at"]
-    list_select_related = ["party"]
-    search_fields = ["prefix", "party__name"]
-    exclude = ["key_sha256"]
-
-
 class JobAdmin(ReadOnly):
     """A job can be looked at and, where it failed by an error of ours, tried again."""
 
@@ -151,6 +136,21 @@ class JobAdmin(ReadOnly):
 
     def has_reopen_permission(self, request: HttpRequest) -> bool:
         return bool(request.user.is_superuser)
+
+
+@admin.register(Invitation)
+class InvitationAdmin(JobAdmin):
+    list_display = ["party", "email", "status", "expires_at", "accepted_at"]
+    list_select_related = ["party"]
+    exclude = ["nonce", "token_hash"]
+
+
+@admin.register(ApiKey)
+class ApiKeyAdmin(ReadOnly):
+    list_display = ["prefix", "name", "party", "scopes", "last_used_at", "revoked_at"]
+    list_select_related = ["party"]
+    search_fields = ["prefix", "party__name"]
+    exclude = ["key_sha256"]
 
 
 @admin.register(Dataset)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 from django.core.files.storage import default_storage
 from django.db.models import F, Prefetch, Q, QuerySet
+from django.utils import timezone
 
 from marketplace import clock
 from marketplace.models import (
@@ -14,6 +15,7 @@ from marketplace.models import (
     Citation,
     Dataset,
     DatasetVersion,
+    Invitation,
     License,
     Offer,
     Order,
@@ -84,6 +86,15 @@ def datasets_of(party: Party) -> QuerySet[Dataset]:
         .prefetch_related(_offers(), Prefetch("versions", DatasetVersion.objects.order_by("-number")))
         .order_by("-pk")
     )
+
+
+def contributors_of(introducer: Party, dataset: Dataset | None = None) -> QuerySet[Party]:
+    """Whom a party's files have named, latest first, each with its newest invitation that still holds as `invitations`."""
+    found = Party.objects.filter(introduced_by=introducer)
+    if dataset is not None:
+        found = found.filter(contributions__version__dataset=dataset).distinct()
+    still = Invitation.objects.filter(accepted_at=None, revoked_at=None, expires_at__gt=timezone.now())
+    return found.prefetch_related(Prefetch("invitations", still.order_by("-pk"))).order_by("-pk")
 
 
 def uploads_visible_to(party: Party) -> QuerySet[Upload]:

@@ -1,8 +1,8 @@
 from celery import shared_task
 
 from marketplace import jobs
-from marketplace.models import Upload
-from marketplace.services import versions
+from marketplace.models import Invitation, Upload
+from marketplace.services import invitations, versions
 
 
 @shared_task(acks_late=True)
@@ -12,6 +12,14 @@ def ingest_upload(upload_id: int) -> None:
         if upload:
             versions.ingest(upload)
     versions.discard_finished_files()
+
+
+@shared_task(acks_late=True)
+def send_invitation(invitation_id: int) -> None:
+    """A worker that dies between the mail and its note sends it twice; nobody is left without it."""
+    with jobs.claimed(Invitation, invitation_id) as invitation:
+        if invitation:
+            invitations.send_invitation(invitation)
 
 
 @shared_task

@@ -42,6 +42,7 @@ NEVER_DELETED = (
     "marketplace_order",
     "marketplace_license",
     "marketplace_disclosure",
+    "marketplace_mailoptout",
     "attribution_",
 )
 #: What ingest and attribution write.

@@ -185,6 +185,7 @@ EMAIL_PORT = env.int("EMAIL_PORT", default=25)
 EMAIL_HOST_USER = env("EMAIL_HOST_USER", default="")
 EMAIL_HOST_PASSWORD = env("EMAIL_HOST_PASSWORD", default="")
 EMAIL_USE_TLS = env.bool("EMAIL_USE_TLS", default=not IS_DEMO)
+INVITATIONS_PER_DAY = env.int("INVITATIONS_PER_DAY", default=100)  # that one owner may send
 DEFAULT_FROM_EMAIL = env("DEFAULT_FROM_EMAIL", default="Residual <no-reply@residual.example>")
 
 LANGUAGE_CODE = "en"

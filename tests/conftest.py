@@ -16,10 +16,13 @@ from psycopg import sql
 
 
 def _person(name: str) -> Any:
+    from allauth.account.models import EmailAddress
+
     from marketplace.models import User
     from marketplace.services.parties import create_party
 
     user = User.objects.create_user(f"{name}@example.org", "correct horse battery staple")
+    EmailAddress.objects.create(user=user, email=user.email, verified=True, primary=True)
     party = create_party(user=user, name=name.title(), country="DE")
     party.user = user  # whom the tests sign in to act for it
     return party

@@ -7,7 +7,7 @@ from rest_framework import serializers
 
 from marketplace import clock
 from marketplace.api.fields import MoneyField
-from marketplace.models import Citation, Dataset, DatasetVersion, License, Offer, Order, OrderLine
+from marketplace.models import Citation, Dataset, DatasetVersion, Invitation, License, Offer, Order, OrderLine, Party
 from marketplace.money import Money
 from marketplace.selectors import cited_by, current_offer, price_history
 from marketplace.services.orders import MAX_LINES
@@ -172,6 +172,36 @@ class OrderInput(serializers.Serializer):
         if missing := {index: [f"There is no offer {id}."] for index, id in enumerate(ids) if id not in found}:
             raise serializers.ValidationError(missing)  # type: ignore[arg-type]
         return [found[id] for id in ids]
+
+
+class ContributorOutput(serializers.ModelSerializer):
+    """Someone whom one of your files named; who they are, only they can say."""
+
+    id = serializers.UUIDField(source="public_id")
+    name = serializers.CharField(source="external_ref", help_text="As your files have it.")
+    is_claimed = serializers.BooleanField()
+    invited_at = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Party
+        fields = ["id", "name", "is_claimed", "claimed_at", "invited_at"]
+
+    @extend_schema_field({"type": ["string", "null"], "format": "date-time", "description": "While it still holds."})
+    def get_invited_at(self, party: Party) -> str | None:
+        newest = next(iter(party.invitations.all()), None)
+        return newest.created_at.isoformat() if newest else None
+
+
+class InvitationInput(serializers.Serializer):
+    email = serializers.EmailField(help_text="Only who reads mail at this address can claim the contributor.")
+
+
+class InvitationOutput(serializers.ModelSerializer):
+    contributor = serializers.UUIDField(source="party.public_id")
+
+    class Meta:
+        model = Invitation
+        fields = ["contributor", "email", "created_at", "expires_at"]
 
 
 class OrderLineOutput(serializers.ModelSerializer):

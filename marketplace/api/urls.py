@@ -1,7 +1,8 @@
-from marketplace.api.views import DatasetViewSet, LicenseViewSet, OrderViewSet
+from marketplace.api.views import ContributorViewSet, DatasetViewSet, LicenseViewSet, OrderViewSet
 
 routes = [
     ("datasets", DatasetViewSet, "dataset"),
+    ("contributors", ContributorViewSet, "contributor"),
     ("orders", OrderViewSet, "order"),
     ("licenses", LicenseViewSet, "license"),
 ]

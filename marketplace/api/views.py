@@ -3,7 +3,7 @@ from typing import IO, Any, ClassVar
 
 from django.db.models import QuerySet
 from django.http import FileResponse, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
-from django.shortcuts import render
+from django.shortcuts import get_object_or_404, render
 from django.utils.http import content_disposition_header, http_date
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
@@ -19,19 +19,29 @@ from rest_framework.viewsets import GenericViewSet
 from marketplace import clock
 from marketplace.api.keys import acting_key, idempotency_key
 from marketplace.api.serializers import (
+    ContributorOutput,
     DatasetDetailOutput,
     DatasetOutput,
     DownloadOutput,
+    InvitationInput,
+    InvitationOutput,
     LicenseOutput,
     OrderInput,
     OrderOutput,
 )
 from marketplace.bodies import problem_document
 from marketplace.errors import DomainError
-from marketplace.models import ApiKey, Dataset, License, Order
-from marketplace.selectors import licenses_visible_to, listed_datasets, orders_visible_to
+from marketplace.models import ApiKey, Dataset, License, Order, Party
+from marketplace.selectors import (
+    contributors_of,
+    datasets_of,
+    licenses_visible_to,
+    listed_datasets,
+    orders_visible_to,
+)
 from marketplace.services import disclosures
 from marketplace.services.downloads import Download, note_first_download, open_download, signed_download_url
+from marketplace.services.invitations import invite
 from marketplace.services.orders import place_order
 
 CHUNK_BYTES = 1 << 18
@@ -66,6 +76,42 @@ class DatasetViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
 
     def get_serializer_class(self) -> type[BaseSerializer]:
         return DatasetDetailOutput if self.action == "retrieve" else DatasetOutput
+
+
+@extend_schema_view(
+    list=extend_schema(
+        summary="The contributors that your files name",
+        parameters=[
+            OpenApiParameter("dataset", str, description="The slug of one of your datasets: its contributors.")
+        ],
+    )
+)
+class ContributorViewSet(ListModelMixin, GenericViewSet):
+    scopes: ClassVar[dict[str, str]] = {"invite": ApiKey.Scope.UPLOAD}
+    serializer_class = ContributorOutput
+    queryset = Party.objects.none()
+    lookup_field = "public_id"
+    lookup_url_kwarg = "id"
+    lookup_value_converter = "uuid"
+
+    def get_queryset(self) -> QuerySet[Party]:
+        party, slug = acting_key(self.request).party, self.request.query_params.get("dataset")
+        dataset = get_object_or_404(datasets_of(party), slug=slug) if slug else None
+        return contributors_of(party, dataset)
+
+    @extend_schema(
+        summary="Invite a contributor to claim their part",
+        description="One mail with a link that is bound to the address and a way to opt out. Only after a version with "
+        "the contributor in it is published. To the same address within a day it is the same invitation and no second mail.",
+        request=InvitationInput,
+        responses={201: InvitationOutput},
+    )
+    @action(detail=True, methods=["post"], url_path="invitations")
+    def invite(self, request: Request, id: str) -> Response:
+        party, data = self.get_object(), InvitationInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        invitation = invite(party=party, email=data.validated_data["email"], by=None)
+        return Response(InvitationOutput(invitation).data, status=status.HTTP_201_CREATED)
 
 
 @extend_schema_view(

@@ -8,7 +8,7 @@ from marketplace.models.disclosures import Citation, Disclosure, TrainedModel
 from marketplace.models.keys import ApiKey
 from marketplace.models.offers import Offer
 from marketplace.models.orders import License, Order, OrderLine
-from marketplace.models.parties import Invitation, Membership, Party, User
+from marketplace.models.parties import Invitation, MailOptOut, Membership, Party, User
 
 __all__ = [
     "ApiKey",
@@ -22,6 +22,7 @@ __all__ = [
     "Disclosure",
     "Invitation",
     "License",
+    "MailOptOut",
     "Membership",
     "Offer",
     "Order",

@@ -13,6 +13,8 @@ from django.db.models import (  # in Party's body, mypy takes `models` for its r
 from django.db.models.functions import Lower
 from django.utils import timezone
 
+from marketplace.jobs import Job
+
 
 class UserManager(BaseUserManager["User"]):
     def create_user(self, email: str, password: str | None = None, **fields: Any) -> "User":
@@ -118,24 +120,41 @@ class Membership(models.Model):
         return self.role == self.Role.OWNER
 
 
-class Invitation(models.Model):
-    """An introduced contributor's way to their party: bound to one address, usable once."""
+class Invitation(Job):
+    """An introduced contributor's way to their party: bound to one address, usable once. As a job: its mail."""
+
+    task_name: ClassVar[str] = "marketplace.tasks.send_invitation"
 
     party = models.ForeignKey(Party, models.PROTECT, related_name="invitations")
     email = models.EmailField()
+    nonce = models.CharField(max_length=32)  # the token is made from it and the server's secret: see the service
     token_hash = models.CharField(max_length=64, unique=True)  # SHA-256 of the token, which only the mail holds
-    invited_by = models.ForeignKey(User, models.PROTECT, related_name="+")
+    invited_by = models.ForeignKey(User, models.PROTECT, null=True, related_name="+")  # null: by API key
     created_at = models.DateTimeField(default=timezone.now)
     expires_at = models.DateTimeField()
+    revoked_at = models.DateTimeField(null=True, blank=True)  # a later one to the same address took its place
     accepted_at = models.DateTimeField(null=True, blank=True)
     accepted_by = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="+")
 
-    class Meta:
+    class Meta(Job.Meta):
         constraints = [
+            *Job.Meta.constraints,
             models.UniqueConstraint(
-                fields=["party", "email"], condition=Q(accepted_at__isnull=True), name="one_open_invitation_per_address"
+                fields=["party", "email"],
+                condition=Q(accepted_at__isnull=True, revoked_at__isnull=True),
+                name="one_open_invitation_per_address",
             ),
         ]
 
     def __str__(self) -> str:
         return f"Invitation of {self.party}"
+
+
+class MailOptOut(models.Model):
+    """An address that wants no invitation, from anyone, ever again; kept as a hash only."""
+
+    address_sha256 = models.CharField(max_length=64, primary_key=True)  # of the address in lower case
+    opted_out_at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return f"{self.address_sha256[:12]}…"

@@ -288,6 +288,14 @@ class OrganisationForm(Form):
     country = country_field("Country")
 
 
+class InvitationForm(Form):
+    email = forms.EmailField(
+        label="E-mail address",
+        help_text="Only who can read mail at this address can claim the contributor.",
+        widget=forms.EmailInput(attrs={"autocomplete": "off"}),
+    )
+
+
 SCOPES = {
     ApiKey.Scope.READ: "Read: see your orders, licenses and statements, and download what is licensed",
     ApiKey.Scope.BUY: "Buy: place orders and open checkouts",

@@ -12,6 +12,7 @@ urlpatterns = [
     path("datasets/<slug:slug>/order/", orders.order_place, name="order-place"),
     path("datasets/<slug:slug>/upload/", uploads.upload, name="upload"),
     path("datasets/<slug:slug>/upload/<uuid:incoming_id>/", uploads.upload_map, name="upload-map"),
+    path("datasets/<slug:slug>/contributors/<uuid:party_id>/invite/", parties.invite_contributor, name="invite"),
     path("uploads/<uuid:upload_id>/", uploads.upload_status, name="upload-status"),
     path("uploads/<uuid:upload_id>/publish/", uploads.publish, name="publish"),
     path("orders/", orders.orders, name="orders"),
@@ -22,5 +23,6 @@ urlpatterns = [
     path("settings/keys/<int:key_id>/revoke/", parties.api_key_revoke, name="api-key-revoke"),
     path("party/", parties.party_switch, name="party-switch"),
     path("organisations/new/", parties.organisation_new, name="organisation-new"),
+    path("invitations/opt-out/<str:mark>/", parties.opt_out, name="opt-out"),
     path("invitations/<str:token>/", parties.invitation, name="invitation"),
 ]

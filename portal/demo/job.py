@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+from allauth.account.models import EmailAddress
 from django.db.models import Max, Sum
 from django.utils.text import slugify
 
@@ -20,7 +21,6 @@ from attribution.models import AttributionResult, AttributionRun, Verification
 from marketplace import clock
 from marketplace.models import Dataset, Disclosure, License, Offer, Order, Party, Upload, User
 from marketplace.money import Money
-from marketplace.services.parties import invite
 from payouts.models import (
     DivisionLine,
     PayeeAccount,
@@ -37,6 +37,7 @@ from portal.demo import cast
 from portal.demo.browser import Browser
 from portal.demo.cast import Listing, email_of
 from portal.demo.console import DemoFailed, follow, say, wait_for
+from portal.demo.mailbox import find_link
 from portal.demo.trainer import MODEL_SLUG, LicensedFile, train_and_describe
 from portal.site import Site
 
@@ -50,6 +51,7 @@ class MainJob:
     def __init__(self, site: Site, var: Path) -> None:
         self.site = site
         self.files = var / "demo"
+        self.mail = var / "mail"
         self.curator = Browser(site.url)
         self.trainer = Browser(site.url)
 
@@ -348,33 +350,52 @@ class MainJob:
         missing = [
             name for name in names if not PayeeAccount.objects.filter(party__name=name, transfers_active=True).exists()
         ]
-        tokens = {name: self._invitation(name) for name in missing}
+        unclaimed = [name for name in missing if not _party(name).is_claimed]
+        for name in unclaimed:
+            self._invite(name)
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda name: self._onboard(name, tokens[name]), missing))
+            list(pool.map(lambda name: self._onboard(name, is_claimed=name not in unclaimed), missing))
         wait_for(
             "Stripe's word on the payees' accounts",
             lambda: PayeeAccount.objects.filter(transfers_active=True).count() >= len(names),
             seconds=60,
             check=self.site.supervisor.check,
         )
-        say(f"{len(names)} contributors have claimed their party and onboarded at Stripe")
+        say(f"{len(names)} contributors were invited by mail, have claimed their party and onboarded at Stripe")
 
-    def _invitation(self, name: str) -> str:
-        """The token that the invitation's mail holds; empty where the party is claimed already."""
-        party = Party.objects.get(external_ref=name, introduced_by__name=cast.COOPERATIVE)
-        if party.is_claimed:
-            return ""
-        return invite(party=party, email=email_of(name), by=User.objects.get(email=cast.CURATOR))
+    def _invite(self, name: str) -> None:
+        """The cooperative invites whom its file names, from the dataset's page; the same day again, no second mail goes out."""
+        party = _party(name)
+        slug = Dataset.objects.filter(versions__contributions__party=party).earliest("pk").slug
+        page = self.curator.get(f"/datasets/{slug}/contributors/{party.public_id}/invite/")
+        self.curator.submit(page, page.form(having="email"), {"email": email_of(name)})
 
-    def _onboard(self, name: str, token: str) -> None:
+    def _onboard(self, name: str, *, is_claimed: bool) -> None:
         with Browser(self.site.url) as browser:
-            self._claim_and_onboard(browser, name, token)
+            self._enter(browser, email_of(name))
+            if not is_claimed:
+                self._claim(browser, name)
+            self._onboard_at_stripe(browser, name)
 
-    def _claim_and_onboard(self, browser: Browser, name: str, token: str) -> None:
-        self._enter(browser, email_of(name))
-        if token:
-            page = browser.get(f"/invitations/{token}/")
-            browser.submit(page, page.own_form())
+    def _claim(self, browser: Browser, name: str) -> None:
+        """Confirm the address by the one mail, then take up the invitation by the other."""
+        if not EmailAddress.objects.filter(email=email_of(name), verified=True).exists():
+            page = browser.get(self._link(name, "/accounts/confirm-email/"))
+            browser.submit(page, page.form(action="/accounts/confirm-email/"))
+        page = browser.get(self._link(name, "/invitations/"))
+        browser.submit(page, page.own_form())
+
+    def _link(self, name: str, path: str) -> str:
+        """Out of the person's mail."""
+        found: str = wait_for(
+            f"The mail to {email_of(name)}",
+            lambda: find_link(self.mail, to=email_of(name), path=path),
+            seconds=60,
+            check=self.site.supervisor.check,
+        )
+        return found
+
+    def _onboard_at_stripe(self, browser: Browser, name: str) -> None:
         self._act_for(browser, name)
         page = browser.get("/earnings/")
         form = page.form(action="/earnings/onboarding/")
@@ -482,6 +503,11 @@ class MainJob:
             path.write_text(json.dumps({"key": shown[0]}))
         key = json.loads(path.read_text())["key"]
         return httpx.Client(base_url=f"{self.site.url}/api/v1/", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+def _party(name: str) -> Party:
+    """Whom the cooperative's files call so."""
+    return Party.objects.get(external_ref=name, introduced_by__name=cast.COOPERATIVE)
 
 
 def slug_of(listing: Listing) -> str:

@@ -13,7 +13,7 @@ from django.views.decorators.http import require_GET, require_http_methods
 from marketplace import selectors
 from marketplace.errors import DomainError
 from marketplace.export.odrl import ALLOWED_USES
-from marketplace.models import Contribution, Dataset, DatasetVersion, Offer, Party
+from marketplace.models import Contribution, Dataset, DatasetVersion, Membership, Offer, Party
 from marketplace.money import Money
 from marketplace.services.offers import publish_offer
 from marketplace.services.versions import create_dataset
@@ -188,10 +188,22 @@ def _people(request: HttpRequest, version: DatasetVersion) -> dict[str, Any]:
     """Who gave what to a version: rights holders, then labellers, most records first, a page at a time."""
     numbers = dict(version.contributions.order_by().values_list("role").annotate(n=Count("pk")))
     rows = version.contributions.select_related("party").order_by("-role", "-n_records", "number")
+    page = Paginator(rows, PEOPLE_PER_PAGE).get_page(request.GET.get("people"))
+    owner, membership = version.dataset.owner, request.membership  # type: ignore[attr-defined]
+    may_invite = (
+        version.status == DatasetVersion.Status.PUBLISHED
+        and membership is not None
+        and membership.party == owner
+        and membership.role != Membership.Role.VIEWER
+    )
+    named = selectors.contributors_of(owner).filter(pk__in=[row.party_id for row in page]) if may_invite else []
+    invited = {party.pk: next(iter(party.invitations.all()), None) for party in named if not party.is_claimed}
     return {
         "n_holders": numbers.get(Contribution.Role.RIGHTS_HOLDER, 0),
         "n_labellers": numbers.get(Contribution.Role.LABELLER, 0),
-        "people": Paginator(rows, PEOPLE_PER_PAGE).get_page(request.GET.get("people")),
+        "people": page,
+        "people_rows": [(row, row.party_id in invited, invited.get(row.party_id)) for row in page],
+        "may_invite": may_invite,
     }
 
 

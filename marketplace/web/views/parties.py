@@ -4,9 +4,10 @@ import uuid
 
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
-from django.http import Http404, HttpResponseBase
+from django.http import Http404, HttpRequest, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
+from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_http_methods, require_POST
 
 from marketplace import selectors
@@ -14,9 +15,10 @@ from marketplace.api.keys import create_api_key, revoke_api_key
 from marketplace.errors import DomainError
 from marketplace.models import ApiKey, Membership, Party
 from marketplace.money import Money
-from marketplace.services.parties import accept_invitation, create_party, get_invitation
-from marketplace.web.access import ActingRequest, acting_owner
-from marketplace.web.forms import SCOPES, ApiKeyForm, OrganisationForm
+from marketplace.services import invitations
+from marketplace.services.parties import create_party
+from marketplace.web.access import ActingRequest, acting_editor, acting_owner
+from marketplace.web.forms import SCOPES, ApiKeyForm, InvitationForm, OrganisationForm
 from marketplace.web.middleware import SESSION_KEY
 from marketplace.web.views.orders import refusal
 
@@ -60,17 +62,51 @@ def invitation(request: ActingRequest, token: str) -> HttpResponseBase:
     """A GET only shows it: a mail scanner that follows links must not take it up."""
     if request.method == "GET":
         try:
-            found = get_invitation(token=token, user=request.user)
+            found = invitations.get_invitation(token=token, user=request.user)
         except DomainError as error:
             return refusal(request, error)
-        return render(request, "marketplace/invitation.html", {"invitation": found})
+        context = {"invitation": found, "parts": invitations.labelled_parts(found.party)}
+        return render(request, "marketplace/invitation.html", context)
     try:
-        party = accept_invitation(token=token, user=request.user)
+        party = invitations.accept_invitation(token=token, user=request.user)
     except DomainError as error:
         return refusal(request, error)
     request.session[SESSION_KEY] = party.pk
     messages.success(request, f"{party.name} is yours. What its records earned so far is below.")
     return redirect("earnings")
+
+
+@acting_editor
+@require_http_methods(["GET", "POST"])
+def invite_contributor(request: ActingRequest, slug: str, party_id: uuid.UUID) -> HttpResponseBase:
+    """One contributor of one's own dataset, to the address that one knows of them."""
+    dataset = get_object_or_404(selectors.datasets_of(request.party), slug=slug)
+    party = get_object_or_404(selectors.contributors_of(request.party, dataset), public_id=party_id)
+    form = InvitationForm(request.POST or None)
+    if form.is_valid():
+        try:
+            sent = invitations.invite(party=party, email=form.cleaned_data["email"], by=request.user)
+        except DomainError as error:
+            form.add_refusal(error)
+        else:
+            messages.success(request, f"{party.name} is invited at {sent.email}.")
+            return redirect("dataset", slug=slug)
+    context = {"section": "datasets", "dataset": dataset, "party": party, "form": form}
+    return render(request, "marketplace/invite.html", context, status=422 if form.errors else 200)
+
+
+@csrf_exempt  # the mail program's own button posts here (RFC 8058), from no page of ours; the mark is the authority
+@require_http_methods(["GET", "POST"])
+def opt_out(request: HttpRequest, mark: str) -> HttpResponseBase:
+    """A GET only asks: a mail scanner that follows links must not opt anyone out."""
+    try:
+        if request.method == "POST":
+            invitations.opt_out(mark=mark)
+        else:
+            invitations.read_opt_out_mark(mark)
+    except DomainError as error:
+        return refusal(request, error)
+    return render(request, "marketplace/opt_out.html", {"is_done": request.method == "POST"})
 
 
 @never_cache

@@ -3,8 +3,10 @@ import re
 import pytest
 from django.test import Client
 
-from marketplace.models import ApiKey, Membership, Party, User
-from marketplace.services.parties import introduce_party, invite
+from marketplace.models import ApiKey, Invitation, Membership, Party, User
+from marketplace.services.invitations import has_opted_out, invite, opt_out_mark, token_of
+from marketplace.services.parties import introduce_party
+from tests.factories.marketplace import DatasetFactory, OfferFactory, PublishedVersionFactory
 from tests.pages import assert_page, signed_in
 
 
@@ -67,14 +69,20 @@ def test_an_organisation_needs_a_country_code(alice):
 def invited(alice, bob):
     """An introduced contributor and the invitation that alice sent to bob's address."""
     party = introduce_party(introducer=alice, external_ref="B. in the file")
-    return party, invite(party=party, email="bob@example.org", by=alice.user)
+    version = PublishedVersionFactory(
+        dataset=DatasetFactory(owner=alice, slug="scans", title="Scans"), contributions={alice: 8}, labellers={party: 5}
+    )
+    OfferFactory(version=version, labellers_bps=2_500)
+    return party, token_of(invite(party=party, email="bob@example.org", by=alice.user))
 
 
 def test_an_invitation_is_shown_before_it_is_taken_up(invited, bob):
     party, token = invited
     browser, url = signed_in(bob), f"/invitations/{token}/"
 
-    assert "B. in the file" in assert_page(browser.get(url))
+    text = assert_page(browser.get(url))
+    assert "B. in the file" in text
+    assert "Scans : 25 % for the labels of 8 records, of which you labelled 5" in text and "and I accept" in text
     party.refresh_from_db()
     assert not party.is_claimed
 
@@ -92,6 +100,43 @@ def test_an_invitation_of_someone_else_says_so_and_does_nothing(invited, mallory
     assert "unknown or has expired" in assert_page(browser.get("/invitations/wrong/"), 410)
     party.refresh_from_db()
     assert not party.is_claimed
+
+
+def test_an_owner_invites_from_the_datasets_page(alice, invited):
+    party, _ = invited
+    Invitation.objects.all().delete()
+    browser, page = signed_in(alice), "/datasets/scans/"
+    form = f"{page}contributors/{party.public_id}/invite/"
+    assert f'href="{form}"' in browser.get(page).content.decode()
+
+    assert "Invite B. in the file" in assert_page(browser.get(form))
+    assert "valid email" in assert_page(browser.post(form, {"email": "bob"}), 422)
+    assert browser.post(form, {"email": "bob@example.org"}).url == page
+
+    invitation = Invitation.objects.get()
+    assert (invitation.party, invitation.email, invitation.invited_by) == (party, "bob@example.org", alice.user)
+    text = assert_page(browser.get(page))
+    assert "is invited at bob@example.org" in text and "invited" in text.split("Claimed")[1]
+
+
+def test_a_stranger_invites_nobody(client, mallory, invited):
+    party, _ = invited
+    form = f"/datasets/scans/contributors/{party.public_id}/invite/"
+
+    assert form not in client.get("/datasets/scans/").content.decode()
+    assert_page(signed_in(mallory).post(form, {"email": "mallory@example.org"}), 404)
+    assert Invitation.objects.count() == 1
+
+
+def test_opting_out_asks_first_and_needs_no_account(client, db):
+    url = f"/invitations/opt-out/{opt_out_mark('bob@example.org')}/"
+
+    assert "Get no more invitations?" in assert_page(client.get(url))
+    assert not has_opted_out("bob@example.org")
+    strict = Client(enforce_csrf_checks=True)  # a mail program has no token
+    assert "No more invitations" in assert_page(strict.post(url, {"List-Unsubscribe": "One-Click"}))
+    assert has_opted_out("Bob@example.org")
+    assert "incomplete" in assert_page(client.get("/invitations/opt-out/forged/"), 410)
 
 
 def test_a_key_is_shown_once(alice):
