@@ -26,7 +26,7 @@ class Payment(models.Model):
     checkout_url = models.TextField(blank=True)
     checkout_attempt = models.PositiveIntegerField(
         default=1
-    )  # in the idempotency key; rises when a session has expired
+    )  # in the idempotency key; rises when a session has expired, and when the key would only repeat an error
     charge_id = models.CharField(max_length=255, unique=True, null=True)
     balance_transaction_id = models.CharField(max_length=255, unique=True, null=True)
     fee_micros = models.BigIntegerField(null=True)  # Stripe's, from the balance transaction
