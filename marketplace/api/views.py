@@ -131,7 +131,8 @@ class OrderViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
     @extend_schema(
         summary="Place an order",
         description="A line per offer, in one currency. Pay it at the address that `orders/{id}/checkout/` gives; the "
-        "licenses are there once the payment is confirmed. The same key and body again give the same order.",
+        "licenses are there once the payment is confirmed. The same key and body again give the same order. One that is not "
+        "paid within 24 hours is cancelled; a new order needs a new key.",
         parameters=[IDEMPOTENCY_KEY],
         request=OrderInput,
         responses={201: OrderOutput},
