@@ -3,7 +3,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("marketplace", "0006_orders_have_a_deadline"),
+        ("marketplace", "0005_orders_have_a_deadline"),
     ]
 
     operations = [

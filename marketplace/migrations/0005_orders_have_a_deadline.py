@@ -14,7 +14,7 @@ def set_deadline(apps, schema_editor):
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("marketplace", "0005_order_expires_at"),
+        ("marketplace", "0004_order_expires_at"),
     ]
 
     operations = [

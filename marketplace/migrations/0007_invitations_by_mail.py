@@ -12,7 +12,7 @@ STATUS = [('queued', 'Queued'), ('running', 'Running'), ('done', 'Done'), ('fail
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0007_order_expires_always'),
+        ('marketplace', '0006_order_expires_always'),
     ]
 
     operations = [
