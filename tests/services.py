@@ -35,6 +35,7 @@ def _provide() -> None:
         major = connection.info.server_version // 10_000
     var = tempfile.mkdtemp(prefix="residual-")
     atexit.register(shutil.rmtree, var, ignore_errors=True)
+    Path(var, "static").mkdir()  # whitenoise misses it aloud
     os.environ.update(
         RESIDUAL_MODE="demo",
         RESIDUAL_VAR=var,

@@ -80,7 +80,7 @@ def place_order(
     Raises:
         KeyReused: the key stands for another request.
         NotAllowed: the user may not buy in the party's name.
-        InvalidInput: no offers, one twice, two currencies, no name, or too small a total.
+        InvalidInput: no offers, one twice, the buyer's own, two currencies, no name, or too small a total.
         OfferNotOpen, PriceChanged, SpendingLimitReached: see the classes.
     """
     if (user is None) == (api_key is None):
@@ -94,7 +94,7 @@ def place_order(
     request_sha256 = _request_digest(offers, expected_total, accepted_name)
     if placed := _find_placed(buyer, key, request_sha256):
         return placed
-    _check_request(offers, expected_total, accepted_name)
+    _check_request(buyer, offers, expected_total, accepted_name)
     _check_open(offers, expected_total)
     now = clock.now()
     try:
@@ -224,7 +224,7 @@ def _find_placed(buyer: Party, key: str, request_sha256: str) -> Order | None:
     return placed
 
 
-def _check_request(offers: Sequence[Offer], total: Money, accepted_name: str) -> None:
+def _check_request(buyer: Party, offers: Sequence[Offer], total: Money, accepted_name: str) -> None:
     if not 0 < len(offers) <= MAX_LINES:
         raise InvalidInput(
             f"An order has 1 to {MAX_LINES} offers; this one has {len(offers)}.", pointers={"/offers": "wrong number"}
@@ -237,6 +237,11 @@ def _check_request(offers: Sequence[Offer], total: Money, accepted_name: str) ->
                 pointers={f"/offers/{index}": "the same dataset again"},
             )
         seen.add(offer.dataset_id)
+        if offer.dataset.owner_id == buyer.pk:
+            raise InvalidInput(
+                f"{offer.dataset.title} is {buyer.name}'s own: nobody pays themselves. Act for the party that buys.",
+                pointers={f"/offers/{index}": "the buyer's own dataset"},
+            )
         if offer.currency != total.currency:
             raise InvalidInput(
                 f"One order has one currency: this offer is in {offer.currency}, the expected total in "

@@ -450,6 +450,17 @@ class MainJob:
                 if "Lumen Digits MLP" not in anyone.get(f"/datasets/{slug_of(listing)}/").text:
                     raise DemoFailed(f"the page of {listing.title} does not say who cites it")
                 seen += 1
+        with Browser(self.site.url) as trainer:
+            self._enter(trainer, cast.TRAINER)
+            self._act_for(trainer, cast.LAB)
+            for path, shown in (
+                ("/orders/", cast.LISTINGS[0].title),
+                ("/licenses/", cast.LISTINGS[0].title),
+                ("/royalties/", "Lumen Digits MLP"),
+            ):
+                if shown not in trainer.get(path).text:
+                    raise DemoFailed(f"the trainer's page {path} does not show {shown}")
+                seen += 1
         for name in (cast.HOLDERS[0], cast.LABELLERS[0]):
             with Browser(self.site.url) as reader:
                 seen += self._read_statements(reader, name)

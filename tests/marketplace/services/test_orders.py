@@ -62,6 +62,16 @@ def test_the_same_key_and_request_give_the_same_order_even_after_the_price_chang
     assert Order.objects.count() == 1
 
 
+def test_nobody_licenses_their_own_dataset(carol):
+    own, other = OfferFactory(version__dataset__owner=carol), OfferFactory()
+
+    with pytest.raises(InvalidInput, match="nobody pays themselves") as refused:
+        place(carol, [other, own])
+
+    assert refused.value.pointers == {"/offers/1": "the buyer's own dataset"}
+    assert_nothing_written()
+
+
 def test_the_same_key_for_another_request_is_refused(carol):
     offer, other = OfferFactory(), OfferFactory()
     first = place(carol, [offer])

@@ -31,6 +31,15 @@ def test_an_order_is_placed_from_the_dataset_page_once_however_often_it_is_sent(
     assert "Pay at Stripe" in assert_page(browser.get(first.url))
 
 
+def test_owners_see_what_others_pay_and_are_not_asked_to(carol):
+    offer = OfferFactory(version__dataset__owner=carol)
+
+    text = assert_page(signed_in(carol).get(f"/datasets/{offer.dataset.slug}/"))
+
+    assert "What others see and pay." in text
+    assert "License for" not in text
+
+
 def test_an_order_at_a_price_that_has_changed_is_refused_with_both_prices(carol):
     offer = OfferFactory()
     OfferFactory(version=offer.version, price_micros=120_000_000)
