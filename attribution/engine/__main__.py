@@ -1,6 +1,6 @@
 """The engine's command line.
 
-    python -m attribution.engine train|score|shares|verify path/to/task.py:make_task --out DIR
+    python -m attribution.engine train|score|shares|verify|evaluate path/to/task.py:make_task --out DIR
 
 The task file's folder goes on `sys.path`; `make_task()` returns a Task. Results are written whole or not at all. Exit codes:
 0 done, or a match; 2 bad input; 3 a mismatch.
@@ -21,9 +21,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
+from attribution.engine.charts import evaluation_svg
 from attribution.engine.errors import EngineError
 from attribution.engine.estimators import graddot, replay
+from attribution.engine.evaluation import Evaluation, Scored, evaluate, has_copy, scores_without_copies, self_influence
+from attribution.engine.files import written_whole
 from attribution.engine.shares import RoundResult, SharesResult, merge_rounds, plan_shares, run_round
 from attribution.engine.task import Task
 from attribution.engine.training import Progress as Told
@@ -156,12 +160,142 @@ def run_verify(task: Task, given: argparse.Namespace) -> int:
     return MATCH if report.matches else MISMATCH
 
 
+def run_evaluate(task: Task, given: argparse.Namespace) -> int:
+    """Scores go to DIR/scores-METHOD.npy, retrains to DIR/truth, from where the next evaluation of this task has them."""
+    task.require_recipe()
+    mislabelled = _array(given.mislabelled, "/mislabelled") if given.mislabelled else None
+    copies = _copies(task, given.copies)
+    files = [_named_scores(text) for text in given.scores or []]
+    methods = list(dict.fromkeys(given.method or ([] if files else METHODS)))
+    for name, _ in files:
+        if name in METHODS or [n for n, _ in files].count(name) > 1:
+            raise EngineError(f"{name!r} is taken; give the file another name", pointer="/scores")
+    with _timed() as seconds:
+        scored = [_scored(task, name, given, copies is not None) for name in methods]
+        scored += [Scored(name, array, without_copies=_as_matrix(array, copies)) for name, array in files]
+        with _bar("retrain") as told:
+            result = evaluate(
+                task,
+                scored,
+                folder=given.out / "truth",
+                kept=list(dict.fromkeys(given.kept)),
+                n_subsets=given.subsets,
+                seed=given.seed,
+                leave_out=sorted(set(given.leave_out)),
+                exact=given.exact,
+                mislabelled=mislabelled,
+                copies=copies,
+                progress=told,
+            )
+    report = {"command": "evaluate"} | result.to_json() | {"seconds": seconds(), "task": task.digest}
+    _write_json(given.out / "evaluation.json", report | {"environment": environment()})
+    with written_whole(given.out / "evaluation.svg") as partial:
+        partial.write_text(evaluation_svg(result), encoding="utf-8")
+    console.print(_evaluation_table(result))
+    return MATCH
+
+
+def _scored(task: Task, name: str, given: argparse.Namespace, copies: bool) -> Scored:
+    method = METHODS[name]
+    with _timed() as seconds, _bar(name) as told:
+        scores = method.score(task, progress=told).cpu().numpy()
+        took = seconds()
+    _write_array(given.out / f"scores-{name}.npy", scores)
+    own = unmarked = None
+    if given.mislabelled and given.self_influence:
+        with _bar(f"{name}, of a record on itself") as told:
+            own = self_influence(task, method, progress=told)
+    if copies:
+        with _bar(f"{name}, copies unmarked") as told:
+            unmarked = scores_without_copies(task, method, progress=told)
+    return Scored(name, scores, method.CALIBRATED, took, own, unmarked)
+
+
+def _named_scores(text: str) -> tuple[str, np.ndarray[Any, Any]]:
+    name, equals, path = text.partition("=")
+    if not equals or not name:
+        raise EngineError(f"{text!r} is not NAME=PATH.npy", pointer="/scores")
+    array = _array(Path(path), f"/scores/{name}")
+    if array.dtype.kind != "f":
+        raise EngineError(f"holds {array.dtype}, not floating-point scores", pointer=f"/scores/{name}")
+    return name, array
+
+
+def _array(path: Path, pointer: str) -> np.ndarray[Any, Any]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise EngineError(f"{path} does not exist", pointer=pointer) from error
+    except (ValueError, OSError, EOFError) as error:
+        raise EngineError(
+            f"{path} is not a whole .npy file ({error}); write it by numpy.save", pointer=pointer
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise EngineError(f"{path} holds several arrays; write one by numpy.save", pointer=pointer)
+    return array
+
+
+def _copies(task: Task, wanted: str | None) -> np.ndarray[Any, Any] | None:
+    if wanted is None:
+        return None
+    if wanted:
+        return has_copy(_array(Path(wanted), "/copies"), task.n_train)
+    if task.copy_of is None:
+        raise EngineError("the task names no copies; give --copies PATH.npy, or leave it out", pointer="/copies")
+    return has_copy(task.copy_of.numpy(), task.n_train)
+
+
+def _as_matrix(array: np.ndarray[Any, Any], copies: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any] | None:
+    """A file's scores show copies only where they differ by query."""
+    return array if copies is not None and array.ndim == 2 and array.shape[1] > 1 else None
+
+
+def _evaluation_table(result: Evaluation) -> Table:
+    """A column per method, a row per figure; what was not asked for has no row."""
+    table = Table(
+        title=f"Against retrains of {result.n_player} records; measurement {result.measurement:.4g} with all of them, "
+        f"{result.measurement_without:.4g} with none"
+    )
+    methods = result.methods
+    table.caption = (
+        "LDS and AUC: more is better; TV: share error, less is better; without the top: more, than at random"
+    )
+    table.add_column("", no_wrap=True)
+    for method in methods:
+        table.add_column(method.name, justify="right", overflow="fold")
+    table.add_column("baseline", justify="right")  # counting, or chance
+    for number, kept in enumerate(result.settings["kept"]):
+        row = [method.lds[number] for method in methods]
+        table.add_row(f"LDS, {100 * kept:g} % kept", *(f"{x.lds:.3f} ± {(x.high - x.low) / 2:.3f}" for x in row), "0")
+    if result.by_count:
+        for name, what in (("owners", "owners"), ("records", "records"), ("blended", "owners, best blend")):
+            errors = [_cell(getattr(method.share_error, name)) for method in methods]
+            table.add_row(f"TV of {what}", *errors, _cell(getattr(result.by_count, name)))
+    for number, point in enumerate(result.random):
+        measured = [f"{method.leave_out[number].measurement:.4g}" for method in methods]
+        table.add_row(f"without the top {100 * point.fraction:g} %", *measured, f"{point.measurement:.4g}")
+    for name in sorted({name for method in methods for name in method.mislabelled_auc or ()}):
+        found = [_cell((method.mislabelled_auc or {}).get(name)) for method in methods]
+        table.add_row(f"AUC, wrong labels, {name.replace('_', '-')}", *found, "0.5")
+    if any(method.copies_auc is not None for method in methods):
+        table.add_row("AUC, copies", *(_cell(method.copies_auc) for method in methods), "0.5")
+    table.add_row("seconds", *("" if method.seconds is None else f"{method.seconds:.1f}" for method in methods), "")
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def _kept_round(task: Task, folder: Path, index: int, plan: Any, told: Told) -> RoundResult:
     path = folder / f"round-{index:04d}.safetensors"
     if path.exists():
-        kept = RoundResult.load(path)
-        if kept.plan_digest == plan.digest and kept.index == index:
-            return kept
+        try:
+            kept = RoundResult.load(path)
+            if kept.plan_digest == plan.digest and kept.index == index:
+                return kept
+        except EngineError as error:  # it is only a saving of time; measured again, it has the same bytes
+            console.print(f"again: {error}", markup=False, highlight=False, soft_wrap=True)
     result = run_round(task, plan, index, progress=told)
     result.save(path)
     return result
@@ -182,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m attribution.engine", description="Which records made a model what it is."
     )
-    commands = parser.add_subparsers(required=True, metavar="train|score|shares|verify")
+    commands = parser.add_subparsers(required=True, metavar="train|score|shares|verify|evaluate")
 
     def command(name: str, run: Callable[[Task, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -204,6 +338,41 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub = command("verify", run_verify, "Replay the recipe and compare it with the checkpoints.")
     sub.add_argument("--checkpoint", action="append", metavar="STEP:PATH", help="instead of the task's own")
+    sub = command("evaluate", run_evaluate, "Measure how well methods predict retraining, side by side.")
+    sub.add_argument("--method", choices=sorted(METHODS), action="append", help="all of them, unless some are named")
+    sub.add_argument(
+        "--scores",
+        action="append",
+        metavar="NAME=PATH.npy",
+        help="of any other tool: (n_train, n_query), or (n_train,)",
+    )
+    sub.add_argument("--subsets", type=_positive(int), default=100, help="to retrain for each fraction kept")
+    sub.add_argument(
+        "--kept", type=float, nargs="+", default=[0.5], metavar="FRACTION", help="of the records in a subset"
+    )
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--leave-out",
+        type=float,
+        nargs="*",
+        default=[0.05, 0.1, 0.2, 0.4],
+        metavar="FRACTION",
+        help="of the top-scored",
+    )
+    sub.add_argument("--exact", action="store_true", help="also retrain all subsets, of at most twelve records")
+    sub.add_argument(
+        "--mislabelled", type=Path, metavar="PATH.npy", help="(n_train,): 1 where the label is known wrong"
+    )
+    sub.add_argument(
+        "--self-influence", action="store_true", help="also rank wrong labels by it: scores n_train queries"
+    )
+    sub.add_argument(
+        "--copies",
+        nargs="?",
+        const="",
+        metavar="PATH.npy",
+        help="are copies alike in score? (n_train,): each record's representative; the task's own, unless given",
+    )
     return parser
 
 
@@ -242,16 +411,13 @@ def _part(told: Told, index: int, parts: int) -> Told:
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with written_whole(path) as partial, partial.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

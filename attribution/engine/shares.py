@@ -46,6 +46,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from attribution.engine.errors import EngineError
+from attribution.engine.files import arrays_digest, written_whole
 from attribution.engine.gradients import block_rows, record_gradients, sketched
 from attribution.engine.task import Task, seed_of
 from attribution.engine.training import Cost, Program, Progress, cost, metagradients, replay_values, train
@@ -110,11 +111,10 @@ class RoundResult:
     arrays: dict[str, NDArray[np.float32]]
 
     def save(self, path: Path) -> None:
-        header = json.dumps({"plan": self.plan_digest, "round": self.index}, sort_keys=True)
-        partial = path.with_name(path.name + ".partial")
-        # One metadata key: the order of several is not fixed by the format's writer.
-        save_file(self.arrays, partial, metadata={"residual": header})
-        partial.replace(path)
+        kept = {"plan": self.plan_digest, "round": self.index, "sha256": arrays_digest(self.arrays)}
+        with written_whole(path) as partial:
+            # One metadata key: the order of several is not fixed by the format's writer.
+            save_file(self.arrays, partial, metadata={"residual": json.dumps(kept, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> "RoundResult":
@@ -123,6 +123,8 @@ class RoundResult:
                 header = json.loads((file.metadata() or {})["residual"])
                 names = list(file.keys())
                 arrays = {name: file.get_tensor(name) for name in names}
+            if header["sha256"] != arrays_digest(arrays):
+                raise EngineError("was changed after it was written; run the round again", pointer=str(path))
         except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
             raise EngineError(f"is not a round of shares ({error}); run the round again", pointer=str(path)) from error
         return cls(header["plan"], header["round"], arrays)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attribution.engine.errors import EngineError, TrainingDiverged
+from attribution.engine.files import written_whole
 from attribution.engine.task import Batch, Recipe, Task, seed_of
 
 Tensors = dict[str, Tensor]
@@ -522,9 +523,8 @@ def preserved_generator() -> Iterator[None]:
 def save_state(tensors: Tensors, path: Path) -> Path:
     """Write a safetensors file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        save_file(tensors, partial)
     return path
 
 

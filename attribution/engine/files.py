@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from attribution.engine.errors import EngineError
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Hand out a temporary name beside `path`; it gets the real one once all bytes are on the disk.
+
+    A reader never sees a half-written file, whatever stops the writer; what was at `path` before stays until then.
+
+    Raises:
+        EngineError: the disk is full, or the folder cannot be written to.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or the new name may reach the disk before the bytes
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise EngineError(
+            f"cannot be written ({why}); free some space or choose another folder, then run it again", pointer=str(path)
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over names, shapes, types and bytes: a file's format alone does not notice a flipped bit."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
