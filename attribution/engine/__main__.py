@@ -27,7 +27,7 @@ from attribution.engine.charts import evaluation_svg
 from attribution.engine.errors import EngineError
 from attribution.engine.estimators import graddot, replay
 from attribution.engine.evaluation import Evaluation, Scored, evaluate, has_copy, scores_without_copies, self_influence
-from attribution.engine.files import written_whole
+from attribution.engine.files import write_array, written_whole
 from attribution.engine.shares import RoundResult, SharesResult, merge_rounds, plan_shares, run_round
 from attribution.engine.task import Task
 from attribution.engine.training import Progress as Told
@@ -104,7 +104,7 @@ def run_score(task: Task, given: argparse.Namespace) -> int:
     method = METHODS[given.method]
     with _timed() as seconds, _bar(given.method) as told:
         scores = method.score(task, progress=told).numpy()
-    _write_array(given.out / "scores.npy", scores)
+    write_array(given.out / "scores.npy", scores)
     _write_json(
         given.out / "report.json",
         {
@@ -143,8 +143,8 @@ def run_shares(task: Task, given: argparse.Namespace) -> int:
                         break
                     result = None
         result = result or merge_rounds(task, plan, rounds, target_width=given.ci)
-    _write_array(given.out / "values.npy", result.values)
-    _write_array(given.out / "replicates.npy", result.replicates)
+    write_array(given.out / "values.npy", result.values)
+    write_array(given.out / "replicates.npy", result.replicates)
     report = result.to_json() | {"seconds": seconds(), "seed": given.seed, "task": task.digest}
     _write_json(given.out / "shares.json", report | {"environment": environment()})
     return MATCH
@@ -200,7 +200,7 @@ def _scored(task: Task, name: str, given: argparse.Namespace, copies: bool) -> S
     with _timed() as seconds, _bar(name) as told:
         scores = method.score(task, progress=told).cpu().numpy()
         took = seconds()
-    _write_array(given.out / f"scores-{name}.npy", scores)
+    write_array(given.out / f"scores-{name}.npy", scores)
     own = unmarked = None
     if given.mislabelled and given.self_influence:
         with _bar(f"{name}, of a record on itself") as told:
@@ -413,11 +413,6 @@ def _part(told: Told, index: int, parts: int) -> Told:
 def _write_json(path: Path, document: dict[str, Any]) -> None:
     with written_whole(path) as partial:
         partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    with written_whole(path) as partial, partial.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,19 @@ def written_whole(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an .npy file, whole or not at all."""
+    with written_whole(path) as partial, partial.open("wb") as file:
+        np.lib.format.write_array(_OnlyWrite(file), array, allow_pickle=False)
+
+
+class _OnlyWrite:
+    """Not a real file to numpy, which would hand it to C's stdio, whose last write fails on a full disk unnoticed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write = file.write
 
 
 def arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from attribution.engine.checks import check_losses
 from attribution.engine.errors import EngineError, TrainingDiverged
 from attribution.engine.files import written_whole
 from attribution.engine.task import Batch, Recipe, Task, seed_of
@@ -116,6 +117,7 @@ class Program:
         if self.recipe.optimizer == "sgd" and not any(options["momentum"] for options, _ in self._options.values()):
             self.fields = ()
         self._check_loss_shapes()
+        check_losses(self.module, task)
 
     def initial(self, runs: int) -> State:
         def stack(tensors: Tensors) -> Tensors:
