@@ -171,7 +171,15 @@ def run_evaluate(task: Task, given: argparse.Namespace) -> int:
         if name in METHODS or [n for n, _ in files].count(name) > 1:
             raise EngineError(f"{name!r} is taken; give the file another name", pointer="/scores")
     with _timed() as seconds:
-        scored = [_scored(task, name, given, copies is not None) for name in methods]
+        scored, skipped = [], {}
+        for name in methods:
+            try:
+                scored.append(_scored(task, name, given, copies is not None))
+            except EngineError as error:  # where one method has no answer, the others still have theirs
+                if len(skipped) + 1 == len(methods) and not files:
+                    raise
+                skipped[name] = str(error)
+                console.print(f"without {name}: {error}", markup=False, highlight=False, soft_wrap=True)
         scored += [Scored(name, array, without_copies=_as_matrix(array, copies)) for name, array in files]
         with _bar("retrain") as told:
             result = evaluate(
@@ -187,7 +195,8 @@ def run_evaluate(task: Task, given: argparse.Namespace) -> int:
                 copies=copies,
                 progress=told,
             )
-    report = {"command": "evaluate"} | result.to_json() | {"seconds": seconds(), "task": task.digest}
+    report = {"command": "evaluate", "skipped": skipped} | result.to_json()
+    report |= {"seconds": seconds(), "task": task.digest}
     _write_json(given.out / "evaluation.json", report | {"environment": environment()})
     with written_whole(given.out / "evaluation.svg") as partial:
         partial.write_text(evaluation_svg(result), encoding="utf-8")

@@ -454,6 +454,25 @@ def test_evaluate_writes_a_table_a_report_and_a_picture_and_reuses_its_retrains(
     assert not list(out.rglob("*.partial"))
 
 
+def test_a_method_without_an_answer_is_left_out_and_said_unless_it_is_the_only_one(
+    task_file, tmp_path, capfd, monkeypatch
+):
+    def exploded(task, **_):
+        raise EngineError("the derivative has exploded", pointer="/recipe")
+
+    monkeypatch.setattr(replay, "score", exploded)
+    command = ["evaluate", task_file, "--out", str(tmp_path / "out"), "--subsets", "10", "--method", "replay"]
+
+    assert main(command) == 2
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    assert main([*command, "--method", "graddot"]) == 0
+
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [method["name"] for method in report["methods"]] == ["graddot"]
+    assert report["skipped"] == {"replay": "/recipe: the derivative has exploded"}
+    assert "without replay" in capfd.readouterr().err
+
+
 def test_evaluate_measures_every_method_there_is_unless_told(task_file, tmp_path):
     from attribution.engine.__main__ import METHODS
 
