@@ -171,7 +171,8 @@ def run_evaluate(task: Task, given: argparse.Namespace) -> int:
         if name in METHODS or [n for n, _ in files].count(name) > 1:
             raise EngineError(f"{name!r} is taken; give the file another name", pointer="/scores")
     with _timed() as seconds:
-        scored, skipped = [], {}
+        scored: list[Scored] = []
+        skipped: dict[str, str] = {}
         for name in methods:
             try:
                 scored.append(_scored(task, name, given, copies is not None))
