@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from attribution.engine.errors import EngineError
-
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -21,7 +20,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     A reader never sees a half-written file, whatever stops the writer; what was at `path` before stays until then.
 
     Raises:
-        EngineError: the disk is full, or the folder cannot be written to.
+        OSError: the disk is full, or the folder cannot be written to; safetensors' own error is turned into one. It may pass,
+            as a refused input does not.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -30,10 +30,9 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # or the new name may reach the disk before the bytes
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        why = (isinstance(error, OSError) and error.strerror) or error
-        raise EngineError(
-            f"cannot be written ({why}); free some space or choose another folder, then run it again", pointer=str(path)
-        ) from error
+        number, why = (error.errno, error.strerror or error) if isinstance(error, OSError) else (errno.EIO, error)
+        advice = f"cannot be written ({why}); free some space or choose another folder, then run it again"
+        raise OSError(number, advice, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
