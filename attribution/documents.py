@@ -352,6 +352,8 @@ def _task(disclosure: Disclosure, records: TrainingRecords, rows: int | None = N
                 initial_state=initial_state_from_seed(build, spec["initial_state"]["seed"]),
                 clip_norm=spec.get("clip_norm"),
                 seed=spec.get("seed", 0),
+                order_seed=spec["order"]["seed"] if is_whole else None,
+                initial_seed=spec["initial_state"]["seed"],
             ),
         )
 

@@ -9,6 +9,7 @@ The task file's folder goes on `sys.path`; `make_task()` returns a Task. Results
 import argparse
 import importlib.util
 import json
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -153,10 +154,14 @@ def run_shares(task: Task, given: argparse.Namespace) -> int:
 def run_verify(task: Task, given: argparse.Namespace) -> int:
     if given.checkpoint:
         task = replace(task, checkpoints=[_checkpoint(text) for text in given.checkpoint])
+    if given.seed is not None and given.segments is None:
+        raise EngineError("a whole replay draws nothing; say how many segments: --segments K", pointer="/seed")
+    seed = secrets.randbits(63) if given.seed is None else given.seed  # fresh, so that nobody could have known it
     with _bar("verify") as told:
-        report = verify(task, progress=told)
+        report = verify(task, segments=given.segments, seed=seed, progress=told)
     _write_json(given.out / "verify.json", report.to_json())
-    console.print(report.summary, markup=False, highlight=False, soft_wrap=True)
+    for line in (report.summary, *report.caveats):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return MATCH if report.matches else MISMATCH
 
 
@@ -348,6 +353,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub = command("verify", run_verify, "Replay the recipe and compare it with the checkpoints.")
     sub.add_argument("--checkpoint", action="append", metavar="STEP:PATH", help="instead of the task's own")
+    sub.add_argument(
+        "--segments",
+        type=_positive(int),
+        metavar="K",
+        help="replay K random segments between checkpoints, not everything",
+    )
+    sub.add_argument("--seed", type=int, help="of the draw of segments; fresh by default, and recorded")
     sub = command("evaluate", run_evaluate, "Measure how well methods predict retraining, side by side.")
     sub.add_argument("--method", choices=sorted(METHODS), action="append", help="all of them, unless some are named")
     sub.add_argument(

@@ -96,6 +96,8 @@ class Recipe:
     normalizer: str = "batch"
     clip_norm: float | None = None
     seed: int = 0
+    order_seed: int | None = None  # where stated, `verify` checks that `order` is epoch_order's by this public seed
+    initial_seed: int | None = None  # where stated, that `initial_state` is initial_state_from_seed's
 
     def __post_init__(self) -> None:
         if self.optimizer not in DEFAULTS:
@@ -119,8 +121,9 @@ class Recipe:
             raise EngineError(f'{self.normalizer!r} is neither "batch" nor "weight"', pointer="/recipe/normalizer")
         if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm > 0):
             raise EngineError(f"{self.clip_norm!r} is not a positive number or None", pointer="/recipe/clip_norm")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise EngineError(f"{self.seed!r} is not an integer", pointer="/recipe/seed")
+        for name, seed in (("seed", self.seed), ("order_seed", self.order_seed), ("initial_seed", self.initial_seed)):
+            if isinstance(seed, bool) or (not isinstance(seed, int) and (seed is not None or name == "seed")):
+                raise EngineError(f"{seed!r} is not an integer", pointer=f"/recipe/{name}")
         for name, tensor in self.initial_state.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise EngineError(

@@ -16,7 +16,7 @@ kept for every step, or, where memory is short, for every √T-th step with the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,15 @@ class State:
     buffers: Tensors
     moments: dict[str, Tensors]  # field -> parameter name -> tensor
     frozen: Tensors  # parameters that require no gradient: one copy for all runs
+
+    def stacked(self, runs: int) -> "State":
+        """One run's state, for so many runs."""
+
+        def stack(tensors: Tensors) -> Tensors:
+            return {name: t.detach().expand(runs, *t.shape[1:]).clone() for name, t in tensors.items()}
+
+        moments = {field: stack(tensors) for field, tensors in self.moments.items()}
+        return State(self.step, stack(self.parameters), stack(self.buffers), moments, self.frozen)
 
     def tensors(self, run: int = 0) -> Tensors:
         """One run's state under the names of a checkpoint file: `model.NAME`, `optimizer.NAME.FIELD`."""
@@ -126,6 +135,15 @@ class Program:
         zeros = {name: torch.zeros_like(t) for name, t in self._trained.items()}
         moments = {f: stack(zeros) for f in self.fields}
         return State(0, stack(self._trained), stack(self._buffers), moments, self._frozen)
+
+    def restored(self, step: int, tensors: Mapping[str, Tensor]) -> State:
+        """One run's state from a checkpoint's tensors, see `State.tensors`; those of the optimizer must be there."""
+
+        def of(names: Iterable[str], pattern: str) -> Tensors:
+            return {name: tensors[pattern.format(name)][None].clone() for name in names}
+
+        moments = {field: of(self._trained, f"optimizer.{{}}.{field}") for field in self.fields}
+        return State(step, of(self._trained, "model.{}"), of(self._buffers, "model.{}"), moments, self._frozen)
 
     def slots(self, step: int, weights: Tensor) -> tuple[Batch, Tensor]:
         """The batch of one step and the weights (R, B) of its slots; an empty slot shows record 0 at weight 0."""

@@ -44,5 +44,7 @@ def make_task(seed: int = SEED, *, n_train: int | None = None, epochs: int = 10,
             order=epoch_order(len(train), batch, epochs, seed),
             initial_state=initial_state_from_seed(build, seed),
             seed=seed,
+            order_seed=seed,
+            initial_seed=seed,
         ),
     )

@@ -128,3 +128,26 @@ def test_verify_without_a_checkpoint_or_with_a_broken_one_exits_with_2(task, tmp
 
     assert "at least one checkpoint" in capfd.readouterr().err
     assert not (tmp_path / "verify.json").exists()
+
+
+def test_verify_draws_segments_by_a_seed_that_it_records(task, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert main(["train", task, "--out", str(out), "--checkpoint", "2", "--checkpoint", "4"]) == 0
+    given = [part for step in (2, 4, 6) for part in ("--checkpoint", f"{step}:{out}/step-{step:08d}.safetensors")]
+
+    assert main(["verify", task, "--out", str(out), *given, "--segments", "1", "--seed", "5"]) == 0
+    draw = report(out, "verify.json")["draw"]
+    assert (draw["seed"], draw["n_segment"], len(draw["segments"])) == (5, 3, 1)
+    assert draw["miss"][0] == {"false_segments": 1, "more_than_steps": 0, "probability": pytest.approx(2 / 3)}
+    assert "missed in 1 of 3 with probability 0.667" in " ".join(capfd.readouterr().err.split())
+
+    assert main(["verify", task, "--out", str(out), *given, "--segments", "1"]) == 0
+    fresh = report(out, "verify.json")["draw"]["seed"]
+    assert main(["verify", task, "--out", str(out), *given, "--segments", "1"]) == 0
+    assert report(out, "verify.json")["draw"]["seed"] != fresh
+
+    files = [f"{out}/step-{step:08d}.safetensors" for step in (4, 2, 6)]
+    swapped = [part for step, file in zip((2, 4, 6), files, strict=True) for part in ("--checkpoint", f"{step}:{file}")]
+    assert main(["verify", task, "--out", str(out), *swapped, "--segments", "3"]) == 3
+    assert main(["verify", task, "--out", str(out), *given[:4], "--segments", "3"]) == 2
+    assert main(["verify", task, "--out", str(out), *given, "--seed", "3"]) == 2
