@@ -11,11 +11,19 @@ Reverse mode. With state z_s = (parameters, moments) and z_{s+1} = Φ_s(z_s, w),
 
     λ_T = ∂f/∂z_T        λ_s = (∂Φ_s/∂z_s)ᵀ λ_{s+1}        ∂f/∂w = Σ_s (∂Φ_s/∂w)ᵀ λ_{s+1}
 
-exact for the recorded run (Maclaurin et al. 2015, arXiv:1502.03492; Engstrom et al. 2025, arXiv:2503.13751). States are
-kept for every step, or, where memory is short, for every √T-th step with the rest recomputed.
+exact for the recorded run (Maclaurin et al. 2015, arXiv:1502.03492; Engstrom et al. 2025, arXiv:2503.13751). As many states
+are kept as the memory holds; the others are recomputed from the kept ones by the schedule that recomputes the fewest steps
+(revolve: Griewank & Walther 2000, doi:10.1145/347837.347846). With s states kept, t sweeps reverse C(s + t, t) steps:
+
+    forward steps = t · T − C(s + t, t − 1) + 1        C(s + t − 1, t − 1) < T ≤ C(s + t, t)
+
+so 53 states reverse 10,000 steps in less than three sweeps. The same bits come out whatever the memory: neither the schedule nor
+the number of runs at once changes the order of any sum within a run. (One run by itself takes torch's ordinary path, so it
+has the bits of an ordinary loop; two or more are stacked, and a chunk of one is never left over.)
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +33,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from attribution.engine.checks import check_losses
@@ -35,8 +46,11 @@ from attribution.engine.task import Batch, Recipe, Task, seed_of
 Tensors = dict[str, Tensor]
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
-MEMORY_BYTES = 2**30  # what one chunk of runs may hold
+MEMORY_BYTES = 2**30  # what one chunk of runs may hold, where the caller sets no budget and a run needs no more
 MAX_RUNS = 64  # beyond this a chunk gains no speed on a CPU: its working set leaves the cache
+SOLO_BYTES = 2**26  # a run whose step holds more than this is bound by its products; it gains nothing from company
+MAX_QUESTIONS = 64  # more at once gain no speed
+QUESTION_BYTES = 2**28  # what the questions of one pass may hold, where they are pulled back together
 QUERY_CHUNK = 4096
 
 
@@ -85,13 +99,28 @@ class Cost:
     """What one run takes. FLOPs are those of matrix products and convolutions, counted by torch, not estimated."""
 
     run_flops: float  # one unbatched run: every step's forward and backward, and one measurement of all queries
-    metagradient_flops: float  # one run forwards and backwards
-    run_bytes: float  # held per run by a batched replay
-    metagradient_bytes: float  # held per run and state by a reverse pass, beyond its kept states
+    step_flops: float  # one step of it
+    measure_flops: float  # one measurement of all queries
+    metagradient_flops: float  # one run forwards and backwards, every state kept
+    state_bytes: int  # one run's parameters, buffers and moments
+    run_bytes: int  # held per run by a batched replay
+    is_solo: bool  # too big to gain from company: its runs are trained one after the other
 
     @property
     def metagradient_ratio(self) -> float:
         return self.metagradient_flops / self.run_flops if self.run_flops else 5.0
+
+
+@dataclass(frozen=True)
+class ReversePlan:
+    """How the metagradients of some runs fit a memory budget, and what that costs."""
+
+    runs: int  # at once
+    questions: int  # answered by one reverse pass
+    snapshots: int  # states kept at once, the first included
+    forward_steps: int  # plain steps per pass, recomputed ones included; `n_step` if all states are kept
+    memory: int  # bytes held at most, beyond the task, the weights and the result
+    run_equivalents: float  # of all runs and all questions, in FLOPs of one plain run
 
 
 class _Losses(nn.Module):
@@ -123,6 +152,7 @@ class Program:
         self.fields: tuple[str, ...] = (
             ("momentum_buffer",) if self.recipe.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
         )
+        self.needs: dict[tuple[int, int], _Needs] = {}  # by (runs, questions): see `plan_reverse`
         if self.recipe.optimizer == "sgd" and not any(options["momentum"] for options, _ in self._options.values()):
             self.fields = ()
         self._check_loss_shapes()
@@ -162,7 +192,7 @@ class Program:
             parameters = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self.module.train()
         torch.manual_seed(seed_of(self.recipe.seed, state.step))
-        with torch.enable_grad():
+        with torch.enable_grad(), _differentiable_twice(create_graph):
             losses, buffers = self._call(parameters, state.buffers, batch)  # (R, B)
             objective = (slots * losses).sum(1)
             if self.recipe.normalizer == "batch":
@@ -221,8 +251,13 @@ class Program:
         factor = (self.recipe.clip_norm / (_sqrt(squares) + 1e-6)).clamp(max=1)  # (R,); torch's own 1e-6
         return {name: g * factor.reshape(-1, *[1] * (g.ndim - 1)) for name, g in gradients.items()}
 
-    def adjoint(self, state: State, weights: Tensor, outer: "Adjoint") -> tuple["Adjoint", Tensor]:
+    def adjoint(
+        self, state: State, weights: Tensor, outer: "Adjoint", *, one_by_one: bool = False
+    ) -> tuple["Adjoint", Tensor]:
         """Pull the adjoint of the next state back through one step.
+
+        Args:
+            one_by_one: the questions after each other, each with the bits that it would have alone; else all together.
 
         Returns:
             The adjoint of `state`, and the gradient with respect to the slots' weights, (G, R, B).
@@ -237,19 +272,40 @@ class Program:
         inputs = [*_flat(parameters, moments), slots]
         # A moment that the step overwrites (the first momentum buffer) has no gradient, and may not even be in the graph.
         kept = [(o, a) for o, a in zip(outputs, pulled, strict=True) if o.requires_grad]
-        batched = pulled[0].shape[0] > 1
-        found = torch.autograd.grad(
-            [o for o, _ in kept],
-            inputs,
-            [a if batched else a[0] for _, a in kept],
-            is_grads_batched=batched,
-            materialize_grads=not batched,
-            allow_unused=True,
-        )
-        gradients = [
-            torch.zeros(pulled[0].shape[0], *i.shape, dtype=i.dtype) if g is None else (g if batched else g[None])
-            for g, i in zip(found, inputs, strict=True)
-        ]
+        questions = pulled[0].shape[0]
+        together = questions > 1 and not one_by_one
+
+        def pull(seeds: list[Tensor], is_last: bool) -> list[Tensor | None]:
+            return list(
+                torch.autograd.grad(
+                    [o for o, _ in kept],
+                    inputs,
+                    seeds,
+                    retain_graph=not is_last,
+                    is_grads_batched=together,
+                    allow_unused=True,
+                )
+            )
+
+        if together:
+            found = pull([a for _, a in kept], True)
+            gradients = [
+                torch.zeros(questions, *i.shape, dtype=i.dtype) if g is None else g
+                for g, i in zip(found, inputs, strict=True)
+            ]
+        else:
+            gradients = [torch.zeros(questions, *i.shape, dtype=i.dtype) for i in inputs] if questions > 1 else []
+            for g in range(questions):
+                found = pull([a[g] for _, a in kept], g == questions - 1)
+                if questions == 1:
+                    gradients = [
+                        (torch.zeros_like(i) if one is None else one)[None]
+                        for one, i in zip(found, inputs, strict=True)
+                    ]
+                    continue
+                for total, one in zip(gradients, found, strict=True):
+                    if one is not None:
+                        total[g] = one
         names = list(parameters)
         n = len(names)
         back = {f: dict(zip(names, gradients[n * (k + 1) : n * (k + 2)], strict=True)) for k, f in enumerate(moments)}
@@ -305,10 +361,10 @@ class Program:
         if runs == 1:
             losses, after = one({n: p[0] for n, p in parameters.items()}, {n: b[0] for n, b in buffers.items()})
             return losses[None], {n: b[None] for n, b in after.items()}
-        mapped = torch.vmap(one, randomness="same")
-        if buffers:
-            return mapped(parameters, buffers)
-        return torch.vmap(lambda p: one(p, {})[0], randomness="same")(parameters), {}
+        with _differentiable_twice(True):  # the fused kernels have no batched version either
+            if buffers:
+                return torch.vmap(one, randomness="same")(parameters, buffers)
+            return torch.vmap(lambda p: one(p, {})[0], randomness="same")(parameters), {}
 
     def _check_loss_shapes(self) -> None:
         state = self.initial(1)
@@ -383,7 +439,7 @@ def replay_values(
     *,
     per_query: bool = False,
     program: Program | None = None,
-    memory: int = MEMORY_BYTES,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """f of R counterfactual runs, trained as one model: minus the measurement after the last step.
@@ -391,21 +447,26 @@ def replay_values(
     Args:
         weights: (R, n_train), bool or float: 0 leaves a record out and keeps its slots.
         per_query: (R, n_query) instead of their mean (R,).
+        memory: bytes that may be held beyond the task, the weights and the result; what is too much is split. The same
+            bits come out whatever it is.
+
+    Raises:
+        EngineError: a memory too small for what cannot be split.
     """
     program = program or Program(task)
     W = _weights(task, weights)
-    size = chunk_size(cost(task).run_bytes, memory)
+    size = chunk_size(task, len(W), memory)
     values = []
     n_step = program.recipe.n_step
     with preserved_generator():
         for start in range(0, len(W), size):
-            chunk = W[start : start + size]
+            chunk = _in_company(W[start : start + size], len(W), size)
             state = program.initial(len(chunk))
             for step in range(n_step):
                 state, _ = program.step(state, chunk)
                 if progress:
-                    progress(start * n_step + len(chunk) * (step + 1), len(W) * n_step)
-            values.append(-program.measure(state))
+                    progress(min(start + size, len(W)) * (step + 1) + start * (n_step - step - 1), len(W) * n_step)
+            values.append(-program.measure(state)[: len(W) - start])
     f = torch.cat(values)
     return f if per_query else f.mean(1)
 
@@ -416,7 +477,7 @@ def metagradients(
     *,
     query_weights: Tensor | None = None,
     program: Program | None = None,
-    memory: int = MEMORY_BYTES,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """f of R counterfactual runs and its exact gradient with respect to every record's weight.
@@ -425,53 +486,148 @@ def metagradients(
         weights: (R, n_train), where the gradient is taken.
         query_weights: (G, n_query): one reverse pass answers G questions f_g = −Σ_q weight[g, q] · measurement[q];
             the mean over queries by default.
+        memory: bytes that may be held beyond the task, the weights and the result; see `plan_reverse`. The same bits come
+            out whatever it is.
 
     Returns:
         f per query (R, n_query), and the gradients (G, R, n_train).
+
+    Raises:
+        EngineError: a memory too small for one run and one kept state; a model that writes float buffers.
     """
     program = program or Program(task)
     if program.writes_float_buffers:
         raise EngineError("training writes float buffers, which the reverse pass would miss", pointer="/model")
     W = _weights(task, weights)
     Q = torch.full((1, task.n_query), 1 / task.n_query, dtype=torch.float64) if query_weights is None else query_weights
-    known, n_step = cost(task), program.recipe.n_step
-    state_bytes = sum(t.numel() * t.element_size() for t in program.initial(1).tensors().values())
-    keep = min(n_step, 2 * math.isqrt(n_step) + 2)  # states at once, if most are recomputed
-    size = chunk_size((known.metagradient_bytes + keep * state_bytes) * (1 + (len(Q) - 1) / 4), memory)
-    every = 1 if n_step * state_bytes * min(size, len(W)) <= memory else math.isqrt(n_step)
-    values, gradients = [], []
+    plan = plan_reverse(task, len(W), len(Q), program=program, memory=memory)
+    one_pass = plan.forward_steps + program.recipe.n_step
+    passes = math.ceil(len(Q) / plan.questions)
+    values: list[Tensor] = []
+    gradients: list[Tensor] = []
     with preserved_generator():
-        for start in range(0, len(W), size):
-            done = start * 2 * n_step
-            report = _scaled(progress, done, min(size, len(W) - start), len(W) * 2 * n_step)
-            f, g = _metagradient_chunk(program, W[start : start + size], Q, every, report)
-            values.append(f)
-            gradients.append(g)
+        for start in range(0, len(W), plan.runs):
+            chunk = _in_company(W[start : start + plan.runs], len(W), plan.runs)
+            here = min(plan.runs, len(W) - start)
+            parts = []
+            for number, questions in enumerate(Q.split(plan.questions)):
+                report = _scaled(
+                    progress, (start * passes + here * number) * one_pass, here, len(W) * passes * one_pass
+                )
+                f, gradient = _reverse(program, chunk, questions, plan.snapshots, report)
+                parts.append(gradient[:, :here])
+            values.append(f[:here])
+            gradients.append(torch.cat(parts))
     return torch.cat(values), torch.cat(gradients, 1)
 
 
-def _metagradient_chunk(
-    program: Program, W: Tensor, Q: Tensor, every: int, report: Callable[[int], None]
+def plan_reverse(
+    task: Task, n_run: int, n_question: int, *, program: Program | None = None, memory: int | None = None
+) -> ReversePlan:
+    """Fit metagradients of `n_run` runs to a memory budget in bytes at the least compute.
+
+    What one step of the reverse pass holds is measured by doing one, not estimated. What is left holds kept states; if that is
+    too little, questions of a big model are split over several passes. Runs share a pass as long as no step need be recomputed
+    twice.
+
+    Raises:
+        EngineError: the memory does not hold one step and one state.
+    """
+    program = program or Program(task)
+    known, n_step = cost(task), program.recipe.n_step
+    least = 2 if n_run > 1 and not known.is_solo else 1
+    state = known.state_bytes
+
+    def fits(questions: int, runs: int, budget: int) -> int:
+        """How many states may be kept."""
+        return min(n_step, (budget // runs - _pass_needs(program, least, questions).bytes) // state)
+
+    def flops(questions: int, snapshots: int) -> float:
+        passes = math.ceil(n_question / questions)
+        forward = forward_steps(n_step, snapshots) * known.step_flops
+        return passes * (forward + n_step * _pass_needs(program, least, questions).flops + 3 * known.measure_flops)
+
+    if known.is_solo:
+        sizes = {math.ceil(n_question / passes) for passes in range(1, n_question + 1)}
+    else:  # the bits of questions that are pulled back together depend on their number, so that depends on the task alone
+        room = QUESTION_BYTES // max(1, _pass_needs(program, least, 3).bytes - _pass_needs(program, least, 2).bytes)
+        sizes = {min(n_question, MAX_QUESTIONS, max(2, room))} if n_question > 1 else {1}
+    smallest = min(sizes)
+    needed = least * (_pass_needs(program, least, smallest).bytes + state)
+    budget = max(MEMORY_BYTES, needed) if memory is None else memory
+    if needed > budget:
+        raise EngineError(
+            f"{budget:,} bytes: one step of this training and its reverse, and one kept state, need {needed:,}; give at least that",
+            pointer="/memory",
+        )
+    possible = {size: kept for size in sizes if (kept := fits(size, least, budget)) > 0}
+    questions = min(possible, key=lambda size: (flops(size, possible[size]), -size))
+    enough = min(possible[questions], next(s for s in range(1, n_step + 1) if math.comb(s + 2, 2) >= n_step))
+    runs = least if known.is_solo else min(MAX_RUNS, max(n_run, least))
+    while runs > least and fits(questions, runs, budget) < enough:
+        runs -= 1
+    snapshots = fits(questions, runs, budget)
+    return ReversePlan(
+        runs=runs,
+        questions=questions,
+        snapshots=snapshots,
+        forward_steps=forward_steps(n_step, snapshots),
+        memory=runs * (_pass_needs(program, least, questions).bytes + snapshots * state),
+        run_equivalents=n_run * flops(questions, snapshots) / known.run_flops if known.run_flops else math.nan,
+    )
+
+
+def forward_steps(n_step: int, snapshots: int) -> int:
+    """Plain steps that reversing `n_step` takes with so many states kept, the one to the last state included."""
+    if n_step < 2:
+        return n_step
+    sweeps = _sweeps(n_step, snapshots)
+    return sweeps * n_step - math.comb(snapshots + sweeps, sweeps - 1) + 1
+
+
+def _sweeps(n_step: int, snapshots: int) -> int:
+    """The least t with C(s + t, t) ≥ n: how often a step is done at most."""
+    return next(t for t in range(n_step) if math.comb(snapshots + t, t) >= n_step) if n_step > 1 else 0
+
+
+def _advance(n_step: int, snapshots: int) -> int:
+    """How far to go before the next state is kept, with `snapshots` of them in all for n steps; see Griewank & Walther."""
+    sweeps = _sweeps(n_step, snapshots)
+    return min(math.comb(snapshots + sweeps - 1, sweeps - 1), n_step - math.comb(snapshots + sweeps - 2, sweeps - 1))
+
+
+def _reverse(
+    program: Program, W: Tensor, Q: Tensor, snapshots: int, report: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
-    n_step = program.recipe.n_step
-    state, kept = program.initial(len(W)), []
-    for step in range(n_step):
-        if step % every == 0:
-            kept.append(state)
-        state, _ = program.step(state, W)
-        report(step + 1)
-    f = -program.measure(state)
-    adjoint = program.measurement_adjoint(state, Q)
+    """f (R, n_query) and its gradients (G, R, n_train), with at most `snapshots` states kept."""
+    n_step, is_solo = program.recipe.n_step, cost(program.task).is_solo
     gradient = torch.zeros(len(Q), *W.shape, dtype=W.dtype)
-    for start in reversed(range(0, n_step, every)):
-        states = [kept.pop()]
-        for _ in range(start + 1, min(start + every, n_step)):
-            states.append(program.step(states[-1], W)[0])
-        for here in reversed(states):
-            adjoint, slots = program.adjoint(here, W, adjoint)
-            index = program.recipe.order[here.step]
-            gradient.index_add_(2, index[index >= 0], slots[:, :, index >= 0])
-            report(2 * n_step - here.step)
+    kept, done = [program.initial(len(W))], 0
+    f = adjoint = None
+    for end in range(n_step, 0, -1):
+        state, free = kept[-1], snapshots - len(kept)
+        while state.step < end - 1:
+            left = end - state.step
+            for _ in range(_advance(left, free + 1) if free else left - 1):
+                state, _ = program.step(state, W)
+                done += 1
+                report(done)
+            if free:
+                kept.append(state)
+                free -= 1
+        if adjoint is None:
+            last, _ = program.step(state, W)
+            done += 1
+            f, adjoint = -program.measure(last), program.measurement_adjoint(last, Q)
+            del last
+        adjoint, slots = program.adjoint(state, W, adjoint, one_by_one=is_solo)
+        index = program.recipe.order[end - 1]
+        gradient.index_add_(2, index[index >= 0], slots[:, :, index >= 0])
+        if kept[-1].step == end - 1:
+            kept.pop()
+        done += 1
+        report(done)
+    assert f is not None
     return f, gradient
 
 
@@ -489,48 +645,149 @@ def cost(task: Task) -> Cost:
 
 def _cost(task: Task) -> Cost:
     program, n_step = Program(task), task.require_recipe().n_step
-    W = _weights(task, torch.ones(1, task.n_train))
-    state = program.initial(1)
-    with preserved_generator():
-        with FlopCounterMode(display=False) as counter, _saved_bytes() as forward:
-            program.step(state, W)
-        step_flops = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            program.measure(state)
-        measure_flops = counter.get_total_flops()
-        outer = Adjoint(dict(state.parameters), dict(state.moments))
-        outer = Adjoint(
-            {n: t[None] for n, t in outer.parameters.items()},
-            {f: {n: t[None] for n, t in ts.items()} for f, ts in outer.moments.items()},
-        )
-        with FlopCounterMode(display=False) as counter, _saved_bytes() as backward:
-            program.adjoint(state, W, outer)
-        adjoint_flops = counter.get_total_flops()
-    run = n_step * step_flops + measure_flops
-    state_bytes = sum(t.numel() * t.element_size() for t in state.tensors().values())
+    counts = []
+    for work in (_plain_step, _measurement, _adjoint_step):
+        with preserved_generator(), FlopCounterMode(display=False) as counter:
+            work(program, 1, 1)
+        counts.append(counter.get_total_flops())
+    step, measure, adjoint = counts
+    held = _peak_bytes(program, 1, 1, (_plain_step, _measurement))
+    is_solo = held > SOLO_BYTES
+    if not is_solo:
+        held = _peak_bytes(program, 2, 1, (_plain_step, _measurement)) // 2
     return Cost(
-        run_flops=run,
-        metagradient_flops=run + n_step * adjoint_flops + 2 * measure_flops,
-        run_bytes=4 * state_bytes + forward[0],
-        metagradient_bytes=6 * state_bytes + backward[0],
+        run_flops=n_step * step + measure,
+        step_flops=step,
+        measure_flops=measure,
+        metagradient_flops=n_step * (step + adjoint) + 3 * measure,
+        state_bytes=sum(t.numel() * t.element_size() for t in program.initial(1).tensors().values()),
+        run_bytes=held,
+        is_solo=is_solo,
     )
 
 
+def _plain_step(program: Program, runs: int, questions: int) -> None:
+    program.step(program.initial(runs), torch.ones(runs, program.task.n_train))
+
+
+def _measurement(program: Program, runs: int, questions: int) -> None:
+    program.measure(program.initial(runs))
+
+
+def _adjoint_step_one_by_one(program: Program, runs: int, questions: int) -> None:
+    _adjoint_step(program, runs, questions, one_by_one=True)
+
+
+def _adjoint_step(program: Program, runs: int, questions: int, *, one_by_one: bool = False) -> None:
+    state = program.initial(runs)
+
+    def asked(tensors: Tensors) -> Tensors:
+        return {name: t.expand(questions, *t.shape).clone() for name, t in tensors.items()}
+
+    outer = Adjoint(asked(state.parameters), {field: asked(ts) for field, ts in state.moments.items()})
+    program.adjoint(state, torch.ones(runs, program.task.n_train), outer, one_by_one=one_by_one)
+
+
+def _measurement_adjoint(program: Program, runs: int, questions: int) -> None:
+    program.measurement_adjoint(program.initial(runs), torch.ones(questions, program.task.n_query))
+
+
+def _peak_bytes(
+    program: Program, runs: int, questions: int, works: Sequence[Callable[[Program, int, int], None]]
+) -> int:
+    peaks = []
+    for work in works:
+        with preserved_generator(), _Held() as held:
+            work(program, runs, questions)
+        peaks.append(held.peak)
+    return max(peaks)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a step of the reverse pass takes per run: bytes held beyond the kept states, and FLOPs."""
+
+    bytes: int
+    flops: float
+
+
+def _pass_needs(program: Program, runs: int, questions: int) -> _Needs:
+    """Measured; for more than three questions extended linearly."""
+    pull = _adjoint_step_one_by_one if cost(program.task).is_solo else _adjoint_step
+    works = (_plain_step, _measurement, pull, _measurement_adjoint)
+    found = []
+    for asked in (1,) if questions == 1 else (2, 3):
+        if (runs, asked) not in program.needs:
+            held = _peak_bytes(program, runs, asked, works) // runs
+            with preserved_generator(), FlopCounterMode(display=False) as counter:
+                pull(program, runs, asked)
+            program.needs[runs, asked] = _Needs(held, counter.get_total_flops() / runs)
+        found.append(program.needs[runs, asked])
+    first, last = found[0], found[-1]
+    more = max(0, questions - 2)
+    return _Needs(
+        first.bytes + more * max(0, last.bytes - first.bytes), first.flops + more * (last.flops - first.flops)
+    )
+
+
+class _Held(TorchDispatchMode):
+    """The most bytes that tensors made inside have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: set[int] = set()
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._live:
+                    self._live.add(storage._cdata)
+                    self._now += storage.nbytes()
+                    self.peak = max(self.peak, self._now)
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return made
+
+    def _freed(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self._now -= size
+
+
+def chunk_size(task: Task, n_run: int, memory: int | None = None) -> int:
+    """How many of `n_run` plain runs to train at once in so many bytes.
+
+    Raises:
+        EngineError: the memory does not hold what cannot be split.
+    """
+    known = cost(task)
+    if n_run == 1 or known.is_solo:
+        least = most = 1
+    else:
+        least, most = 2, min(MAX_RUNS, n_run)
+    budget = max(MEMORY_BYTES, least * known.run_bytes) if memory is None else memory
+    if least * known.run_bytes > budget:
+        raise EngineError(
+            f"{budget:,} bytes: a step of this training needs {least * known.run_bytes:,}; give at least that",
+            pointer="/memory",
+        )
+    return max(least, min(most, budget // max(known.run_bytes, 1)))
+
+
+def _in_company(rows: Tensor, total: int, size: int) -> Tensor:
+    """A last row that would be alone in its chunk, twice: one run takes another path than several, with other bits."""
+    return rows.expand(2, -1) if len(rows) == 1 and total > 1 and size > 1 else rows
+
+
 @contextmanager
-def _saved_bytes() -> Iterator[list[int]]:
-    """Count the bytes that autograd keeps for a backward pass."""
-    total = [0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        total[0] += tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
-
-
-def chunk_size(bytes_per_run: float, memory: int) -> int:
-    return max(1, min(MAX_RUNS, int(memory // max(bytes_per_run, 1))))
+def _differentiable_twice(wanted: bool) -> Iterator[None]:
+    """Attention by plain products where its derivative, or many at once, are needed: the fused kernels have neither."""
+    if not wanted:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
