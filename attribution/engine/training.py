@@ -214,7 +214,7 @@ class Program:
         return State(state.step + 1, new, buffers, moments, self._frozen), objective.detach()
 
     def _update(self, state: State, old: Tensors, gradients: Tensors) -> tuple[Tensors, dict[str, Tensors]]:
-        """torch.optim's SGD, Adam and AdamW, out of place and differentiable."""
+        """torch.optim's SGD, Adam and AdamW, out of place and differentiable, by the very operations that give its bits."""
         step, optimizer = state.step, self.recipe.optimizer
         gradients = self._clipped(gradients)
         new: Tensors = {}
@@ -225,30 +225,31 @@ class Program:
             if optimizer == "adamw":
                 p = p * (1 - rate * decay)
             elif decay:
-                g = g + decay * p
+                g = g.add(p, alpha=decay)
             if optimizer == "sgd":
                 if self.fields:
                     momentum, before = options["momentum"], state.moments["momentum_buffer"][name]
-                    buffer = g if step == 0 else momentum * before + (1 - options["dampening"]) * g
+                    buffer = g if step == 0 else (before * momentum).add_(g, alpha=1 - options["dampening"])
                     moments["momentum_buffer"][name] = buffer
                     if momentum:
-                        g = g + momentum * buffer if options["nesterov"] else buffer
-                new[name] = p - rate * g
+                        g = g.add(buffer, alpha=momentum) if options["nesterov"] else buffer
+                new[name] = p.add(g, alpha=-rate)
             else:
                 beta1, beta2 = options["betas"]
-                m = state.moments["exp_avg"][name] * beta1 + (1 - beta1) * g
-                v = state.moments["exp_avg_sq"][name] * beta2 + (1 - beta2) * g * g
+                m = state.moments["exp_avg"][name].lerp(g, 1 - beta1)
+                v = (state.moments["exp_avg_sq"][name] * beta2).addcmul_(g, g, value=1 - beta2)
                 moments["exp_avg"][name], moments["exp_avg_sq"][name] = m, v
                 scale = math.sqrt(1 - beta2 ** (step + 1))
-                new[name] = p - (rate / (1 - beta1 ** (step + 1))) * m / (_sqrt(v) / scale + options["eps"])
+                root = _sqrt(v) if torch.is_grad_enabled() else v.sqrt()
+                new[name] = p.addcdiv(m, (root / scale).add_(options["eps"]), value=-rate / (1 - beta1 ** (step + 1)))
         return new, moments
 
     def _clipped(self, gradients: Tensors) -> Tensors:
         if self.recipe.clip_norm is None:
             return gradients
-        squares = sum(g.flatten(1).square().sum(1) for g in gradients.values())
-        assert isinstance(squares, Tensor)
-        factor = (self.recipe.clip_norm / (_sqrt(squares) + 1e-6)).clamp(max=1)  # (R,); torch's own 1e-6
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()], 1)
+        norm = torch.linalg.vector_norm(norms, dim=1)  # (R,)
+        factor = (self.recipe.clip_norm / (norm + 1e-6)).clamp(max=1)  # torch's own 1e-6
         return {name: g * factor.reshape(-1, *[1] * (g.ndim - 1)) for name, g in gradients.items()}
 
     def adjoint(

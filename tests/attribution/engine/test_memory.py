@@ -101,7 +101,9 @@ def test_any_memory_gives_the_same_values(make_task, memory, runs):
 
 def test_the_budget_is_obeyed_by_what_torch_allocates(make_task):
     """Measured by torch's own allocator, not by the plan's count; kernels' scratch is the margin."""
-    task = make_task(build=lambda: with_dropout(400), n_train=64, batch=16, **{**SETTINGS, "learning_rate": 0.01, "epochs": 2})
+    task = make_task(
+        build=lambda: with_dropout(400), n_train=64, batch=16, **{**SETTINGS, "learning_rate": 0.01, "epochs": 2}
+    )
     program = Program(task)
     for runs in (1, 4):
         W = masks(task, runs)

@@ -62,6 +62,19 @@ def test_training_is_torch_optim(make_task, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_training_has_the_bits_of_a_plain_loop_with_torch_optim(make_task, name):
+    """So weights that were trained elsewhere, in an ordinary loop on the same build, verify to the bit."""
+    task = make_task(
+        build=lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)), n_train=12, **RECIPES[name]
+    )
+
+    run = train(task)
+
+    expected, _ = torch_loop(task, torch.ones(task.n_train))
+    assert all(torch.equal(run.model_state()[parameter], value) for parameter, value in expected.items())
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_metagradient_agrees_with_finite_differences(make_task, name):
     task = make_task(**RECIPES[name])
     generator = torch.Generator().manual_seed(2)
