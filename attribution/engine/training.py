@@ -48,7 +48,10 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 MEMORY_BYTES = 2**30  # what one chunk of runs may hold, where the caller sets no budget and a run needs no more
 MAX_RUNS = 64  # beyond this a chunk gains no speed on a CPU: its working set leaves the cache
-SOLO_BYTES = 2**26  # a run whose step holds more than this is bound by its products; it gains nothing from company
+SOLO_BYTES = (
+    2**24
+)  # a run whose step holds more than this is bound by its products; company only pushes it out of the cache
+UPDATE_BYTES = 2**18  # of one parameter, updated at a time: the dozen passes of an optimizer stay in the cache
 MAX_QUESTIONS = 64  # more at once gain no speed
 QUESTION_BYTES = 2**28  # what the questions of one pass may hold, where they are pulled back together
 QUERY_CHUNK = 4096
@@ -214,35 +217,48 @@ class Program:
         return State(state.step + 1, new, buffers, moments, self._frozen), objective.detach()
 
     def _update(self, state: State, old: Tensors, gradients: Tensors) -> tuple[Tensors, dict[str, Tensors]]:
-        """torch.optim's SGD, Adam and AdamW, out of place and differentiable, by the very operations that give its bits."""
-        step, optimizer = state.step, self.recipe.optimizer
+        """The optimizer's step for every parameter, differentiable; where no derivative is asked for, a few runs at a time."""
         gradients = self._clipped(gradients)
         new: Tensors = {}
         moments: dict[str, Tensors] = {f: {} for f in self.fields}
         for name, p in old.items():
-            g, (options, rates) = gradients[name], self._options[name]
-            decay, rate = options["weight_decay"], rates[step]
-            if optimizer == "adamw":
-                p = p * (1 - rate * decay)
-            elif decay:
-                g = g.add(p, alpha=decay)
-            if optimizer == "sgd":
-                if self.fields:
-                    momentum, before = options["momentum"], state.moments["momentum_buffer"][name]
-                    buffer = g if step == 0 else (before * momentum).add_(g, alpha=1 - options["dampening"])
-                    moments["momentum_buffer"][name] = buffer
-                    if momentum:
-                        g = g.add(buffer, alpha=momentum) if options["nesterov"] else buffer
-                new[name] = p.add(g, alpha=-rate)
+            given = [p, gradients[name], *(state.moments[f][name] for f in self.fields)]
+            rows = max(1, UPDATE_BYTES // max(1, p[0].numel() * p.element_size()))
+            if torch.is_grad_enabled() or rows >= len(p):
+                found = self._updated(name, state.step, *given)
             else:
-                beta1, beta2 = options["betas"]
-                m = state.moments["exp_avg"][name].lerp(g, 1 - beta1)
-                v = (state.moments["exp_avg_sq"][name] * beta2).addcmul_(g, g, value=1 - beta2)
-                moments["exp_avg"][name], moments["exp_avg_sq"][name] = m, v
-                scale = math.sqrt(1 - beta2 ** (step + 1))
-                root = _sqrt(v) if torch.is_grad_enabled() else v.sqrt()
-                new[name] = p.addcdiv(m, (root / scale).add_(options["eps"]), value=-rate / (1 - beta1 ** (step + 1)))
+                found = [torch.empty_like(p) for _ in range(1 + len(self.fields))]
+                for start in range(0, len(p), rows):
+                    parts = self._updated(name, state.step, *(t[start : start + rows] for t in given))
+                    for whole, part in zip(found, parts, strict=True):
+                        whole[start : start + rows] = part
+            new[name] = found[0]
+            for field, moment in zip(self.fields, found[1:], strict=True):
+                moments[field][name] = moment
         return new, moments
+
+    def _updated(self, name: str, step: int, p: Tensor, g: Tensor, *moments: Tensor) -> list[Tensor]:
+        """torch.optim's SGD, Adam and AdamW for one parameter, out of place, by the very operations that give its bits."""
+        options, rates = self._options[name]
+        decay, rate = options["weight_decay"], rates[step]
+        if self.recipe.optimizer == "adamw":
+            p = p * (1 - rate * decay)
+        elif decay:
+            g = g.add(p, alpha=decay)
+        if self.recipe.optimizer == "sgd":
+            if not moments:
+                return [p.add(g, alpha=-rate)]
+            momentum = options["momentum"]
+            buffer = g if step == 0 else (moments[0] * momentum).add_(g, alpha=1 - options["dampening"])
+            if momentum:
+                g = g.add(buffer, alpha=momentum) if options["nesterov"] else buffer
+            return [p.add(g, alpha=-rate), buffer]
+        beta1, beta2 = options["betas"]
+        m = moments[0].lerp(g, 1 - beta1)
+        v = (moments[1] * beta2).addcmul_(g, g, value=1 - beta2)
+        root = _sqrt(v) if torch.is_grad_enabled() else v.sqrt()
+        root = (root / math.sqrt(1 - beta2 ** (step + 1))).add_(options["eps"])
+        return [p.addcdiv(m, root, value=-rate / (1 - beta1 ** (step + 1))), m, v]
 
     def _clipped(self, gradients: Tensors) -> Tensors:
         if self.recipe.clip_norm is None:
@@ -652,10 +668,9 @@ def _cost(task: Task) -> Cost:
             work(program, 1, 1)
         counts.append(counter.get_total_flops())
     step, measure, adjoint = counts
-    held = _peak_bytes(program, 1, 1, (_plain_step, _measurement))
-    is_solo = held > SOLO_BYTES
-    if not is_solo:
-        held = _peak_bytes(program, 2, 1, (_plain_step, _measurement)) // 2
+    is_solo = _peak_bytes(program, 1, 1, (_plain_step,)) > SOLO_BYTES
+    runs = 1 if is_solo else 2
+    held = _peak_bytes(program, runs, 1, (_plain_step, _measurement)) // runs
     return Cost(
         run_flops=n_step * step + measure,
         step_flops=step,

@@ -5,7 +5,7 @@
 Per model: steps a second of runs one by one and of all runs at once, on one thread; and the FLOPs a second of the latter against
 those of the batched products that it consists of, done bare (torch.bmm, same shapes, forward and both backward ones). All by
 processor time, which other processes do not take; each figure is the best of three rounds. `overhead` is the part of a lone
-run's step in which no product is computed.
+run's step in which no product is computed. A run too big to gain from company is trained by itself, and said to be solo.
 """
 
 import argparse
