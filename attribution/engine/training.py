@@ -51,7 +51,7 @@ MAX_RUNS = 64  # beyond this a chunk gains no speed on a CPU: its working set le
 SOLO_BYTES = (
     2**24
 )  # a run whose step holds more than this is bound by its products; company only pushes it out of the cache
-UPDATE_BYTES = 2**18  # of one parameter, updated at a time: the dozen passes of an optimizer stay in the cache
+UPDATE_BYTES = 2**20  # of one parameter, updated at a time: the dozen passes of an optimizer stay in the cache
 MAX_QUESTIONS = 64  # more at once gain no speed
 QUESTION_BYTES = 2**28  # what the questions of one pass may hold, where they are pulled back together
 QUERY_CHUNK = 4096
@@ -184,12 +184,18 @@ class Program:
         shown = index.clamp_min(0)
         return self.task.train[shown], weights[:, shown] * (index >= 0)
 
-    def step(self, state: State, weights: Tensor, *, create_graph: bool = False) -> tuple[State, Tensor]:
-        """One step of R runs with record weights (R, n_train); also the objective each run saw, (R,)."""
-        batch, slot_weights = self.slots(state.step, weights)
-        return self._step(state, batch, slot_weights, create_graph=create_graph)
+    def step(self, state: State, weights: Tensor, *, consume: bool = False) -> tuple[State, Tensor]:
+        """One step of R runs with record weights (R, n_train); also the objective each run saw, (R,).
 
-    def _step(self, state: State, batch: Batch, slots: Tensor, *, create_graph: bool) -> tuple[State, Tensor]:
+        Args:
+            consume: write the new parameters and moments over the old ones, which takes less memory and time; same bits.
+        """
+        batch, slot_weights = self.slots(state.step, weights)
+        return self._step(state, batch, slot_weights, create_graph=False, consume=consume)
+
+    def _step(
+        self, state: State, batch: Batch, slots: Tensor, *, create_graph: bool, consume: bool = False
+    ) -> tuple[State, Tensor]:
         parameters = state.parameters
         if not create_graph:
             parameters = {name: p.detach().requires_grad_() for name, p in parameters.items()}
@@ -213,32 +219,36 @@ class Program:
                 step=state.step,
             )
         with torch.set_grad_enabled(create_graph):
-            new, moments = self._update(state, parameters, dict(zip(parameters, gradients, strict=True)))
+            new, moments = self._update(
+                state, parameters, dict(zip(parameters, gradients, strict=True)), consume=consume
+            )
         return State(state.step + 1, new, buffers, moments, self._frozen), objective.detach()
 
-    def _update(self, state: State, old: Tensors, gradients: Tensors) -> tuple[Tensors, dict[str, Tensors]]:
-        """The optimizer's step for every parameter, differentiable; where no derivative is asked for, a few runs at a time."""
+    def _update(
+        self, state: State, old: Tensors, gradients: Tensors, *, consume: bool
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        """torch.optim's SGD, Adam and AdamW, by the very operations that give its bits; differentiable, unless it may consume.
+
+        Then a few runs at a time, so that an optimizer's dozen passes over the numbers stay in the cache.
+        """
         gradients = self._clipped(gradients)
         new: Tensors = {}
         moments: dict[str, Tensors] = {f: {} for f in self.fields}
         for name, p in old.items():
-            given = [p, gradients[name], *(state.moments[f][name] for f in self.fields)]
-            rows = max(1, UPDATE_BYTES // max(1, p[0].numel() * p.element_size()))
-            if torch.is_grad_enabled() or rows >= len(p):
-                found = self._updated(name, state.step, *given)
+            given = [gradients[name], p.detach() if consume else p, *(state.moments[f][name] for f in self.fields)]
+            if consume:
+                rows = max(1, UPDATE_BYTES // max(1, p[0].numel() * p.element_size()))
+                for parts in zip(*(t.split(rows) for t in given), strict=True):
+                    self._update_in_place(name, state.step, *parts)
+                found = given[1:]
             else:
-                found = [torch.empty_like(p) for _ in range(1 + len(self.fields))]
-                for start in range(0, len(p), rows):
-                    parts = self._updated(name, state.step, *(t[start : start + rows] for t in given))
-                    for whole, part in zip(found, parts, strict=True):
-                        whole[start : start + rows] = part
+                found = self._updated(name, state.step, *given)
             new[name] = found[0]
             for field, moment in zip(self.fields, found[1:], strict=True):
                 moments[field][name] = moment
         return new, moments
 
-    def _updated(self, name: str, step: int, p: Tensor, g: Tensor, *moments: Tensor) -> list[Tensor]:
-        """torch.optim's SGD, Adam and AdamW for one parameter, out of place, by the very operations that give its bits."""
+    def _updated(self, name: str, step: int, g: Tensor, p: Tensor, *moments: Tensor) -> list[Tensor]:
         options, rates = self._options[name]
         decay, rate = options["weight_decay"], rates[step]
         if self.recipe.optimizer == "adamw":
@@ -256,9 +266,34 @@ class Program:
         beta1, beta2 = options["betas"]
         m = moments[0].lerp(g, 1 - beta1)
         v = (moments[1] * beta2).addcmul_(g, g, value=1 - beta2)
-        root = _sqrt(v) if torch.is_grad_enabled() else v.sqrt()
-        root = (root / math.sqrt(1 - beta2 ** (step + 1))).add_(options["eps"])
+        root = (_sqrt(v) / math.sqrt(1 - beta2 ** (step + 1))).add_(options["eps"])
         return [p.addcdiv(m, root, value=-rate / (1 - beta1 ** (step + 1))), m, v]
+
+    def _update_in_place(self, name: str, step: int, g: Tensor, p: Tensor, *moments: Tensor) -> None:
+        """`_updated`, operation by operation, over its own arguments."""
+        options, rates = self._options[name]
+        decay, rate = options["weight_decay"], rates[step]
+        if self.recipe.optimizer == "adamw":
+            p.mul_(1 - rate * decay)
+        elif decay:
+            g = g.add(p, alpha=decay)
+        if self.recipe.optimizer == "sgd":
+            if moments:
+                momentum, buffer = options["momentum"], moments[0]
+                if step == 0:
+                    buffer.copy_(g)
+                else:
+                    buffer.mul_(momentum).add_(g, alpha=1 - options["dampening"])
+                if momentum:
+                    g = g.add(buffer, alpha=momentum) if options["nesterov"] else buffer
+            p.add_(g, alpha=-rate)
+            return
+        beta1, beta2 = options["betas"]
+        m, v = moments
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = v.sqrt().div_(math.sqrt(1 - beta2 ** (step + 1))).add_(options["eps"])
+        p.addcdiv_(m, root, value=-rate / (1 - beta1 ** (step + 1)))
 
     def _clipped(self, gradients: Tensors) -> Tensors:
         if self.recipe.clip_norm is None:
@@ -480,7 +515,7 @@ def replay_values(
             chunk = _in_company(W[start : start + size], len(W), size)
             state = program.initial(len(chunk))
             for step in range(n_step):
-                state, _ = program.step(state, chunk)
+                state, _ = program.step(state, chunk, consume=True)
                 if progress:
                     progress(min(start + size, len(W)) * (step + 1) + start * (n_step - step - 1), len(W) * n_step)
             values.append(-program.measure(state)[: len(W) - start])

@@ -1,14 +1,17 @@
 """What training many counterfactual runs as one model gains, and how near it comes to the machine's own rate.
 
-    ./run bench attribution/batched [--runs 64] [--seconds 3]
+    ./run bench attribution/batched [--runs 64] [--seconds 3] [--keep-memory]
 
 Per model: steps a second of runs one by one and of all runs at once, on one thread; and the FLOPs a second of the latter against
 those of the batched products that it consists of, done bare (torch.bmm, same shapes, forward and both backward ones). All by
 processor time, which other processes do not take; each figure is the best of three rounds. `overhead` is the part of a lone
 run's step in which no product is computed. A run too big to gain from company is trained by itself, and said to be solo.
+With --keep-memory glibc does not hand freed tensors back to the kernel, which would have to fill them with zeros at every step.
 """
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,11 +37,18 @@ MODELS = {  # widths, batch, optimizer
 }
 
 
+KEPT = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "268435456"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--keep-memory", action="store_true")
     given = parser.parse_args()
+    if given.keep_memory and not KEPT.items() <= os.environ.items():
+        again = [sys.executable, __file__, *sys.argv[1:]]  # glibc reads them at the start only
+        sys.exit(subprocess.run(again, env=os.environ | KEPT, check=False).returncode)
     torch.set_num_threads(1)
     for name, (widths, batch, optimizer) in MODELS.items():
         task = make_task(widths, batch, optimizer)
@@ -93,7 +103,7 @@ def steps(program: Program, runs: int, seconds: float) -> float:
 
     def one() -> None:
         nonlocal state
-        state, _ = program.step(state, weights)
+        state, _ = program.step(state, weights, consume=True)
 
     return rate_of(one, seconds)
 

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from attribution.engine import EngineError, TrainingDiverged, metagradients, replay_values, train
 from attribution.engine.task import seed_of
+from attribution.engine.training import Program, preserved_generator
 
 RECIPES = {
     "plain": {"options": {}},
@@ -72,6 +73,13 @@ def test_training_has_the_bits_of_a_plain_loop_with_torch_optim(make_task, name)
 
     expected, _ = torch_loop(task, torch.ones(task.n_train))
     assert all(torch.equal(run.model_state()[parameter], value) for parameter, value in expected.items())
+    program, W = Program(task), torch.rand(3, task.n_train, generator=torch.Generator().manual_seed(1))
+    kept, consumed = program.initial(3), program.initial(3)
+    with preserved_generator():
+        for _ in range(task.recipe.n_step):
+            kept, _ = program.step(kept, W)
+            consumed, _ = program.step(consumed, W, consume=True)
+    assert all(torch.equal(consumed.tensors(1)[name], tensor) for name, tensor in kept.tensors(1).items())
 
 
 @pytest.mark.parametrize("name", RECIPES)
