@@ -25,7 +25,7 @@ name, or left out by name (`leave_out`). At each measured step the sum over reco
 Assumes: the step is small enough for first order; a record acts on no other's loss (BatchNorm in training is refused); the
 factor of gradient clipping is taken as given. The meter reads; the trained weights are those of the loop without it, to the bit.
 
-Cost. A measured step takes about one and a half plain ones (one more product per layer, and the queries), so one step of `every`
+Cost. A measured step takes one and a half to two and a half plain ones (one more product per layer, the queries), so one of `every`
 is measured, drawn at random within strata that grow from 1 to `every` (the start, where most is learnt, is measured densely);
 all other steps cost an entry in the log. Totals stay unbiased over the draw. `every=1` measures all.
 """
@@ -49,11 +49,12 @@ from attribution.engine.errors import EngineError
 from attribution.engine.meter_log import Entry, Head, LogWriter
 from attribution.engine.task import seed_of
 
-EVERY = 32
+EVERY = 64
 DENSITY = 4  # measured steps per doubling of the steps behind, over ln 2
 OPTIMIZERS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
 TRIAL_SIZES = (5, 7)  # two batches show which dimension is that of the records
 TINY = 1e-38
+UNWRITTEN = 32  # entries kept back at most
 BLOCK = 2**16  # numbers of a parameter worked on at once
 Tensors = dict[str, Tensor]
 
@@ -132,8 +133,9 @@ class _Call:
 class _Recorder:
     """Hooks that keep, for the layers of interest, what the ghost product needs. Present only while a step is measured."""
 
-    def __init__(self, layers: Sequence[_Layer]) -> None:
+    def __init__(self, layers: Sequence[_Layer], after_backward: Callable[[], None] = lambda: None) -> None:
         self.calls: list[_Call] = []
+        self._after_backward, self._is_queued = after_backward, False
         self.start = self.n = 0
         self.is_listening = False
         self._handles = [
@@ -151,11 +153,25 @@ class _Recorder:
                 spread = output = output.expand(self.n, *rest)
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             call = _Call(layer, args, kwargs, [t._version for t in inputs], self.start, self.n)
-            output.register_hook(call.receive)
+            output.register_hook(self._receiver(call))
             self.calls.append(call)
             return spread
 
         return hook
+
+    def _receiver(self, call: _Call) -> Callable[[Tensor], None]:
+        def receive(gradient: Tensor) -> None:
+            call.receive(gradient)
+            if not self._is_queued:
+                # A hook on the parameters would say when too, but once there it makes every later backward copy its gradients.
+                self._is_queued = True
+                torch.autograd.Variable._execution_engine.queue_callback(self._finished)
+
+        return receive
+
+    def _finished(self) -> None:
+        self._is_queued = False
+        self._after_backward()
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -232,11 +248,13 @@ class Meter:
         }
         self.last: Measured | None = None
         self._log = LogWriter(Path(log), header, first_step=first_step, heads=heads, heads_every=heads_every)
+        self._step = self._log.step
+        self._entries: list[Entry] = []  # of the last steps, not yet written
         self._strata = _strata(every)
-        self._stratum = next(self._strata)
+        self._begin_stratum(next(self._strata))
         self._recorder: _Recorder | None = None
+        self._count = 0  # of the optimizer's steps, once one was seen
         self._raw: dict[str, tuple[Tensor, int]] = {}
-        self._temporary: list[Any] = []
         self._batches: list[NDArray[np.int64]] = []
         self._entry: Entry | None = None
         self._handles = [
@@ -246,12 +264,18 @@ class Meter:
 
     @property
     def step(self) -> int:
-        """Steps finished and logged."""
-        return self._log.step
+        """Steps finished."""
+        return self._step
 
     @property
     def head(self) -> str:
         return self._log.head.hex()
+
+    def flush(self) -> None:
+        """Write the last steps' entries; call it with every checkpoint, or the log ends up to 32 steps before it."""
+        entries, self._entries = self._entries, []
+        for entry in entries:
+            self._log.append(entry)
 
     def __enter__(self) -> "Meter":
         return self
@@ -264,7 +288,9 @@ class Meter:
         for handle in self._handles:
             handle.remove()
         self._forget()
-        self._log.close()
+        if not self._log.is_closed:
+            self.flush()
+            self._log.close()
 
     def batch(self, records: Any) -> "_Batch":
         """The forward and backward of one batch; `records` are its (n,) numbers, one for each row of the batch, in its order."""
@@ -273,14 +299,11 @@ class Meter:
     def begin(self, records: Any) -> None:
         """What entering `batch` does, for loops that cannot use `with`: call before the forward."""
         ids = self._numbered(records)
-        low, length = self._stratum_of(self.step)
-        drawn = low + seed_of("meter", self.seed, low) % length
-        if self.step == drawn:
+        if not self._stratum[0] <= self._step < self._stratum_end:
+            self._find_stratum()
+        if self._step == self._drawn:
             if self._recorder is None:
-                self._recorder = _Recorder(self._layers)
-                self._temporary = [
-                    p.register_post_accumulate_grad_hook(self._raw_sample(n)) for n, p in self._measured()
-                ]
+                self._recorder = _Recorder(self._layers, self._keep_samples)
             self._recorder.start = sum(len(batch) for batch in self._batches)
             self._recorder.n = len(ids)
             self._recorder.is_listening = True
@@ -295,50 +318,42 @@ class Meter:
         """Forget the batches since the last step, whose gradients will not be used."""
         self._forget()
 
-    def _measured(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self._trained.items() if name not in self.left_out]
-
     def _numbered(self, records: Any) -> NDArray[np.int64]:
-        pointer = f"/step/{self.step}/records"
+        pointer = f"/step/{self._step}/records"
         try:
             ids = np.asarray(records.detach().cpu() if isinstance(records, Tensor) else records)
         except (TypeError, ValueError) as error:
             raise EngineError(f"{records!r} are no record numbers", pointer=pointer) from error
-        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             raise EngineError(
                 f"must be the (n,) integer numbers of the batch's records, is {ids.dtype} {ids.shape}", pointer=pointer
             )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.n_train:
-            raise EngineError(f"names record {low if low < 0 else high} of {self.n_train}", pointer=pointer)
-        return ids.astype(np.int64)
+        ids = ids.astype(np.int64)  # a copy: the caller's array may be filled anew before the entry is written
+        if ids.view(np.uint64).max() >= self.n_train:  # so seen, a negative number is a large one
+            wrong = ids[(ids < 0) | (ids >= self.n_train)]
+            raise EngineError(f"names record {wrong[0]} of {self.n_train}", pointer=pointer)
+        return ids
 
-    def _stratum_of(self, step: int) -> tuple[int, int]:
-        while step >= sum(self._stratum):
-            self._stratum = next(self._strata)
-        if step < self._stratum[0]:  # a resumed training went back
-            self._strata = _strata(self.every)
-            self._stratum = next(self._strata)
-            return self._stratum_of(step)
-        return self._stratum
+    def _begin_stratum(self, stratum: tuple[int, int]) -> None:
+        self._stratum, (start, length) = stratum, stratum
+        self._stratum_end = start + length
+        self._drawn = start + seed_of("meter", self.seed, start) % length
 
-    def _raw_sample(self, name: str) -> Callable[[Tensor], None]:
+    def _find_stratum(self) -> None:
+        while self._step >= self._stratum_end:
+            self._begin_stratum(next(self._strata))
+
+    def _keep_samples(self) -> None:
         """Clipping multiplies a gradient with one number, which a few of its entries, kept before, show afterwards."""
-
-        def hook(parameter: Tensor) -> None:
-            grad = parameter.grad
-            if grad is not None:
-                self._raw[name] = (_sample(grad).clone(), grad._version)
-
-        return hook
+        for name, p in self._trained.items():
+            if p.grad is not None and name not in self.left_out:
+                self._raw[name] = (_sample(p.grad).clone(), p.grad._version)
 
     def _forget(self) -> None:
         if self._recorder is not None:
             self._recorder.remove()
             self._recorder = None
-        for handle in self._temporary:
-            handle.remove()
-        self._temporary, self._raw, self._batches, self._entry = [], {}, [], None
+        self._raw, self._batches, self._entry = {}, [], None
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], kwargs.get("closure"))):
@@ -348,43 +363,41 @@ class Meter:
         if not self._batches:
             raise EngineError(
                 "the step has no record numbers; put forward and backward in `with meter.batch(records):`",
-                pointer=f"/step/{self.step}/records",
+                pointer=f"/step/{self._step}/records",
             )
-        records = np.concatenate(self._batches)
-        rate = float(optimizer.param_groups[0]["lr"])
+        records = self._batches[0] if len(self._batches) == 1 else np.concatenate(self._batches)
+        rate, probability = float(optimizer.param_groups[0]["lr"]), 1 / self._stratum[1]
+        self._count = self._update() if self._recorder is not None or not self._count else self._count + 1
         if self._recorder is None:
-            self._entry = Entry(self.step, self._update(), rate, self._probability, math.nan, math.nan, records, None)
+            self._entry = Entry(self._step, self._count, rate, probability, math.nan, math.nan, records, None)
             return
         try:
             influence, measurement, carried = self._influence(self._recorder.calls, len(records))
         except BaseException:
             self._forget()
             raise
-        self._entry = Entry(
-            self.step, self._update(), rate, self._probability, measurement, carried, records, influence
-        )
-        self.last = Measured(self.step, records, influence, measurement, carried, self._probability)
+        self._entry = Entry(self._step, self._count, rate, probability, measurement, carried, records, influence)
+        self.last = Measured(self._step, records, influence, measurement, carried, probability)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entry = self._entry
-        assert entry is not None
+        assert self._entry is not None
+        self._entries.append(self._entry)
         self._forget()
-        self._log.append(entry)
-
-    @property
-    def _probability(self) -> float:
-        return 1 / self._stratum_of(self.step)[1]
+        self._step += 1
+        if len(self._entries) == UNWRITTEN:
+            # One by one, each would run in a cache that the step has emptied: ten times as long.
+            self.flush()
 
     def _update(self) -> int:
         """The optimizer's count of the step to come, from 1; SGD keeps none, but its first step fills the momentum."""
         states = [self.optimizer.state.get(p, {}) for p in self._trained.values() if p.grad is not None]
         if isinstance(self.optimizer, torch.optim.SGD):
             is_first = all(state.get("momentum_buffer") is None for state in states)
-            return 1 if is_first else max(2, self.step + 1)
+            return 1 if is_first else max(2, self._step + 1)
         return 1 + max((int(state["step"]) for state in states if "step" in state), default=0)
 
     def _influence(self, calls: Sequence[_Call], n: int) -> tuple[NDArray[np.float32], float, float]:
-        where = f"/step/{self.step}"
+        where = f"/step/{self._step}"
         gradient, measurement = self._query_gradient(where)
         U: Tensors = {}
         carried = expected = 0.0
@@ -457,7 +470,7 @@ class Meter:
     def _query_gradient(self, where: str) -> tuple[Tensors, float]:
         index = torch.arange(len(self._queries))
         if self._n_query < len(index):
-            generator = torch.Generator().manual_seed(seed_of("meter queries", self.seed, self.step))
+            generator = torch.Generator().manual_seed(seed_of("meter queries", self.seed, self._step))
             index = torch.randperm(len(index), generator=generator)[: self._n_query]
         with _evaluating(self.model), torch.enable_grad():
             measured = self._asked(index)
@@ -943,6 +956,10 @@ def meter_callback(
         def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
             if self.meter is not None:
                 self.meter.end()
+
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if self.meter is not None:
+                self.meter.flush()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self._finish()

@@ -178,6 +178,10 @@ class LogWriter:
         if self.n_entry % self._every == 0:
             self._post()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._file.closed
+
     def close(self) -> None:
         """Mark the end, post the last head, give back the lock. Harmless to call twice."""
         if self._file.closed:

@@ -602,6 +602,18 @@ def test_a_batch_that_failed_is_forgotten(world):
     assert meter.step == 1
 
 
+def test_entries_are_written_by_the_dozen_and_with_a_checkpoint(world, tmp_path):
+    model, optim, records, loss, meter = world(every=8)
+    run(model, optim, records, loss, meter, batches(40))
+    written = len(list(entries(tmp_path / "run.meter")))
+
+    meter.flush()
+
+    assert (written, meter.step) == (32, 40)
+    assert [entry.step for entry in entries(tmp_path / "run.meter")] == list(range(40))
+    assert [entry.update for entry in entries(tmp_path / "run.meter")] == list(range(1, 41))
+
+
 def test_the_meter_leaves_nothing_behind(world):
     model, optim, records, loss, meter = world()
     run(model, optim, records, loss, meter, batches(2))
