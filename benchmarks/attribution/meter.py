@@ -1,6 +1,6 @@
 """What does the in-run meter cost, and what is its log worth?
 
-    ./run bench attribution/meter [--repetitions 5] [--threads 1] [--only cost|step|digits]
+    ./run bench attribution/meter [--repetitions 5] [--every 64] [--threads 1] [--only cost|step|digits]
 
 cost    A metered and a plain loop take turns, step by step, in one process; CPU time, so that other processes' turns do not
         count. A repetition is `every` steps, of which one is measured, as in any long run after its dense start; the whole-run
@@ -94,9 +94,9 @@ COSTS = {  # the numbers do not matter to the cost: they are random
 }
 
 
-def cost(repetitions: int, folder: Path) -> None:
+def cost(repetitions: int, every: int, folder: Path) -> None:
     print(
-        f"CPU time of the metered loop over the plain one's, every = {EVERY}, {repetitions} repetitions of {EVERY} steps"
+        f"CPU time of the metered loop over the plain one's, every = {every}, {repetitions} repetitions of {every} steps"
     )
     print(
         f"{'':41}{'':14}{'plain step':>11}{'measured':>10}{'passed':>8}{'ratio, median (least, most)':>30}"
@@ -112,7 +112,7 @@ def cost(repetitions: int, folder: Path) -> None:
             metered = copy.deepcopy(plain)
             optims = make(plain.parameters()), make(metered.parameters())
             log = folder / f"{len(list(folder.iterdir()))}.meter"
-            meter = Meter(metered, optims[1], measurement=loss, queries=queries, n_train=n, log=log)
+            meter = Meter(metered, optims[1], measurement=loss, queries=queries, n_train=n, log=log, every=every)
 
             def plain_step(index: Tensor) -> None:
                 loss(plain, data[index]).mean().backward()  # noqa: B023 (called within its iteration)
@@ -138,12 +138,12 @@ def cost(repetitions: int, folder: Path) -> None:
             for at in range(4):
                 turn(at)
             meter._strata = iter(
-                [(at, EVERY) for at in range(4, 4 + EVERY * repetitions, EVERY)]
+                [(at, every) for at in range(4, 4 + every * repetitions, every)]
             )  # past the dense start
             meter._begin_stratum(next(meter._strata))
             ratios, steps = [], []
             for _ in range(repetitions):
-                found = [turn(at) for at in range(EVERY)]
+                found = [turn(at) for at in range(every)]
                 ratios.append(sum(m for _, m, _ in found) / sum(p for p, _, _ in found))
                 steps += found
             assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), metered.parameters(), strict=True))
@@ -153,7 +153,7 @@ def cost(repetitions: int, folder: Path) -> None:
             passed = float(np.median([m for _, m, on in steps if not on])) / base
             whole = []
             for n_step in WHOLE_RUNS:
-                n_measured = len(strata_of(n_step))
+                n_measured = len(strata_of(n_step, every))
                 whole.append((n_measured * measured + (n_step - n_measured) * passed) / n_step)
             print(
                 f"{name:41}{optimizer:14}{1e3 * base:8.1f} ms{measured:9.2f}×{passed:7.3f}×"
@@ -164,10 +164,10 @@ def cost(repetitions: int, folder: Path) -> None:
     print("The trained weights of both loops were equal to the bit in each of them.")
 
 
-def strata_of(n_step: int) -> list[tuple[int, int]]:
+def strata_of(n_step: int, every: int) -> list[tuple[int, int]]:
     """The strata of a run of so many steps."""
     found = []
-    for span in _strata(EVERY):
+    for span in _strata(every):
         if span[0] >= n_step:
             return found
         found.append(span)
@@ -306,6 +306,7 @@ def digits(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--every", type=int, default=EVERY)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=["cost", "step", "digits"])
     given = parser.parse_args()
@@ -313,7 +314,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="residual-meter-") as name:
         folder = Path(name)
         if given.only in (None, "cost"):
-            cost(given.repetitions, folder)
+            cost(given.repetitions, given.every, folder)
         if given.only in (None, "step"):
             step(folder)
         if given.only in (None, "digits"):
