@@ -203,7 +203,7 @@ class Meter:
     Attributes:
         left_out: the names of the parameters that are not measured.
         last: the last measured step.
-        head: of the chain, hex; changes with each step.
+        head: of the chain, hex, up to the last entry written (`flush` writes the rest).
     """
 
     def __init__(
@@ -220,10 +220,14 @@ class Meter:
         seed: int = 0,
         leave_out: Sequence[str] = (),
         first_step: int = 0,
-        heads: Path | Callable[[Head], None] | None = None,
+        heads: Path | str | Callable[[Head], None] | None = None,
         heads_every: int = 64,
     ) -> None:
-        for pointer, value in (("/n_train", n_train), ("/every", every), ("/queries_per_step", queries_per_step or 1)):
+        for pointer, value in (
+            ("/n_train", n_train),
+            ("/every", every),
+            ("/queries_per_step", 1 if queries_per_step is None else queries_per_step),
+        ):
             if value < 1:
                 raise EngineError(f"{value} is below 1", pointer=pointer)
         if len(queries) == 0:

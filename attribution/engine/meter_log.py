@@ -95,12 +95,13 @@ class LogWriter:
         header: Mapping[str, Any],
         *,
         first_step: int | None = None,
-        heads: Path | Callable[[Head], None] | None = None,
+        heads: Path | str | Callable[[Head], None] | None = None,
         heads_every: int = 64,
     ) -> None:
         if heads_every < 1:
             raise EngineError(f"{heads_every} is below 1", pointer="/heads_every")
-        self.path, self._heads, self._every = path, heads, heads_every
+        self.path, self._every = path, heads_every
+        self._heads = Path(heads) if isinstance(heads, str) else heads
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("ab", buffering=0)
         try:

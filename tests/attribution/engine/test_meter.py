@@ -460,6 +460,7 @@ def compiled() -> nn.Module:
         ({"leave_out": ["("]}, "/leave_out/0", "regular expression"),
         ({"leave_out": ["."]}, "/leave_out", "every parameter"),
         ({"every": 0}, "/every", "below 1"),
+        ({"queries_per_step": 0}, "/queries_per_step", "below 1"),
     ],
 )
 def test_what_cannot_be_metered_is_refused_before_training(tmp_path, change, pointer, reason):
