@@ -1,6 +1,6 @@
 """The engine's command line.
 
-    python -m attribution.engine train|score|shares|verify|evaluate path/to/task.py:make_task --out DIR
+    python -m attribution.engine train|score|shares|index|search|verify|evaluate path/to/task.py:make_task --out DIR
 
 The task file's folder goes on `sys.path`; `make_task()` returns a Task. Results are written whole or not at all. Exit codes:
 0 done, or a match; 2 bad input; 3 a mismatch.
@@ -29,7 +29,18 @@ from attribution.engine.errors import EngineError
 from attribution.engine.estimators import graddot, replay
 from attribution.engine.evaluation import Evaluation, Scored, evaluate, has_copy, scores_without_copies, self_influence
 from attribution.engine.files import write_array, written_whole
+from attribution.engine.projection import WIDTH
+from attribution.engine.search import (
+    N_JUDGES,
+    RECALL_AT,
+    SHORTLIST_FROM,
+    build_shortlist,
+    open_shortlist,
+    players,
+    search,
+)
 from attribution.engine.shares import RoundResult, SharesResult, merge_rounds, plan_shares, run_round
+from attribution.engine.store import SHARD_RECORDS, Store, build_store
 from attribution.engine.task import Task
 from attribution.engine.training import Progress as Told
 from attribution.engine.training import environment, train
@@ -39,6 +50,7 @@ MATCH, BAD_INPUT, MISMATCH = 0, 2, 3
 METHODS: dict[str, Any] = {"graddot": graddot, "replay": replay}
 CI_BUDGET = 2000.0  # what `--ci` may spend before it gives up, unless `--budget` says otherwise
 BUDGET = 400.0
+SIDES = ("helpful", "harmful")
 
 console = Console(stderr=True)
 
@@ -148,6 +160,58 @@ def run_shares(task: Task, given: argparse.Namespace) -> int:
     write_array(given.out / "replicates.npy", result.replicates)
     report = result.to_json() | {"seconds": seconds(), "seed": given.seed, "task": task.digest}
     _write_json(given.out / "shares.json", report | {"environment": environment()})
+    return MATCH
+
+
+def run_index(task: Task, given: argparse.Namespace) -> int:
+    """Finished shards are kept in DIR, so an interrupted command takes up where it was."""
+    with _timed() as seconds:
+        with _bar("index") as told:
+            store = build_store(
+                task,
+                given.out,
+                width=given.width,
+                seed=given.seed,
+                shard_records=given.shard_records,
+                progress=told,
+                say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+            )
+        playing, shortlist = players(task), open_shortlist(store)
+        n_playing = len(store) if playing is None else len(playing)
+        if shortlist is None and n_playing >= SHORTLIST_FROM and task.n_query > 1:
+            with _bar("shortlist") as told:
+                queries = store.query_vectors(task, torch.arange(min(task.n_query, N_JUDGES)))
+                shortlist = build_shortlist(store, queries, kind=given.kind, players=playing, progress=told)
+    found = f", shortlist with recall@100 {shortlist.recall:.3f}" if shortlist else ""
+    console.print(
+        f"{len(store):,} records x {store.width} in {len(store.shards)} shards{found}, {seconds():.1f} s",
+        highlight=False,
+    )
+    return MATCH
+
+
+def run_search(task: Task, given: argparse.Namespace) -> int:
+    store = Store.open(given.out)
+    with _timed() as seconds:
+        answer = search(task, store, given.query, k=given.k, is_exact=given.exact)
+    pairs = [
+        {"query": q.query} | {side: [{"record": i, "score": s} for i, s in getattr(q, side)] for side in SIDES}
+        for q in answer.queries
+    ]
+    _write_json(
+        given.out / "search.json",
+        {
+            "command": "search",
+            "way": answer.way,
+            "recall": answer.recall,
+            "k": given.k,
+            "calibrated": False,
+            "queries": pairs,
+            "seconds": seconds(),
+            "store": store.digest,
+            "environment": environment(),
+        },
+    )
     return MATCH
 
 
@@ -331,7 +395,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m attribution.engine", description="Which records made a model what it is."
     )
-    commands = parser.add_subparsers(required=True, metavar="train|score|shares|verify|evaluate")
+    commands = parser.add_subparsers(required=True, metavar="train|score|shares|index|search|verify|evaluate")
 
     def command(name: str, run: Callable[[Task, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -351,6 +415,17 @@ def _parser() -> argparse.ArgumentParser:
         "--ci", type=_positive(float), metavar="WIDTH", help="stop once the widest owner's interval is this narrow"
     )
     sub.add_argument("--seed", type=int, default=0)
+    sub = command("index", run_index, "Project every record's gradient into a store that `search` asks.")
+    sub.add_argument("--width", type=_positive(int), default=WIDTH, help="numbers per record, a power of two")
+    sub.add_argument("--seed", type=int, default=0, help="of the projection")
+    sub.add_argument(
+        "--shard-records", type=_positive(int), default=SHARD_RECORDS, help="per file: what a kill costs at most"
+    )
+    sub.add_argument("--kind", choices=["sq8", "pq"], default="sq8", help="of the shortlist, for stores that need one")
+    sub = command("search", run_search, "Say which records moved an output.")
+    sub.add_argument("--query", type=int, nargs="+", required=True, metavar="N")
+    sub.add_argument("--k", type=_positive(int), default=RECALL_AT, help="records on either side")
+    sub.add_argument("--exact", action="store_true", help="read the whole store, though there may be a shortlist")
     sub = command("verify", run_verify, "Replay the recipe and compare it with the checkpoints.")
     sub.add_argument("--checkpoint", action="append", metavar="STEP:PATH", help="instead of the task's own")
     sub.add_argument(
