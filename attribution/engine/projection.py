@@ -108,7 +108,7 @@ class Projector:
         self.by = hashes(self.trained, width, seed)
         self.unhooked: dict[bool, list[str]] = {}
         self._rows: dict[bool, int] = {}
-        self._expanded: dict[bool, bool] = {}
+        self._shared: dict[bool, set[int]] = {}  # ids of the lookups that come out once for all records
 
     @property
     def n_parameters(self) -> int:
@@ -125,14 +125,16 @@ class Projector:
         Raises:
             EngineError: a gradient that is not finite.
         """
-        parts = [self.of_batch(records[i], i, of_loss=of_loss) for i in index.split(self.rows(of_loss=of_loss))]
+        self.prepare(of_loss=of_loss, records=records)
+        parts = [self.of_batch(records[i], i, of_loss=of_loss) for i in index.split(self._rows[of_loss])]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def prepare(self, *, of_loss: bool) -> None:
-        """Check on the first records which parameters the hooks account for, once."""
+    def prepare(self, *, of_loss: bool, records: Records | None = None) -> None:
+        """Check which parameters the hooks account for, once: on the first of `records`, the task's own by default."""
         if of_loss in self.unhooked:
             return
-        records = self.task.train if of_loss else self.task.queries
+        if records is None:
+            records = self.task.train if of_loss else self.task.queries
         index = torch.arange(min(len(records), N_PROBE))
         batch = records[index]
         with preserved_generator(), torch.no_grad():
@@ -144,23 +146,22 @@ class Projector:
                 pointer="/loss" if of_loss else "/measurement",
             )
         truth = self._one_by_one(records, len(index), of_loss)
-        # A position embedding comes out once for all records; copying it for each lets its hook tell them apart.
-        best: tuple[int, bool, list[str], int] | None = None
-        for expanded in (False, True):
+        best: tuple[int, set[int] | None, list[str], int] | None = None
+        # A position embedding comes out once for all records; copied for each of them, it tells them apart.
+        for shared in (None, set[int]()):
             try:
-                found, bytes_held = self._hooked(batch, of_loss, expanded, one_by_one=True)
-            except (RuntimeError, IndexError, ValueError):
-                if expanded:
-                    continue
+                found, bytes_held = self._hooked(batch, of_loss, shared, is_known=False, one_by_one=True)
+            except (RuntimeError, IndexError, ValueError):  # a layer that cannot take what was copied
                 found, bytes_held = {}, 0
             missing = [n for n, z in truth.items() if n not in found or not _agree(found[n], z)]
             size = sum(self.trained[n].numel() for n in missing)
             if best is None or size < best[0]:
-                best = size, expanded, missing, bytes_held
+                best = size, shared, missing, bytes_held
             if not missing:
                 break
         assert best is not None
-        size, self._expanded[of_loss], self.unhooked[of_loss], bytes_held = best
+        size, shared, self.unhooked[of_loss], bytes_held = best
+        self._shared[of_loss] = shared or set()
         per_record = bytes_held / len(index) + 3 * size * 8 + 4 * self.width * 8
         self._rows[of_loss] = int(max(1, min(MAX_ROWS, BLOCK_BYTES // per_record)))
 
@@ -170,7 +171,7 @@ class Projector:
         missing = self.unhooked[of_loss]
         z: Tensor | None = None
         if len(missing) < len(self.trained):
-            z = self._hooked(batch, of_loss, self._expanded[of_loss], skip=frozenset(missing))[0][""].float()
+            z = self._hooked(batch, of_loss, self._shared[of_loss], skip=frozenset(missing))[0][""].float()
         if missing:
             rest = sketch(self._differentiated(batch, missing, of_loss), self.by).float()
             z = rest if z is None else z + rest
@@ -220,18 +221,20 @@ class Projector:
         self,
         batch: Batch,
         of_loss: bool,
-        expanded: bool,
+        shared: set[int] | None,
         *,
+        is_known: bool = True,
         skip: frozenset[str] = frozenset(),
         one_by_one: bool = False,
     ) -> tuple[dict[str, Tensor], int]:
         """Sketches from what went into each layer and what came back; under "" their sum, or under each parameter's name.
 
-        Also how many bytes that took.
+        Also how many bytes that took. `shared` names the lookups to copy for each record, or is filled with them if they
+        are not yet known: by their shape alone, T positions look like T records.
         """
         n = len(batch[0])
         names = {id(p): name for name, p in self.model.named_parameters() if name in self.trained and name not in skip}
-        with preserved_generator(), _taps(self.model, names, n, expanded) as taps, torch.enable_grad():
+        with preserved_generator(), _taps(self.model, names, n, shared, is_known) as taps, torch.enable_grad():
             losses = self._objective(of_loss)(self.model, batch)
             backs = torch.autograd.grad(losses.sum(), [tap.out for tap in taps], allow_unused=True) if taps else ()
         sums: dict[str, _Sum] = {}
@@ -385,17 +388,20 @@ class _Tap:
 
 
 @contextmanager
-def _taps(model: nn.Module, names: Mapping[int, str], n: int, expanded: bool) -> Iterator[list[_Tap]]:
+def _taps(
+    model: nn.Module, names: Mapping[int, str], n: int, shared: set[int] | None, is_known: bool
+) -> Iterator[list[_Tap]]:
     """What each call of each known layer took and gave, while the block runs."""
     taps: list[_Tap] = []
 
     def hook(kind: str) -> Callable[..., Tensor]:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
             went_in = inputs[0].detach()
-            if expanded and (went_in.ndim < out.ndim if out.shape[0] != n else False):
+            if shared is not None and kind == "embedding" and (id(module) in shared if is_known else out.shape[0] != n):
+                shared.add(id(module))
+                if went_in.ndim > 1 and out.shape[0] == 1:
+                    went_in, out = went_in[0], out[0]
                 went_in, out = went_in.expand(n, *went_in.shape), out.expand(n, *out.shape)
-            elif expanded and out.shape[0] == 1 != n:
-                went_in, out = went_in.expand(n, *went_in.shape[1:]), out.expand(n, *out.shape[1:])
             if not out.requires_grad:
                 out = out.detach().requires_grad_()
             taps.append(_Tap(module, kind, went_in, out))

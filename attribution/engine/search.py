@@ -34,9 +34,9 @@ from attribution.engine.training import Progress
 
 Array = NDArray[Any]
 
-SHORTLIST_FROM = 100_000  # records; below, the exact search reads the store in some 50 ms and needs no index
+SHORTLIST_FROM = 100_000  # records; below, reading the whole store takes a few tenths of a second
 ROWS = 16_384  # of the store held at once
-N_SAMPLE = 40_000  # vectors that the directions and the lists are learned from
+N_SAMPLE = 40_960  # vectors that the directions and the lists are learned from
 DIRECTIONS = 128
 PROMISED = 0.95  # recall@100; a shortlist that was measured to find less is not used
 TARGET = 0.97  # on the queries that choose its settings
@@ -189,7 +189,7 @@ def build_shortlist(
         raise EngineError("recall is measured on other queries than it is tuned on; two are needed", pointer="/queries")
     everyone = np.arange(len(store)) if players is None else players
     d = min(DIRECTIONS, store.width)
-    specs = {"sq8": "SQ8", "pq": f"PQ{max(1, d // 4)}"}
+    specs = {"sq8": "SQ8", "pq": f"PQ{max(1, d // 4)}np"}  # np: no polysemous training; nothing here uses its minutes
     if kind not in specs:
         raise EngineError(f"{kind!r} is none of {sorted(specs)}", pointer="/kind")
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -228,14 +228,15 @@ def open_shortlist(store: Store) -> Shortlist | None:
         report = json.loads((store.folder / REPORT).read_text(encoding="utf-8"))
         if report["store"] != store.digest:
             return None
-        is_whole = hashlib.sha256(path.read_bytes()).hexdigest() == report["sha256"]
+        content = path.read_bytes()
+        is_whole = hashlib.sha256(content).hexdigest() == report["sha256"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(f"cannot be read ({error}); run `index` again", pointer=str(path)) from error
     if not is_whole:
         raise EngineError("its checksum does not match, the file is damaged; run `index` again", pointer=str(path))
-    return Shortlist(faiss.read_index(str(path)), report)
+    return Shortlist(faiss.deserialize_index(np.frombuffer(content, np.uint8)), report)
 
 
 def _choose(found: Shortlist, store: Store, queries: Array, players: Array | None) -> None:

@@ -177,9 +177,11 @@ def test_a_record_s_projection_depends_on_neither_its_batch_nor_its_place():
 
     alone = torch.cat([projector.gradients(task.train, torch.tensor([i]), of_loss=True) for i in range(7)])
     turned = projector.gradients(task.train, torch.arange(7).flip(0), of_loss=True)
+    as_many_as_positions = projector.gradients(task.train, torch.arange(5), of_loss=True)
 
     torch.testing.assert_close(alone, whole)
     torch.testing.assert_close(turned.flip(0), whole)
+    torch.testing.assert_close(as_many_as_positions, whole[:5])
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_map():
