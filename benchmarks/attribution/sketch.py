@@ -180,6 +180,9 @@ def main() -> int:
     for name, by_way in found.items():
         cells = "".join(f"{f'{np.mean(by_way[w]):.2f} ({min(by_way[w]):.2f})':>18}" for w in ways)
         print(f"{name:28}{f'{np.mean(helped[name]):.0f} of {given.datasets}':>12}{cells}")
+    print("by seed, with the horizon:")
+    for name, by_way in found.items():
+        print(f"{name:28}" + " ".join(f"{r:.2f}" for r in by_way["horizon"]))
     print(
         f"{time.perf_counter() - started:.0f} s in all; a validation set's and {given.datasets} datasets' gradients: "
         f"{sketch_seconds / given.seeds:.1f} s a seed"
