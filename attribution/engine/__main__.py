@@ -26,7 +26,7 @@ from rich.table import Table
 
 from attribution.engine.charts import evaluation_svg
 from attribution.engine.errors import EngineError
-from attribution.engine.estimators import graddot, replay
+from attribution.engine.estimators import Estimate, ekfac, graddot, replay, tracin, trak
 from attribution.engine.evaluation import Evaluation, Scored, evaluate, has_copy, scores_without_copies, self_influence
 from attribution.engine.files import write_array, written_whole
 from attribution.engine.projection import WIDTH
@@ -47,7 +47,7 @@ from attribution.engine.training import environment, train
 from attribution.engine.verification import verify
 
 MATCH, BAD_INPUT, MISMATCH = 0, 2, 3
-METHODS: dict[str, Any] = {"graddot": graddot, "replay": replay}
+METHODS: dict[str, Any] = {"ekfac": ekfac, "graddot": graddot, "replay": replay, "tracin": tracin, "trak": trak}
 CI_BUDGET = 2000.0  # what `--ci` may spend before it gives up, unless `--budget` says otherwise
 BUDGET = 400.0
 SIDES = ("helpful", "harmful")
@@ -116,15 +116,16 @@ def run_train(task: Task, given: argparse.Namespace) -> int:
 def run_score(task: Task, given: argparse.Namespace) -> int:
     method = METHODS[given.method]
     with _timed() as seconds, _bar(given.method) as told:
-        scores = method.score(task, progress=told).numpy()
+        found: Estimate = method.estimate(task, progress=told)
+    scores = found.scores.numpy()
     write_array(given.out / "scores.npy", scores)
     _write_json(
         given.out / "report.json",
         {
             "command": "score",
             "method": given.method,
-            "settings": {},
-            "calibrated": method.CALIBRATED,
+            "settings": found.settings,
+            "calibrated": found.is_calibrated,
             "shape": list(scores.shape),
             "seconds": seconds(),
             "task": task.digest,

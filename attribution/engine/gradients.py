@@ -18,6 +18,16 @@ def parameter_count(program: Program, state: State) -> int:
 
 def record_gradients(program: Program, state: State, records: Records, index: Tensor, *, of_loss: bool) -> Tensor:
     """Per-example gradients (B, d) at a state of one run, of the training loss or of the measurement, in eval mode."""
+    return flat(named_gradients(program, state, records, index, of_loss=of_loss))
+
+
+def flat(gradients: Tensors) -> Tensor:
+    """(B, d): one row per record, its parameters side by side in the model's own order."""
+    return torch.cat([g.reshape(len(g), -1) for g in gradients.values()], 1)
+
+
+def named_gradients(program: Program, state: State, records: Records, index: Tensor, *, of_loss: bool) -> Tensors:
+    """The same, as one tensor (B, *shape) for each parameter."""
     module = program.module.train(of_loss)  # its own flag picks the loss or the measurement
     module.model.eval()
     fixed = state.frozen | {name: b[0] for name, b in state.buffers.items()}
@@ -34,7 +44,7 @@ def record_gradients(program: Program, state: State, records: Records, index: Te
         found = torch.vmap(torch.func.grad(one), in_dims=(None, *[0] * len(batch)), randomness="different")(
             parameters, *batch
         )
-    return torch.cat([found[name].reshape(len(index), -1) for name in names], 1)
+    return {name: found[name] for name in names}
 
 
 def sketched(gradients: Tensor, width: int, seed: int) -> Tensor:

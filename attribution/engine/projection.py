@@ -18,6 +18,13 @@ parameter, against torch.func on the first records; what does not agree (a weigh
 that mixes records or that is not known here) is differentiated by torch.func. No parameter is left out.
 
 With no more parameters than K the map is the identity and the inner products are exact.
+
+Gradients that are held anyway are projected by `project`, which errs a little less and reads every entry SPARSITY times:
+
+    y = S x      S: (width, d) with SPARSITY entries ±1/√SPARSITY in each column, one in each of SPARSITY bands of rows
+
+E[(S x)·(S z)] = x·z, with a standard deviation of at most √(2 / width) ‖x‖ ‖z‖: the sparse Johnson–Lindenstrauss transform of
+Kane & Nelson 2014, arXiv:1012.1577.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +48,8 @@ MAX_ROWS = 512  # records at once; more gain no speed
 POSITIONS = 64  # of factors transformed at once: their sketches stay in the cache
 FORMED_NS = (1.2, 0.02)  # an entry of a gradient that is formed, and of a product; an entry of a factor takes 1
 AGREEMENT = 1e-3  # of the hooks with torch.func, relative to a parameter's gradient; float32 sums differ by 1e-6
+SPARSITY = 8
+COLUMNS = 2**18  # columns of S made at once; part of the definition, since each piece has a seed of its own
 
 
 @dataclass(frozen=True)
@@ -432,3 +441,18 @@ def _agree(found: Tensor, truth: Tensor) -> bool:
 
 def _ones(*sizes: int) -> list[Tensor]:
     return [torch.ones(size) for size in sizes]
+
+
+def project(x: Tensor, width: int, seed: int) -> Tensor:
+    """Project the rows of (B, d) to (B, width); width must be a multiple of SPARSITY."""
+    if width < SPARSITY or width % SPARSITY:
+        raise ValueError(f"width {width} is no multiple of {SPARSITY}")
+    band = width // SPARSITY
+    y = torch.zeros(len(x), width, dtype=x.dtype)
+    for number, piece in enumerate(x.split(COLUMNS, dim=1)):
+        generator = torch.Generator().manual_seed(seed_of("projection", seed, number))
+        for row in range(0, width, band):
+            bucket = torch.randint(band, (COLUMNS,), generator=generator)[: piece.shape[1]] + row
+            sign = torch.randint(2, (COLUMNS,), generator=generator)[: piece.shape[1]] * 2 - 1
+            y.index_add_(1, bucket, piece * sign.to(x.dtype))
+    return y / SPARSITY**0.5

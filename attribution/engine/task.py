@@ -254,18 +254,27 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the recipe, records, queries and copies: what a round of work belongs to.
+        """SHA-256 over the recipe (without one: the checkpoints), records, queries and copies: what a round of work belongs to.
 
         Owners and groups are left out on purpose: whoever owns a record changes no measurement.
         """
-        recipe = self.require_recipe()
-        digest = hashlib.sha256()
-        plain: list[Any] = [recipe.optimizer, dict(recipe.options), [(r, _plain(dict(o))) for r, o in recipe.groups]]
-        plain += [recipe.normalizer, recipe.clip_norm, recipe.seed]
-        digest.update(json.dumps(plain, sort_keys=True, default=list).encode())
-        rate = torch.as_tensor(recipe.learning_rate, dtype=torch.float64)
-        tensors = [rate, recipe.order, *(recipe.initial_state[name] for name in sorted(recipe.initial_state))]
-        tensors.append(self.representative)
+        digest, recipe = hashlib.sha256(), self.recipe
+        tensors = [self.representative]
+        if recipe is not None:
+            plain: list[Any] = [
+                recipe.optimizer,
+                dict(recipe.options),
+                [(r, _plain(dict(o))) for r, o in recipe.groups],
+            ]
+            plain += [recipe.normalizer, recipe.clip_norm, recipe.seed]
+            digest.update(json.dumps(plain, sort_keys=True, default=list).encode())
+            rate = torch.as_tensor(recipe.learning_rate, dtype=torch.float64)
+            initial = [recipe.initial_state[name] for name in sorted(recipe.initial_state)]
+            tensors = [rate, recipe.order, *initial, self.representative]
+        else:
+            for step, path in self.checkpoints:
+                with Path(path).open("rb") as file:
+                    digest.update(f"{step}:{hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
         for records in (self.train, self.queries):
             for start in range(0, len(records), 4096):
                 tensors += records[torch.arange(start, min(start + 4096, len(records)))]

@@ -143,25 +143,41 @@ class Program:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.recipe: Recipe = task.require_recipe()
         with preserved_generator():
             self.module = _Losses(task)
         model = self.module.model
-        model.load_state_dict(dict(self.recipe.initial_state))
+        if task.recipe is not None:
+            model.load_state_dict(dict(task.recipe.initial_state))
         self._trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         self._frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         self._buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-        self._options = {name: self.recipe.options_for(name) for name in self._trained}
-        self.fields: tuple[str, ...] = (
-            ("momentum_buffer",) if self.recipe.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
-        )
+        self._options = {name: task.recipe.options_for(name) for name in self._trained} if task.recipe else {}
+        self.fields: tuple[str, ...] = ()
+        if task.recipe is not None:
+            self.fields = ("momentum_buffer",) if task.recipe.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
+            if task.recipe.optimizer == "sgd" and not any(options["momentum"] for options, _ in self._options.values()):
+                self.fields = ()
         self.needs: dict[tuple[int, int], _Needs] = {}  # by (runs, questions): see `plan_reverse`
-        if self.recipe.optimizer == "sgd" and not any(options["momentum"] for options, _ in self._options.values()):
-            self.fields = ()
         self._check_loss_shapes()
         check_losses(self.module, task)
 
+    @property
+    def recipe(self) -> Recipe:
+        """What a step needs; a state of a checkpoint can be measured without one."""
+        return self.task.require_recipe()
+
     def initial(self, runs: int) -> State:
+        """Where R runs start.
+
+        Raises:
+            EngineError: the task has no recipe.
+        """
+        self.task.require_recipe()
+        return self.blank(runs)
+
+    def blank(self, runs: int = 1) -> State:
+        """The recipe's initial state or, without a recipe, one with the names and shapes that matter and `build()`'s values."""
+
         def stack(tensors: Tensors) -> Tensors:
             return {name: t.expand(runs, *t.shape).clone() for name, t in tensors.items()}
 
@@ -419,7 +435,7 @@ class Program:
             return torch.vmap(lambda p: one(p, {})[0], randomness="same")(parameters), {}
 
     def _check_loss_shapes(self) -> None:
-        state = self.initial(1)
+        state = self.blank()
         index = torch.arange(min(2, self.task.n_train))
         with preserved_generator():
             for pointer, records, training in (

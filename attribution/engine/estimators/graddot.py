@@ -10,29 +10,37 @@ call a baseline. Charpiat et al. 2019, arXiv:2102.13262; the last term of TracIn
 import torch
 from torch import Tensor
 
+from attribution.engine.checkpoints import last_state
+from attribution.engine.estimators import Estimate
 from attribution.engine.gradients import block_rows, record_gradients
 from attribution.engine.task import Task
-from attribution.engine.training import Program, Progress, State, train
+from attribution.engine.training import Program, Progress, State
 
 CALIBRATED = False
 
 
 def score(task: Task, *, state: State | None = None, progress: Progress | None = None) -> Tensor:
-    """Score every record against every query at `state`; without one, train by the recipe first.
+    """Score every record against every query at `state`: by default the last checkpoint, or the end of training by the recipe.
 
     Returns:
-        (n_train, n_query) float32; a class of copies has its score at the representative, 0 elsewhere.
+        (n_train, n_query) float32; a class of copies has the sum of its members at the representative, 0 elsewhere.
     """
     program = Program(task)
-    state = state or train(task).state
+    state = state or last_state(task, program)
     rows = block_rows(program, state)
     scores = torch.zeros(task.n_train, task.n_query)
-    players = task.representative.unique()
     for q in torch.arange(task.n_query).split(rows):
         queries = record_gradients(program, state, task.queries, q, of_loss=False)  # (n_chunk, d)
-        for i in players.split(rows):
+        for i in torch.arange(task.n_train).split(rows):
             records = record_gradients(program, state, task.train, i, of_loss=True)
-            scores[i[:, None], q] = (records @ queries.T).float()
+            scores[:, q] = scores[:, q].index_add(0, task.representative[i], (records @ queries.T).float())
         if progress:
             progress(int(q[-1]) + 1, task.n_query)
     return scores
+
+
+def estimate(task: Task, *, state: State | None = None, progress: Progress | None = None) -> Estimate:
+    """The same; there is nothing to choose."""
+    scores = score(task, state=state, progress=progress)
+    where = task.checkpoints[-1][0] if task.checkpoints else task.require_recipe().n_step
+    return Estimate(scores, CALIBRATED, {"checkpoints": [state.step if state else where], "run_equivalents": 0})

@@ -1,0 +1,207 @@
+"""Influence of training examples on queries, from per-sample gradients at one or several checkpoints.
+
+    score[t, q] = g_t · (F + λI)⁻¹ · g_q      F = (1/n) Σ g_t g_tᵀ      λ = damping · tr(F) / d
+
+Positive: more weight on example t lowers the loss on query q.
+Koh & Liang 2017, arXiv:1703.04730; with projected gradients, Park et al. 2023, arXiv:2303.14186.
+
+Up to EXACT parameters the gradients stay as they are, beyond they are projected to WIDTH numbers (`projection.py`). The scores
+of several checkpoints are averaged (TRAK's ensemble, here along one training). Two things differ from the paper: F is made
+from gradients for the labels that the model itself would draw, not from those of the labels as given (see `curvature.py` for why;
+where the loss cannot be split at the output it is as above), and a query's gradient is the measurement's own. So below EXACT
+parameters this is the Gauss–Newton influence function, exact but for λ.
+
+λ is not the user's: with a recipe, the best by replays (`held_out.py`) of multiples of 1/τ, τ the sum of learning rates; without one
+1/τ with τ the age that the checkpoint shows (`checkpoints.py`). The trace is over all d directions, whatever F's rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attribution.engine.checkpoints import Segment, Trajectory, age, at_state, expected_start, mean_gradient, trajectory
+from attribution.engine.curvature import Labels, curvature_gradients, curvature_rows, labels_of
+from attribution.engine.estimators import Estimate
+from attribution.engine.gradients import block_rows, flat, named_gradients, parameter_count
+from attribution.engine.held_out import best, held_out
+from attribution.engine.projection import project
+from attribution.engine.task import Records, Task
+from attribution.engine.training import Program, Progress, State, Tensors
+
+EXACT = 3072  # parameters; F with more would take minutes to factor
+WIDTH = 2048
+CHECKPOINTS = 4
+MULTIPLES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 16.0)  # of 1/τ
+DEFAULT_DAMPING = 0.1  # of F's mean eigenvalue over its rank, where the age cannot be read off
+SEED = 0
+
+
+def influence_scores(
+    train_grads: Tensor, query_grads: Tensor, *, damping: float, fisher: Tensor | None = None
+) -> Tensor:
+    """Score every training example against every query.
+
+    Args:
+        train_grads: gradients of the training loss, shape (n_train, d).
+        query_grads: gradients of the query loss, shape (n_query, d), same parameter order.
+        damping: ridge as a fraction of F's mean eigenvalue; dimensionless, > 0.
+        fisher: F, shape (d, d), if it comes from other gradients than `train_grads`.
+
+    Returns:
+        Scores of shape (n_train, n_query), in the dtype of `train_grads`.
+    """
+    n_train, d = train_grads.shape
+    if query_grads.shape[1] != d or damping <= 0:
+        raise ValueError(f"d: {query_grads.shape[1]} against {d}; damping: {damping}")
+
+    G = train_grads.double()  # the eigenvalues of F span many orders of magnitude
+    F = G.T @ G / n_train if fisher is None else fisher.double().clone()  # (d, d)
+    F.diagonal().add_(damping * F.trace() / d)
+    solved = torch.cholesky_solve(query_grads.double().T, torch.linalg.cholesky(F))  # (d, n_query)
+    return (G @ solved).to(train_grads.dtype)
+
+
+def score(
+    task: Task, *, state: State | None = None, rows: int | None = None, progress: Progress | None = None
+) -> Tensor:
+    """Score every record against every query; see `estimate`.
+
+    Returns:
+        (n_train, n_query) float32; a class of copies has the sum of its members at the representative, 0 elsewhere.
+    """
+    return estimate(task, state=state, rows=rows, progress=progress).scores
+
+
+def estimate(
+    task: Task, *, state: State | None = None, rows: int | None = None, progress: Progress | None = None
+) -> Estimate:
+    """Scores and how each setting was chosen.
+
+    Args:
+        state: the weights to explain; by default the task's checkpoints, or training by the recipe.
+        rows: records at a time; as many as fit by default. It changes no score beyond rounding.
+    """
+    program = Program(task)
+    path = at_state(task, program, state) if state is not None else trajectory(task, program, n_segment=CHECKPOINTS)
+    states = _seen(path)
+    d = parameter_count(program, path.final)
+    width = None if d <= EXACT else WIDTH
+    features = [_Features(task, program, segment, width, rows) for segment in states]
+    steps = [segment.state.step for segment in states]
+    settings: dict[str, Any] = {
+        "checkpoints": steps,
+        "projection": "none" if width is None else f"sparse Johnson–Lindenstrauss, {d:,} to {width:,}, seed {SEED}",
+        "curvature": features[-1].labels.why,
+        "parameters": dict.fromkeys(path.final.parameters, "exact" if width is None else "projected with all others"),
+    }
+    if task.recipe is None:
+        dampings, ages, before = [], [], path.start
+        for segment, found in zip(states, features, strict=True):
+            tau, how = found.age_of(before)
+            dampings.append(1 / tau)
+            ages.append({"step": segment.state.step, "damping": 1 / tau, "from": how})
+        scores = _mean([found.scores(ridge) for found, ridge in zip(features, dampings, strict=True)])
+        settings |= {"chosen_by": "age", "ages": ages, "run_equivalents": 0}
+        return Estimate(scores.float(), False, settings)
+
+    held = held_out(task, program)
+    tau = sum(segment.mean_rate() for segment in path.segments)
+    candidates: list[Tensor] = []
+    tried: list[tuple[list[int], float]] = []
+    for number, multiple in enumerate(MULTIPLES):
+        each = [found.scores(multiple / tau) for found in features]
+        candidates.append(each[-1])
+        tried.append((steps[-1:], multiple))
+        if len(each) > 1:
+            candidates.append(_mean(each))
+            tried.append((steps, multiple))
+        if progress:
+            progress(number + 1, len(MULTIPLES))
+    chosen, agreements = best(candidates, held)
+    scores, slope = candidates[chosen], held.slope(candidates[chosen])
+    settings |= {
+        "checkpoints": tried[chosen][0],
+        "damping": tried[chosen][1] / tau,
+        "chosen_by": f"agreement with {held.run_equivalents} replays, each of which costs a plain run",
+        "run_equivalents": held.run_equivalents,
+        "agreement": round(agreements[chosen], 4),
+        "tried": [
+            {"checkpoints": used, "damping": multiple / tau, "agreement": round(a, 4)}
+            for (used, multiple), a in zip(tried, agreements, strict=True)
+        ],
+        "slope": slope,
+    }
+    return Estimate((scores * slope if slope > 0 else scores).float(), slope > 0, settings)
+
+
+class _Features:
+    """Gradients of records and queries, and F, at one state; all of width k."""
+
+    def __init__(self, task: Task, program: Program, segment: Segment, width: int | None, rows: int | None) -> None:
+        self.program, self.state, self.width = program, segment.state, width
+        self.labels: Labels = labels_of(program, segment.state)
+        n, m = task.n_train, segment.visits
+        size = rows or block_rows(program, segment.state)
+        train = self._rows(task.train, size, of_loss=True) * m.double()[:, None] / n
+        self.train = torch.zeros_like(train).index_add_(0, task.representative, train)
+        self.queries = self._rows(task.queries, size, of_loss=False)
+        self.fisher = torch.zeros(train.shape[1], train.shape[1], dtype=torch.float64)
+        for index in m.nonzero()[:, 0].split(rows or curvature_rows(program, segment.state, self.labels)):
+            found = curvature_gradients(program, segment.state, index, self.labels)
+            G = torch.cat([g.flatten(2) for g in found.values()], 2)  # (B, r, d)
+            G = self._projected((G * (m[index] / n).sqrt().to(G)[:, None, None]).flatten(0, 1))
+            self.fisher += G.T @ G
+
+    def scores(self, ridge: float) -> Tensor:
+        """(n_train, n_query) float64 for F + ridge · I."""
+        mean = float(self.fisher.trace()) / len(self.fisher)
+        if mean <= 0:  # no record's gradient has any length
+            return self.train @ self.queries.T / ridge
+        return influence_scores(self.train, self.queries, damping=ridge / mean, fisher=self.fisher)
+
+    def age_of(self, before: Tensors | None) -> tuple[float, str]:
+        """τ whose inverse is the ridge, and how it was come by."""
+        g = mean_gradient(self.program, self.state)
+        start, variance = expected_start(self.program) if before is None else (before, dict.fromkeys(before, 0.0))
+        delta = {name: p - start[name][None] for name, p in self.state.parameters.items()}
+        remaining = -sum(float((g[name].double() * delta[name][0].double()).sum()) for name in g)
+        values, vectors = torch.linalg.eigh(self.fisher)
+        moved = (self._projected(flat(delta)) @ vectors)[0].square()
+        spread = torch.cat(
+            [torch.full((p[0].numel(),), variance[n]) for n, p in self.state.parameters.items()]
+        ).double()
+        # What the start's own spread puts into each direction; a projection mixes all coordinates alike.
+        moved -= vectors.T.square() @ spread if self.width is None else spread.sum() / self.width
+        tau = age(values.clamp_min(0), moved, remaining)
+        if tau == tau:
+            return tau, "the age that the checkpoint shows"
+        mean = float(values.clamp_min(0).mean())
+        return 1 / max(
+            DEFAULT_DAMPING * mean, 1e-12
+        ), f"{DEFAULT_DAMPING} of the mean eigenvalue: no age can be read off"
+
+    def _rows(self, records: Records, size: int, *, of_loss: bool) -> Tensor:
+        parts = [
+            self._projected(flat(named_gradients(self.program, self.state, records, index, of_loss=of_loss)))
+            for index in torch.arange(len(records)).split(size)
+        ]
+        return torch.cat(parts)
+
+    def _projected(self, G: Tensor) -> Tensor:
+        return G.double() if self.width is None else project(G, self.width, SEED).double()
+
+
+def _seen(path: Trajectory) -> list[Segment]:
+    """The states to work from, the explained one last, each for the whole of training: all of its visits."""
+    last = path.segments[-1]
+    visits = last.visits
+    if last.rate is not None:
+        rates = torch.tensor([segment.mean_rate() for segment in path.segments], dtype=torch.float64)
+        visits = torch.stack([segment.visits for segment in path.segments], 1) @ rates / rates.sum().clamp_min(1e-300)
+    states = [*(segment.state for segment in path.segments[:-1]), path.final]
+    return [Segment(state, last.steps, visits, last.rate, last.decay) for state in states]
+
+
+def _mean(scores: list[Tensor]) -> Tensor:
+    return torch.stack(scores).mean(0)
