@@ -248,7 +248,9 @@ def _squared_error(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over outputs of (output − one-hot target)²: the Brier score without the softmax."""
     features, target = batch
     output = model(features)
-    return (output - functional.one_hot(target, output.shape[1]).to(output)).square().mean(1)
+    # functional.one_hot looks at the values, which vmap over records does not allow.
+    one_hot = target[:, None] == torch.arange(output.shape[1])
+    return (output - one_hot.to(output)).square().mean(1)
 
 
 PER_RECORD: dict[str, PerRecord] = {"cross_entropy": _cross_entropy, "squared_error": _squared_error}

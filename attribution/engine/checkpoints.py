@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,27 +208,26 @@ def _segment(recipe: Recipe, program: Program, state: State, steps: tuple[int, i
     share = used.sum(1) / divisor  # of a step's normaliser that its records make up
     rate: Tensors = {}
     decay: dict[str, float] = {}
-    for name, parameter in state.parameters.items():
+    for name in state.parameters:
         options, rates = recipe.options_for(name)
         rates_here = torch.tensor(rates[steps[0] : steps[1]], dtype=torch.float64)
         factor = 1.0
         if recipe.optimizer == "sgd" and options["momentum"]:
             factor = (1 - options["dampening"]) / (1 - options["momentum"])
         total = (rates_here * share).sum() * factor
-        rate[name] = total * _scaling(recipe, state, name, parameter[0], options)
+        rate[name] = total * _scaling(recipe, state, name, options)
         of_decay = factor if recipe.optimizer == "sgd" else 1.0
         decay[name] = float(rates_here.sum()) * of_decay * options["weight_decay"]
     mean = visits.mean()
     return Segment(state, steps, visits / mean if mean > 0 else visits, rate, decay)
 
 
-def _scaling(recipe: Recipe, state: State, name: str, like: Tensor, options: dict[str, object]) -> Tensor:
+def _scaling(recipe: Recipe, state: State, name: str, options: dict[str, Any]) -> Tensor:
     """P: what the optimizer multiplies each coordinate of a gradient with, beside the learning rate."""
     if recipe.optimizer == "sgd" or "exp_avg_sq" not in state.moments or state.step == 0:
         return torch.ones((), dtype=torch.float64)
-    _, beta2 = options["betas"]  # type: ignore[misc]
-    v = state.moments["exp_avg_sq"][name][0].double() / (1 - beta2**state.step)
-    return 1 / (v.sqrt() + options["eps"])  # type: ignore[no-any-return,operator]
+    v: Tensor = state.moments["exp_avg_sq"][name][0].double() / (1 - options["betas"][1] ** state.step)
+    return 1 / (v.sqrt() + options["eps"])
 
 
 def age(curvature: Tensor, moved: Tensor, remaining: float) -> float:

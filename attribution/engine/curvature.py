@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution.engine.gradients import BLOCK_BYTES, named_gradients, parameter_count
 from attribution.engine.task import Batch, seed_of
@@ -115,7 +116,7 @@ def _outputs_seen(program: Program) -> Iterator[list[Tensor]]:
     program.module.train()  # its own flag: the loss, not the measurement
     program.module.model.eval()
     try:
-        with preserved_generator():
+        with preserved_generator(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
             yield seen
     finally:
         handle.remove()
@@ -142,7 +143,7 @@ def _one(program: Program, tensors: Tensors, record: Batch, seen: list[Tensor]) 
 
 @contextmanager
 def _output_given(module: nn.Module, output: Tensor) -> Iterator[None]:
-    module.forward = lambda *_, **__: output  # type: ignore[method-assign]
+    module.forward = lambda *_, **__: output
     try:
         yield
     finally:
@@ -176,7 +177,7 @@ def _output_hessian(program: Program, state: State, index: Tensor, z: Tensor, se
     def loss(flat: Tensor, *record: Tensor) -> Tensor:
         return _loss_of(program, parameters | fixed, flat.reshape(z.shape[1:]), record)
 
-    return torch.vmap(torch.func.hessian(loss), in_dims=(0, *[0] * len(batch)))(z.flatten(1), *batch)
+    return torch.vmap(torch.func.jacrev(torch.func.grad(loss)), in_dims=(0, *[0] * len(batch)))(z.flatten(1), *batch)
 
 
 def _root(hessian: Tensor) -> Tensor:
@@ -193,8 +194,8 @@ def _pulled_back(program: Program, state: State, index: Tensor, rows: Tensor, se
     batch = program.task.train[index]
 
     def one(v: Tensor, *record: Tensor) -> Tensors:
-        _, pull = torch.func.vjp(lambda p: _one(program, p | fixed, record, seen)[0], parameters)
-        return torch.vmap(lambda cotangent: pull(cotangent)[0])(v)  # type: ignore[no-any-return]
+        pull = torch.func.vjp(lambda p: _one(program, p | fixed, record, seen)[0], parameters)[1]
+        return torch.vmap(lambda cotangent: pull(cotangent)[0])(v)
 
     found = torch.vmap(one, randomness="different")(rows, *batch)
     return {name.removeprefix("model."): g for name, g in found.items()}

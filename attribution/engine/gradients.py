@@ -5,7 +5,9 @@ g_i = ∂ loss_i / ∂θ        one row per record, parameters flattened in the 
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution.engine.errors import EngineError
 from attribution.engine.task import Records, seed_of
 from attribution.engine.training import Program, State, Tensors, preserved_generator
 
@@ -40,10 +42,20 @@ def named_gradients(program: Program, state: State, records: Records, index: Ten
 
     parameters = {name: p[0].detach() for name, p in state.parameters.items()}
     batch = records[index]
-    with preserved_generator():
-        found = torch.vmap(torch.func.grad(one), in_dims=(None, *[0] * len(batch)), randomness="different")(
-            parameters, *batch
-        )
+    # The fused attention kernels have no batching rule: vmap would run them record by record.
+    with preserved_generator(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            found = torch.vmap(torch.func.grad(one), in_dims=(None, *[0] * len(batch)), randomness="different")(
+                parameters, *batch
+            )
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise EngineError(
+                f"cannot be mapped over records: {str(error).splitlines()[0]} Write it without looking at values: no .item(), no "
+                "branch on a tensor, labels[:, None] == torch.arange(classes) instead of one_hot",
+                pointer="/loss" if of_loss else "/measurement",
+            ) from error
     return {name: found[name] for name in names}
 
 

@@ -66,13 +66,52 @@ def test_train_writes_checkpoints_that_verify_accepts(task, tmp_path, capfd):
     assert report(out, "verify.json")["matches"] is False
 
 
-@pytest.mark.parametrize(("method", "calibrated"), [("graddot", False), ("replay", True)])
+@pytest.mark.parametrize(
+    ("method", "calibrated"),
+    [("graddot", False), ("tracin", False), ("trak", True), ("ekfac", True), ("replay", True)],
+)
 def test_score_writes_one_number_per_record_and_query(task, tmp_path, method, calibrated):
     assert main(["score", task, "--out", str(tmp_path), "--method", method]) == 0
 
     scores = np.load(tmp_path / "scores.npy")
     assert (scores.dtype, scores.shape) == (np.dtype("float32"), (12, 12))
-    assert report(tmp_path, "report.json")["calibrated"] is calibrated
+    told = report(tmp_path, "report.json")
+    assert told["calibrated"] is calibrated
+    assert told["settings"]
+    if method in ("tracin", "trak", "ekfac"):
+        assert set(told["settings"]["parameters"]) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("method", ["graddot", "tracin", "trak", "ekfac"])
+def test_score_needs_no_recipe_where_there_is_a_checkpoint(task, tmp_path, method, capfd):
+    assert main(["train", task, "--out", str(tmp_path)]) == 0
+    bare = tmp_path / "bare.py"
+    bare.write_text(
+        TASK
+        + f"""
+
+def make_bare():
+    from dataclasses import replace
+    return replace(make_task(), recipe=None, checkpoints=[(6, {str(tmp_path / "step-00000006.safetensors")!r})])
+
+
+def make_neither():
+    from dataclasses import replace
+    return replace(make_task(), recipe=None)
+"""
+    )
+
+    assert main(["score", f"{bare}:make_bare", "--out", str(tmp_path), "--method", method]) == 0
+    told = report(tmp_path, "report.json")
+    assert told["calibrated"] is False
+    assert told["settings"]["run_equivalents"] == 0
+    assert len(told["task"]) == 64
+    assert np.isfinite(np.load(tmp_path / "scores.npy")).all()
+
+    assert main(["score", f"{bare}:make_neither", "--out", str(tmp_path / "no"), "--method", method]) == 2
+    assert "/checkpoints: give a checkpoint, or the recipe" in capfd.readouterr().err
+    assert main(["score", f"{bare}:make_bare", "--out", str(tmp_path / "no"), "--method", "replay"]) == 2
+    assert not (tmp_path / "no" / "scores.npy").exists()
 
 
 def test_shares_writes_values_that_add_up_and_reuses_its_rounds(task, tmp_path):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from attribution.engine import EngineError, Task, TensorRecords
 from attribution.engine import projection as projection_module
-from attribution.engine.projection import Hash, Projector, hashes
+from attribution.engine.projection import COLUMNS, SPARSITY, Hash, Projector, hashes, project
 
 
 class Tokens(nn.Module):
@@ -221,3 +221,42 @@ def test_hashes_depend_on_the_name_and_the_seed_alone():
     assert isinstance(both["b"], Hash)
     assert torch.equal(both["b"].columns, alone["b"].columns)
     assert torch.equal(both["b"].column_signs, alone["b"].column_signs)
+
+
+# --- of gradients that are held
+
+
+def test_a_projection_is_linear_repeats_by_seed_and_treats_each_row_by_itself():
+    x = torch.randn(5, 100, generator=torch.Generator().manual_seed(0)).double()
+
+    y = project(x, 32, seed=3)
+
+    assert torch.equal(y, project(x, 32, seed=3))
+    assert not torch.equal(y, project(x, 32, seed=4))
+    torch.testing.assert_close(project(x[2:3], 32, seed=3), y[2:3])
+    torch.testing.assert_close(project(2 * x[:1] - x[1:2], 32, seed=3), 2 * y[:1] - y[1:2])
+
+
+def test_each_coordinate_keeps_its_length_and_goes_to_as_many_places():
+    S = project(torch.eye(50, dtype=torch.float64), 64, seed=0).T  # (width, d)
+
+    assert (S != 0).sum(0).eq(SPARSITY).all()
+    torch.testing.assert_close(S.square().sum(0), torch.ones(50, dtype=torch.float64))
+
+
+def test_inner_products_are_kept_within_their_standard_deviation():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, COLUMNS + 1000, generator=generator)  # two pieces of columns
+    x[1] += x[0]
+    true = float(x[0] @ x[1])
+
+    found = torch.tensor([float(p[0] @ p[1]) for p in (project(x, 512, seed) for seed in range(20))])
+
+    sigma = (2 / 512) ** 0.5 * float(x[0].norm() * x[1].norm())
+    assert abs(float(found.mean()) - true) < 3 * sigma / 20**0.5
+    assert float(found.std()) < 1.5 * sigma
+
+
+def test_a_width_that_cannot_be_cut_in_bands_is_refused():
+    with pytest.raises(ValueError, match="multiple"):
+        project(torch.zeros(1, 4), 12, seed=0)

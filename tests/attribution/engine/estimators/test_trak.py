@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attribution.engine import train
+from attribution.engine.checkpoints import load_checkpoint
+from attribution.engine.curvature import curvature_gradients, labels_of
+from attribution.engine.estimators import trak
+from attribution.engine.estimators.trak import influence_scores
+from attribution.engine.gradients import record_gradients
+from attribution.engine.training import Program
+
+
+def test_influence_scores_match_the_textbook_inverse():
+    torch.manual_seed(0)
+    train, query = torch.randn(20, 8).double(), torch.randn(3, 8).double()
+    F = sum(torch.outer(g, g) for g in train) / 20
+    inverse = torch.linalg.inv(F + 0.1 * F.trace() / 8 * torch.eye(8).double())
+
+    torch.testing.assert_close(influence_scores(train, query, damping=0.1), train @ inverse @ query.T)
+    other = F + torch.eye(8)
+    inverse = torch.linalg.inv(other + 0.1 * other.trace() / 8 * torch.eye(8).double())
+    torch.testing.assert_close(influence_scores(train, query, damping=0.1, fisher=other), train @ inverse @ query.T)
+
+
+def test_influence_scores_refuse_what_cannot_be_inverted():
+    with pytest.raises(ValueError, match="damping"):
+        influence_scores(torch.ones(2, 3), torch.ones(1, 3), damping=0.0)
+    with pytest.raises(ValueError, match="4 against 3"):
+        influence_scores(torch.ones(2, 3), torch.ones(1, 4), damping=0.1)
+
+
+def textbook(task, state, ridge):
+    program = Program(task)
+    everything = torch.arange(task.n_train)
+    rows = curvature_gradients(program, state, everything, labels_of(program, state))
+    J = torch.cat([g.flatten(2) for g in rows.values()], 2).flatten(0, 1)
+    F = J.T @ J / task.n_train
+    g = record_gradients(program, state, task.train, everything, of_loss=True) / task.n_train
+    q = record_gradients(program, state, task.queries, torch.arange(task.n_query), of_loss=False)
+    return g @ torch.linalg.inv(F + ridge * torch.eye(len(F), dtype=torch.float64)) @ q.T
+
+
+def test_the_chosen_damping_and_slope_give_the_textbook_scores(make_task):
+    task = make_task(n_train=20)
+    run = train(task)
+
+    found = trak.estimate(task, state=run.state)
+
+    expected = textbook(task, run.state, found.settings["damping"]) * found.settings["slope"]
+    torch.testing.assert_close(found.scores, expected.float())
+    assert found.is_calibrated
+    assert found.settings["run_equivalents"] == 33
+    tried = {entry["agreement"] for entry in found.settings["tried"]}
+    assert found.settings["agreement"] == max(tried) and len(tried) > 1
+    assert found.settings["parameters"] == dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), "exact")
+
+
+def test_checkpoints_without_a_recipe_are_averaged_at_their_own_age(make_task, tmp_path):
+    task = make_task()
+    run = train(task, checkpoint_steps=[3, 6, 9], checkpoint_dir=tmp_path)
+    bare = replace(task, recipe=None, checkpoints=run.checkpoints)
+
+    found = trak.estimate(bare)
+
+    ages = found.settings["ages"]
+    assert [age["step"] for age in ages] == found.settings["checkpoints"] == [3, 6, 9]
+    program = Program(bare)
+    parts = [textbook(bare, load_checkpoint(program, n), age["damping"]) for n, age in enumerate(ages)]
+    torch.testing.assert_close(found.scores, (sum(parts) / 3).float())
+    assert not found.is_calibrated
+
+
+def test_a_projection_says_so_repeats_and_comes_near_the_exact_scores(make_task, monkeypatch, tmp_path):
+    task = make_task(n_train=20)
+    run = train(task, checkpoint_steps=[15], checkpoint_dir=tmp_path)
+    bare = replace(task, recipe=None, checkpoints=run.checkpoints)
+    exact = trak.score(bare)
+    monkeypatch.setattr(trak, "EXACT", 10)
+    monkeypatch.setattr(trak, "WIDTH", 512)
+
+    found = trak.estimate(bare)
+
+    assert "43 to 512" in found.settings["projection"]
+    assert torch.equal(found.scores, trak.score(bare))
+    assert torch.corrcoef(torch.stack([found.scores.flatten(), exact.flatten()]))[0, 1] > 0.9
