@@ -270,8 +270,8 @@ def mean_gradient(program: Program, state: State) -> Tensors:
     return {name: g / n for name, g in total.items()}
 
 
-def expected_start(program: Program) -> tuple[Tensors, dict[str, float]]:
-    """Where training of this model probably began, and the variance of each parameter's numbers about it.
+def expected_start(program: Program) -> tuple[Tensors, dict[str, float], Tensors]:
+    """Where training of this model probably began, the variance of each parameter's numbers about it, and one such deviation.
 
     What two builds agree on (a gain of 1, pretrained weights) has variance 0. What they draw is taken to have mean 0.
     """
@@ -279,10 +279,11 @@ def expected_start(program: Program) -> tuple[Tensors, dict[str, float]]:
     for seed in (0, 1):
         drawn = initial_state_from_seed(program.task.model, seed)
         builds.append({name: drawn[name] for name in program.blank().parameters})
-    start, variance = {}, {}
+    start, variance, deviation = {}, {}, {}
     for name, first in builds[0].items():
         second = builds[1][name]
         is_fixed = torch.equal(first, second)
         start[name] = first if is_fixed else torch.zeros_like(first)
         variance[name] = 0.0 if is_fixed else float((first.square() + second.square()).mean()) / 2
-    return start, variance
+        deviation[name] = first - start[name]
+    return start, variance, deviation

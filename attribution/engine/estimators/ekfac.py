@@ -161,7 +161,7 @@ def _age(program: Program, state: State, before: Tensors | None, found: Curvatur
     """τ of the segment that ends at `state`, and how it was come by."""
     g = mean_gradient(program, state)
     if before is None:
-        start, variance = expected_start(program)
+        start, variance, _ = expected_start(program)
         how = "the values that the model is built with"
     else:
         start, variance, how = before, dict.fromkeys(before, 0.0), "the state before"

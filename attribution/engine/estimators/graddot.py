@@ -41,6 +41,6 @@ def score(task: Task, *, state: State | None = None, progress: Progress | None =
 
 def estimate(task: Task, *, state: State | None = None, progress: Progress | None = None) -> Estimate:
     """The same; there is nothing to choose."""
+    state = state or last_state(task, Program(task))
     scores = score(task, state=state, progress=progress)
-    where = task.checkpoints[-1][0] if task.checkpoints else task.require_recipe().n_step
-    return Estimate(scores, CALIBRATED, {"checkpoints": [state.step if state else where], "run_equivalents": 0})
+    return Estimate(scores, CALIBRATED, {"checkpoints": [state.step], "run_equivalents": 0})

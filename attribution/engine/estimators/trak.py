@@ -33,7 +33,8 @@ EXACT = 3072  # parameters; F with more would take minutes to factor
 WIDTH = 2048
 CHECKPOINTS = 4
 MULTIPLES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 16.0)  # of 1/τ
-DEFAULT_DAMPING = 0.1  # of F's mean eigenvalue over its rank, where the age cannot be read off
+DEFAULT_DAMPING = 0.1  # of F's mean eigenvalue, where the age cannot be read off
+LANCZOS = 64  # steps: enough for the age to agree with a full eigendecomposition to 1 %
 SEED = 0
 
 
@@ -149,7 +150,7 @@ class _Features:
         self.fisher = torch.zeros(train.shape[1], train.shape[1], dtype=torch.float64)
         for index in m.nonzero()[:, 0].split(rows or curvature_rows(program, segment.state, self.labels)):
             found = curvature_gradients(program, segment.state, index, self.labels)
-            G = torch.cat([g.flatten(2) for g in found.values()], 2)  # (B, r, d)
+            G = torch.cat([g.reshape(*g.shape[:2], -1) for g in found.values()], 2)  # (B, r, d)
             G = self._projected((G * (m[index] / n).sqrt().to(G)[:, None, None]).flatten(0, 1))
             self.fisher += G.T @ G
 
@@ -163,20 +164,19 @@ class _Features:
     def age_of(self, before: Tensors | None) -> tuple[float, str]:
         """τ whose inverse is the ridge, and how it was come by."""
         g = mean_gradient(self.program, self.state)
-        start, variance = expected_start(self.program) if before is None else (before, dict.fromkeys(before, 0.0))
+        if before is None:
+            start, _, deviation = expected_start(self.program)
+        else:
+            start, deviation = before, {name: torch.zeros_like(p) for name, p in before.items()}
         delta = {name: p - start[name][None] for name, p in self.state.parameters.items()}
         remaining = -sum(float((g[name].double() * delta[name][0].double()).sum()) for name in g)
-        values, vectors = torch.linalg.eigh(self.fisher)
-        moved = (self._projected(flat(delta)) @ vectors)[0].square()
-        spread = torch.cat(
-            [torch.full((p[0].numel(),), variance[n]) for n, p in self.state.parameters.items()]
-        ).double()
-        # What the start's own spread puts into each direction; a projection mixes all coordinates alike.
-        moved -= vectors.T.square() @ spread if self.width is None else spread.sum() / self.width
-        tau = age(values.clamp_min(0), moved, remaining)
+        # What the start's own spread puts into each direction is taken off again, by one draw of it.
+        seen, moved = spectrum(self.fisher, self._projected(flat(delta))[0])
+        drawn, spread = spectrum(self.fisher, self._projected(flat({n: d[None] for n, d in deviation.items()}))[0])
+        tau = age(torch.cat([seen, drawn]), torch.cat([moved, -spread]), remaining)
         if tau == tau:
             return tau, "the age that the checkpoint shows"
-        mean = float(values.clamp_min(0).mean())
+        mean = float(self.fisher.trace()) / len(self.fisher)
         return 1 / max(
             DEFAULT_DAMPING * mean, 1e-12
         ), f"{DEFAULT_DAMPING} of the mean eigenvalue: no age can be read off"
@@ -190,6 +190,32 @@ class _Features:
 
     def _projected(self, G: Tensor) -> Tensor:
         return G.double() if self.width is None else project(G, self.width, SEED).double()
+
+
+def spectrum(matrix: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues as x sees them: xᵀ f(matrix) x ≈ Σ weight · f(node) for smooth f, at the cost of LANCZOS products.
+
+    Gauss quadrature by Lanczos steps, orthogonalised in full (Golub & Meurant 2010, ch. 6); matrix is positive semidefinite.
+    """
+    norm = x.norm()
+    if norm == 0:
+        return torch.zeros(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
+    basis, diagonal, beside = [x / norm], [], []
+    for _ in range(min(LANCZOS, len(x))):
+        w = matrix @ basis[-1]
+        diagonal.append(w @ basis[-1])
+        Q = torch.stack(basis)
+        for _ in range(2):  # once leaves rounding behind
+            w = w - Q.T @ (Q @ w)
+        if w.norm() <= 1e-12 * norm or w.norm() <= 1e-10 * max(diagonal).abs():
+            break
+        beside.append(w.norm())
+        basis.append(w / w.norm())
+    T = torch.stack(diagonal).diag()
+    for k, value in enumerate(beside[: len(diagonal) - 1]):
+        T[k, k + 1] = T[k + 1, k] = value
+    nodes, vectors = torch.linalg.eigh(T)
+    return nodes.clamp_min(0), norm**2 * vectors[0].square()
 
 
 def _seen(path: Trajectory) -> list[Segment]:

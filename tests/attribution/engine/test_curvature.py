@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from attribution.engine import Task, TensorRecords, train
 from attribution.engine import curvature as curvatures
 from attribution.engine.curvature import blocks_of, curvature_gradients, fit, labels_of
+from attribution.engine.estimators import ekfac, graddot, tracin, trak
 from attribution.engine.gradients import flat
 from attribution.engine.training import Program
 
@@ -217,6 +218,21 @@ def test_every_parameter_is_in_exactly_one_block_and_listed(make, full, monkeypa
     rows = curvature_gradients(program, state, index, found.labels)
     trace = sum(g.square().sum() for g in rows.values()) / task.n_train
     torch.testing.assert_close(found.eigenvalues.sum(), trace)
+
+
+@pytest.mark.parametrize("method", [graddot, tracin, trak, ekfac])
+@pytest.mark.parametrize("make", [text_task, image_task], ids=["attention and tied embedding", "conv"])
+def test_every_estimator_runs_on_them_and_lists_every_parameter(make, method, monkeypatch):
+    monkeypatch.setattr(curvatures, "FULL", 20)
+    task = make()
+    torch.manual_seed(0)
+    state = Program(task).blank()
+
+    found = method.estimate(task, state=state)
+
+    assert found.scores.isfinite().all() and found.scores.ne(0).all()
+    if method is not graddot:
+        assert set(found.settings["parameters"]) == {name for name, _ in task.model().named_parameters()}
 
 
 def test_vectors_beyond_the_limit_are_diagonal_and_long_sides_keep_their_axes(monkeypatch):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from attribution.engine import train
-from attribution.engine.checkpoints import load_checkpoint
+from attribution.engine.checkpoints import age, load_checkpoint
 from attribution.engine.curvature import curvature_gradients, labels_of
 from attribution.engine.estimators import trak
-from attribution.engine.estimators.trak import influence_scores
+from attribution.engine.estimators.trak import influence_scores, spectrum
 from attribution.engine.gradients import record_gradients
 from attribution.engine.training import Program
 
@@ -85,3 +85,22 @@ def test_a_projection_says_so_repeats_and_comes_near_the_exact_scores(make_task,
     assert "43 to 512" in found.settings["projection"]
     assert torch.equal(found.scores, trak.score(bare))
     assert torch.corrcoef(torch.stack([found.scores.flatten(), exact.flatten()]))[0, 1] > 0.9
+
+
+def test_the_age_from_a_few_lanczos_steps_is_that_of_the_full_spectrum():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(300, 300, generator=generator).double())[0]
+    values = torch.logspace(-6, 1, 300, dtype=torch.float64)
+    values[:100] = 0
+    F, x = basis @ values.diag() @ basis.T, torch.randn(300, generator=generator).double()
+
+    nodes, weights = spectrum(F, x)
+
+    moved = (basis.T @ x).square()
+    for power in (0, 1, 2):
+        torch.testing.assert_close((weights * nodes**power).sum(), (moved * values**power).sum())
+    for remaining in (0.5, 5.0, 50.0):
+        assert age(nodes, weights, remaining) == pytest.approx(age(values, moved, remaining), rel=0.01)
+    assert spectrum(F, torch.zeros(300).double())[1].sum() == 0
+    nodes, weights = spectrum(F, basis[:, -1])
+    assert float(nodes[weights.argmax()]) == pytest.approx(10)
