@@ -11,8 +11,9 @@ from gradients for the labels that the model itself would draw, not from those o
 where the loss cannot be split at the output it is as above), and a query's gradient is the measurement's own. So below EXACT
 parameters this is the Gauss–Newton influence function, exact but for λ.
 
-λ is not the user's: with a recipe, the best by replays (`held_out.py`) of multiples of 1/τ, τ the sum of learning rates; without one
-1/τ with τ the age that the checkpoint shows (`checkpoints.py`). The trace is over all d directions, whatever F's rank.
+λ is not the user's: it is 1/τ with τ the age that each checkpoint shows (`checkpoints.py`), or with a recipe the best multiple of it by
+replays (`held_out.py`), which also say whether the last checkpoint or the mean over several predicts better. (The recipe's own
+Σ learning rates is the same for SGD; under Adam it means little, since each coordinate has its own.)
 """
 
 from typing import Any
@@ -96,40 +97,37 @@ def estimate(
         "curvature": features[-1].labels.why,
         "parameters": dict.fromkeys(path.final.parameters, "exact" if width is None else "projected with all others"),
     }
+    ages = [found.age_of(path.start) for found in features]
+    settings["ages"] = [{"step": step, "tau": tau, "from": how} for step, (tau, how) in zip(steps, ages, strict=True)]
     if task.recipe is None:
-        dampings, ages, before = [], [], path.start
-        for segment, found in zip(states, features, strict=True):
-            tau, how = found.age_of(before)
-            dampings.append(1 / tau)
-            ages.append({"step": segment.state.step, "damping": 1 / tau, "from": how})
-        scores = _mean([found.scores(ridge) for found, ridge in zip(features, dampings, strict=True)])
-        settings |= {"chosen_by": "age", "ages": ages, "run_equivalents": 0}
+        scores = _mean([found.scores(1 / tau) for found, (tau, _) in zip(features, ages, strict=True)])
+        settings |= {"damping": [1 / tau for tau, _ in ages], "chosen_by": "age", "run_equivalents": 0}
         return Estimate(scores.float(), False, settings)
 
     held = held_out(task, program)
-    tau = sum(segment.mean_rate() for segment in path.segments)
     candidates: list[Tensor] = []
-    tried: list[tuple[list[int], float]] = []
+    tried: list[tuple[list[int], list[float]]] = []
     for number, multiple in enumerate(MULTIPLES):
-        each = [found.scores(multiple / tau) for found in features]
+        ridges = [multiple / tau for tau, _ in ages]
+        each = [found.scores(ridge) for found, ridge in zip(features, ridges, strict=True)]
         candidates.append(each[-1])
-        tried.append((steps[-1:], multiple))
+        tried.append((steps[-1:], ridges[-1:]))
         if len(each) > 1:
             candidates.append(_mean(each))
-            tried.append((steps, multiple))
+            tried.append((steps, ridges))
         if progress:
             progress(number + 1, len(MULTIPLES))
     chosen, agreements = best(candidates, held)
     scores, slope = candidates[chosen], held.slope(candidates[chosen])
     settings |= {
         "checkpoints": tried[chosen][0],
-        "damping": tried[chosen][1] / tau,
+        "damping": tried[chosen][1],
         "chosen_by": f"agreement with {held.run_equivalents} replays, each of which costs a plain run",
         "run_equivalents": held.run_equivalents,
         "agreement": round(agreements[chosen], 4),
         "tried": [
-            {"checkpoints": used, "damping": multiple / tau, "agreement": round(a, 4)}
-            for (used, multiple), a in zip(tried, agreements, strict=True)
+            {"checkpoints": used, "damping": ridges, "agreement": round(a, 4)}
+            for (used, ridges), a in zip(tried, agreements, strict=True)
         ],
         "slope": slope,
     }

@@ -48,7 +48,7 @@ def test_the_chosen_damping_and_slope_give_the_textbook_scores(make_task):
 
     found = trak.estimate(task, state=run.state)
 
-    expected = textbook(task, run.state, found.settings["damping"]) * found.settings["slope"]
+    expected = textbook(task, run.state, found.settings["damping"][0]) * found.settings["slope"]
     torch.testing.assert_close(found.scores, expected.float())
     assert found.is_calibrated
     assert found.settings["run_equivalents"] == 33
@@ -67,7 +67,7 @@ def test_checkpoints_without_a_recipe_are_averaged_at_their_own_age(make_task, t
     ages = found.settings["ages"]
     assert [age["step"] for age in ages] == found.settings["checkpoints"] == [3, 6, 9]
     program = Program(bare)
-    parts = [textbook(bare, load_checkpoint(program, n), age["damping"]) for n, age in enumerate(ages)]
+    parts = [textbook(bare, load_checkpoint(program, n), 1 / age["tau"]) for n, age in enumerate(ages)]
     torch.testing.assert_close(found.scores, (sum(parts) / 3).float())
     assert not found.is_calibrated
 
