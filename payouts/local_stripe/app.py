@@ -1,10 +1,12 @@
 """The HTTP side: who asks, in which version, for which account, under which idempotency key; and the answer's shape.
 
-Beside Stripe's endpoints and pages there are three of the local Stripe's own, for the demo and the tests, behind the same key:
+Beside Stripe's endpoints and pages there are some of the local Stripe's own, for the demo and the tests, behind the same key:
 
     GET  /_control/clock                            → {"now": …, "offset_seconds": …}
     POST /_control/clock  {"advance_seconds": n}    → the same, after everything due by then has happened
     GET  /_control/webhooks                         → {"pending": n, "delivered": n, "abandoned": n}
+    POST /_control/disputes {"charge": id}          → the dispute; amount, reason and is_inquiry may be given
+    POST /_control/disputes {"dispute": id, "verdict": won | lost | escalated}   → the dispute, decided
 """
 
 import hashlib
@@ -24,8 +26,8 @@ from werkzeug.wrappers import Request, Response
 from payouts.local_stripe import endpoints, funds, pages, schema, store
 from payouts.local_stripe.delivery import Courier
 from payouts.local_stripe.errors import StripeError
-from payouts.local_stripe.store import PLATFORM, Store
-from payouts.local_stripe.world import World, new_id
+from payouts.local_stripe.store import PLATFORM, Body, Store
+from payouts.local_stripe.world import World, new_id, public
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class LocalStripe:
                 Rule("/setup/e/<account>/<token>", methods=["GET", "POST"], endpoint=("onboarding", "")),
                 Rule("/_control/clock", methods=["GET", "POST"], endpoint=("clock", "")),
                 Rule("/_control/webhooks", methods=["GET"], endpoint=("webhooks", "")),
+                Rule("/_control/disputes", methods=["POST"], endpoint=("disputes", "")),
             ]
         )
         schema.operations()  # the document is read at the start, not inside the first request
@@ -100,7 +103,7 @@ class LocalStripe:
             return self._api(request, path, values)
         if kind == "front":
             return pages.front()
-        if kind in ("clock", "webhooks"):
+        if kind in ("clock", "webhooks", "disputes"):
             return self._control(request, kind)
         try:
             request.form  # noqa: B018 - read before the writer's turn: a slow client must not hold it
@@ -310,11 +313,14 @@ class LocalStripe:
                     counts = {"pending": 0, "delivered": 0, "abandoned": 0}
                     counts |= dict(db.execute("SELECT state, COUNT(*) FROM deliveries GROUP BY state").fetchall())
                     return Response(json.dumps(counts), content_type="application/json")
-                if request.method == "POST":
+                if kind == "clock" and request.method == "POST":
                     store.move_clock(db, _advance(request))
                 world = self._world(db, request)
                 funds.settle(world)
-                state = {"now": world.now, "offset_seconds": store.clock_offset(db)}
+                if kind == "disputes":
+                    state = _disputed(world, request)
+                else:
+                    state = {"now": world.now, "offset_seconds": store.clock_offset(db)}
             self._wake(world)
             return Response(json.dumps(state), content_type="application/json")
         except StripeError as error:
@@ -335,6 +341,30 @@ def _advance(request: Request) -> int:
         sentence = f"advance_seconds is a whole number from 0 to {FURTHEST_ADVANCE}."
         raise StripeError(sentence, param="advance_seconds", remembered=False)
     return seconds
+
+
+def _disputed(world: World, request: Request) -> Body:
+    """Play the cardholder, who disputes a charge, or their bank, which decides.
+
+    Raises:
+        StripeError: no such charge or dispute, or it cannot be disputed.
+    """
+    given = request.get_json(silent=True) or {}
+    if "dispute" in given:
+        dispute = world.get("dispute", given["dispute"], account=PLATFORM, param="dispute")
+        if given.get("verdict") not in set(funds.VERDICTS.values()):
+            raise StripeError("The verdict is won, lost or escalated.", param="verdict")
+        funds.decide_dispute(world, dispute, given["verdict"])
+    else:
+        charge = world.get("charge", str(given.get("charge")), account=PLATFORM, param="charge")
+        dispute = funds.open_dispute(
+            world,
+            charge,
+            amount=given.get("amount"),
+            reason=given.get("reason", "fraudulent"),
+            is_inquiry=given.get("is_inquiry", False),
+        )
+    return public(dispute)
 
 
 def _fingerprint(request: Request, params: dict[str, Any]) -> str:

@@ -325,6 +325,79 @@ def get_balance_transaction(world: World, params: dict[str, Any], id: str) -> Bo
     return world.get("balance_transaction", id)
 
 
+# Refunds and disputes
+
+
+@endpoint("POST", "/v1/refunds", "charge", "payment_intent", "amount", "reason", "metadata", platform_only=True)
+def create_refund(world: World, params: dict[str, Any]) -> Body:
+    if ("charge" in params) == ("payment_intent" in params):
+        raise StripeError("One of the following params should be provided: payment_intent or charge.", param="charge")
+    if "payment_intent" in params:
+        intent = world.get("payment_intent", params["payment_intent"], param="payment_intent")
+        if intent["latest_charge"] is None:
+            raise StripeError("This PaymentIntent does not have a successful charge to refund.", param="payment_intent")
+        params["charge"] = intent["latest_charge"]
+    charge = world.get("charge", params["charge"], param="charge")
+    given = {name: params.get(name) for name in ("amount", "reason", "metadata")}
+    return funds.make_refund(world, charge, **given)
+
+
+@endpoint("GET", "/v1/refunds", "charge", "payment_intent", "created", *PAGING)
+def list_refunds(world: World, params: dict[str, Any]) -> Body:
+    return world.listed("refund", "/v1/refunds", params, filters=equal(params, "charge", "payment_intent"))
+
+
+@endpoint("GET", "/v1/refunds/{refund}")
+def get_refund(world: World, params: dict[str, Any], refund: str) -> Body:
+    return world.get("refund", refund)
+
+
+@endpoint("POST", "/v1/refunds/{refund}", "metadata", platform_only=True)
+def update_refund(world: World, params: dict[str, Any], refund: str) -> Body:
+    body = world.get("refund", refund)
+    previous = merged(body, params, "metadata")
+    if previous:
+        world.save(body)
+        world.emit("refund.updated", body, previous=previous)
+    return body
+
+
+@endpoint("GET", "/v1/disputes", "charge", "payment_intent", "created", *PAGING, platform_only=True)
+def list_disputes(world: World, params: dict[str, Any]) -> Body:
+    return world.listed("dispute", "/v1/disputes", params, filters=equal(params, "charge", "payment_intent"))
+
+
+@endpoint("GET", "/v1/disputes/{dispute}", platform_only=True)
+def get_dispute(world: World, params: dict[str, Any], dispute: str) -> Body:
+    return world.get("dispute", dispute)
+
+
+@endpoint(
+    "POST",
+    "/v1/disputes/{dispute}",
+    *(f"evidence.{name}" for name in objects.EVIDENCE_TEXTS),
+    "submit",
+    "metadata",
+    platform_only=True,
+)
+def update_dispute(world: World, params: dict[str, Any], dispute: str) -> Body:
+    body = world.get("dispute", dispute)
+    if merged(body, params, "metadata"):
+        world.save(body)
+    if "evidence" in params or params.get("submit"):
+        funds.answer_dispute(world, body, params.get("evidence") or {}, submit=params.get("submit", True))
+    return body
+
+
+@endpoint("POST", "/v1/disputes/{dispute}/close", platform_only=True)
+def close_dispute(world: World, params: dict[str, Any], dispute: str) -> Body:
+    body = world.get("dispute", dispute)
+    if funds.is_closed(body):
+        raise StripeError("This dispute is already closed.", code="dispute_closed")
+    funds.decide_dispute(world, body, "lost")
+    return body
+
+
 # Connected accounts
 
 CONTROLLER_TYPES = {
@@ -487,6 +560,27 @@ def update_transfer(world: World, params: dict[str, Any], transfer: str) -> Body
     if previous:
         world.save(body)
         world.emit("transfer.updated", body, previous=previous)
+    return body
+
+
+@endpoint("POST", "/v1/transfers/{id}/reversals", "amount", "metadata", platform_only=True)
+def create_reversal(world: World, params: dict[str, Any], id: str) -> Body:
+    transfer = world.get("transfer", id)
+    return funds.reverse_transfer(world, transfer, amount=params.get("amount"), metadata=params.get("metadata"))
+
+
+@endpoint("GET", "/v1/transfers/{id}/reversals", *PAGING, platform_only=True)
+def list_reversals(world: World, params: dict[str, Any], id: str) -> Body:
+    transfer = world.get("transfer", id)
+    url = f"/v1/transfers/{id}/reversals"
+    return world.listed("transfer_reversal", url, params, filters=[("transfer", "=", transfer["id"])])
+
+
+@endpoint("GET", "/v1/transfers/{transfer}/reversals/{id}", platform_only=True)
+def get_reversal(world: World, params: dict[str, Any], transfer: str, id: str) -> Body:
+    body = world.get("transfer_reversal", id)
+    if body["transfer"] != transfer:
+        raise missing("transfer_reversal", id)
     return body
 
 

@@ -5,16 +5,19 @@ agenda: each charge's funds become available, each connected account is paid out
 their moments, and each happens *at* its moment however far the clock jumped.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from payouts.local_stripe import objects, store
 from payouts.local_stripe.errors import StripeError
 from payouts.local_stripe.objects import DAY
 from payouts.local_stripe.store import PLATFORM, Body
-from payouts.local_stripe.world import World
+from payouts.local_stripe.world import World, new_id, public
 
 FEE_PER_MILLE = 29
 FEE_FIXED = 30  # minor units of the charge's currency
+DISPUTE_FEE = 1_500  # minor units; kept whatever the outcome
+REFUND_TAKES_DAYS = 1  # of the test cards whose refund is decided later
 CHARGE_PENDING_DAYS = 2
 
 
@@ -100,6 +103,273 @@ def make_transfer(world: World, params: dict[str, Any]) -> Body:
     return transfer
 
 
+def available_beside(world: World, charge: Body) -> int:
+    """When a movement that takes a charge back counts: with the charge's own funds while they are pending, or now.
+
+    So a refund on the day of the sale shrinks the pending balance and needs nothing of the available one.
+    """
+    booked = store.find(world.db, "balance_transaction", charge["balance_transaction"] or "", account=None)
+    return max(world.now, booked["available_on"]) if booked else world.now
+
+
+def make_refund(world: World, charge: Body, *, amount: int | None, reason: str | None, metadata: Body | None) -> Body:
+    """Give a charge back, in whole or in part; its fee is not returned.
+
+    Raises:
+        StripeError: it is not paid, disputed, refunded already, smaller than asked, or the funds do not suffice.
+    """
+    if charge["status"] != "succeeded":
+        raise StripeError("This charge did not succeed, so there is nothing to refund.", code="charge_not_refundable")
+    if any(not dispute["is_charge_refundable"] for dispute in disputes_of(world, charge)):
+        raise StripeError(
+            f"Charge {charge['id']} has been charged back; cannot issue a refund.", code="charge_disputed"
+        )
+    left = charge["amount"] - charge["amount_refunded"]
+    if left == 0:
+        raise StripeError(f"Charge {charge['id']} has already been refunded.", code="charge_already_refunded")
+    amount = left if amount is None else amount
+    if amount > left:
+        raise StripeError(
+            f"Refund amount ({amount} {charge['currency']}) is greater than unrefunded amount on charge "
+            f"({left} {charge['currency']})",
+            code="amount_too_large",
+            param="amount",
+        )
+    available_on = available_beside(world, charge)
+    if available_on <= world.now:
+        require_available(world, amount=amount, currency=charge["currency"])
+    refund = objects.refund(charge, amount=amount, now=world.now, reason=reason, metadata=metadata)
+    later = charge.get("_refund_later")
+    if later == "succeeded":
+        refund["status"], refund["pending_reason"] = "pending", "processing"
+    book(
+        world,
+        refund,
+        kind="refund",
+        amount=-amount,
+        account=PLATFORM,
+        available_on=available_on,
+        description=f"REFUND FOR CHARGE ({charge['description'] or charge['id']})",
+    )
+    world.add(refund, account=PLATFORM)
+    if later:
+        due_at = world.now + REFUND_TAKES_DAYS * DAY
+        store.schedule(world.db, due_at=due_at, task=f"refund_{later}", target=refund["id"])
+    previous = {"amount_refunded": charge["amount_refunded"], "refunded": charge["refunded"]}
+    charge["amount_refunded"] += amount
+    charge["refunded"] = charge["amount_refunded"] == charge["amount"]
+    world.save(charge)
+    world.emit("refund.created", refund, account=PLATFORM)
+    world.emit("charge.refunded", charge, account=PLATFORM, previous=previous)
+    return refund
+
+
+def _refund_succeeds(world: World, targets: list[str]) -> None:
+    for target in targets:
+        refund = world.get("refund", target, account=PLATFORM)
+        refund["status"] = "succeeded"
+        del refund["pending_reason"]
+        world.save(refund)
+        for kind in ("refund.updated", "charge.refund.updated"):
+            world.emit(kind, refund, account=PLATFORM, previous={"status": "pending"})
+
+
+def _refund_fails(world: World, targets: list[str]) -> None:
+    """The customer's bank sends it back: the money returns to the balance and the charge counts as not refunded."""
+    for target in targets:
+        refund = world.get("refund", target, account=PLATFORM)
+        charge = world.get("charge", refund["charge"], account=PLATFORM)
+        taken = refund["balance_transaction"]
+        returned = book(world, refund, kind="refund_failure", amount=refund["amount"], account=PLATFORM)
+        refund |= {
+            "status": "failed",
+            "balance_transaction": taken,
+            "failure_balance_transaction": returned["id"],
+            "failure_reason": "expired_or_canceled_card",
+        }
+        world.save(refund)
+        charge["amount_refunded"] -= refund["amount"]
+        charge["refunded"] = False
+        world.save(charge)
+        for kind in ("refund.updated", "refund.failed", "charge.refund.updated"):
+            world.emit(kind, refund, account=PLATFORM, previous={"status": "succeeded"})
+
+
+def reverse_transfer(world: World, transfer: Body, *, amount: int | None, metadata: Body | None) -> Body:
+    """Take a transfer back, as far as the connected account still has the money.
+
+    Raises:
+        StripeError: more than is left of the transfer, or more than the account has.
+    """
+    left = transfer["amount"] - transfer["amount_reversed"]
+    amount = left if amount is None else amount
+    if amount > left or left == 0:
+        raise StripeError(
+            f"Reversal amount ({amount} {transfer['currency']}) is greater than unreversed amount on transfer "
+            f"({left} {transfer['currency']})",
+            code="amount_too_large",
+            param="amount",
+        )
+    owner = World(db=world.db, now=world.now, account=transfer["destination"])
+    require_available(owner, amount=amount, currency=transfer["currency"])
+    reversal = objects.transfer_reversal(transfer, amount=amount, now=world.now, metadata=metadata)
+    payment = world.get("charge", transfer["destination_payment"], account=transfer["destination"])
+    returned = objects.refund(payment, amount=amount, now=world.now)
+    del returned["destination_details"]
+    returned |= {"id": new_id("pyr"), "source_transfer_reversal": reversal["id"]}
+    reversal["destination_payment_refund"] = returned["id"]
+    book(world, reversal, kind="transfer_refund", amount=amount, account=PLATFORM)
+    book(world, returned, kind="payment_refund", amount=-amount, account=transfer["destination"])
+    world.add(reversal, account=PLATFORM)
+    world.add(returned, account=transfer["destination"])
+    payment["amount_refunded"] += amount
+    payment["refunded"] = payment["amount_refunded"] == payment["amount"]
+    world.save(payment)
+    previous = {"amount_reversed": transfer["amount_reversed"], "reversed": transfer["reversed"]}
+    transfer["amount_reversed"] += amount
+    transfer["reversed"] = transfer["amount_reversed"] == transfer["amount"]
+    world.save(transfer)
+    world.emit("transfer.reversed", transfer, account=PLATFORM, previous=previous)
+    return reversal
+
+
+# Disputes
+
+
+def disputes_of(world: World, charge: Body) -> list[Body]:
+    return store.listed(world.db, "dispute", account=PLATFORM, where=[("charge", "=", charge["id"])], limit=100)
+
+
+def open_dispute(world: World, charge: Body, *, amount: int | None, reason: str, is_inquiry: bool) -> Body:
+    """The cardholder complains: a dispute takes the money and a fee at once, whatever the balance; an inquiry nothing yet.
+
+    Raises:
+        StripeError: the charge did not succeed, is disputed already, or is smaller.
+    """
+    if charge["status"] != "succeeded":
+        raise StripeError("Only a charge that succeeded can be disputed.", param="charge")
+    if any(not is_closed(dispute) for dispute in disputes_of(world, charge)):
+        raise StripeError(f"Charge {charge['id']} is disputed already.", code="charge_disputed", param="charge")
+    amount = charge["amount"] if amount is None else amount
+    if not 1 <= amount <= charge["amount"]:
+        raise StripeError("A dispute is about the charge's amount or less.", param="amount")
+    dispute = objects.dispute(charge, amount=amount, reason=reason, is_inquiry=is_inquiry, now=world.now)
+    world.add(dispute, account=PLATFORM)
+    store.schedule(world.db, due_at=dispute["evidence_details"]["due_by"], task="evidence_due", target=dispute["id"])
+    charge["disputed"] = True
+    world.save(charge)
+    world.emit("charge.dispute.created", dispute, account=PLATFORM)
+    if not is_inquiry:
+        _withdraw(world, dispute, charge)
+    return dispute
+
+
+def is_closed(dispute: Body) -> bool:
+    return dispute["status"] in ("won", "lost", "warning_closed")
+
+
+def answer_dispute(world: World, dispute: Body, evidence: Body, *, submit: bool) -> None:
+    """Keep the evidence and, once it is submitted, hand it to the bank. Stripe's own test texts decide the outcome.
+
+    Raises:
+        StripeError: the dispute is closed, or evidence has been submitted.
+    """
+    if dispute["status"] not in ("needs_response", "warning_needs_response"):
+        raise StripeError("This dispute takes no evidence any more.", code="dispute_evidence_not_accepted")
+    previous = {"status": dispute["status"]}
+    dispute["evidence"] |= {name: text or None for name, text in evidence.items()}
+    details = dispute["evidence_details"]
+    details["has_evidence"] = any(
+        text
+        for name, text in dispute["evidence"].items()
+        if name not in ("enhanced_evidence", "customer_email_address", "customer_name")
+    )
+    if submit:
+        details["submission_count"] += 1
+        dispute["status"] = dispute["status"].replace("needs_response", "under_review")
+        verdict = VERDICTS.get(dispute["evidence"]["uncategorized_text"] or "")
+        if verdict:
+            store.schedule(world.db, due_at=world.now, task=f"dispute_{verdict}", target=dispute["id"])
+    world.save(dispute)
+    world.emit("charge.dispute.updated", dispute, account=PLATFORM, previous=previous)
+
+
+#: What Stripe's test mode takes for proof: the text of `uncategorized_text` → how the bank decides.
+VERDICTS = {
+    "winning_evidence": "won",
+    "losing_evidence": "lost",
+    "escalate_inquiry_evidence": "escalated",
+}
+
+
+def decide_dispute(world: World, dispute: Body, verdict: str) -> None:
+    """The bank's word: won, lost, or an inquiry that becomes a dispute; a closed dispute stays as it is."""
+    if is_closed(dispute):
+        return
+    is_inquiry = dispute["status"].startswith("warning_")
+    charge = world.get("charge", dispute["charge"], account=PLATFORM)
+    previous = {"status": dispute["status"]}
+    if verdict == "escalated":
+        if is_inquiry:
+            dispute["status"], dispute["is_charge_refundable"] = "needs_response", False
+            dispute["payment_method_details"]["card"]["case_type"] = "chargeback"
+            world.save(dispute)
+            world.emit("charge.dispute.updated", dispute, account=PLATFORM, previous=previous)
+            _withdraw(world, dispute, charge)
+        return
+    dispute["status"] = "warning_closed" if is_inquiry else verdict
+    world.save(dispute)
+    if verdict == "won" and not is_inquiry:
+        _reinstate(world, dispute, charge)
+    world.emit("charge.dispute.closed", dispute, account=PLATFORM, previous=previous)
+
+
+def _withdraw(world: World, dispute: Body, charge: Body) -> None:
+    given = {
+        "available_on": available_beside(world, charge),
+        "fee": DISPUTE_FEE,
+        "fee_name": "Dispute fee",
+        "category": "dispute",
+        "description": f"Chargeback withdrawal for {charge['id']}",
+    }
+    _move(world, dispute, amount=-dispute["amount"], **given)
+    world.emit("charge.dispute.funds_withdrawn", dispute, account=PLATFORM)
+
+
+def _reinstate(world: World, dispute: Body, charge: Body) -> None:
+    given = {
+        "available_on": available_beside(world, charge),
+        "category": "dispute_reversal",
+        "description": f"Chargeback reversal for {charge['id']}",
+    }
+    _move(world, dispute, amount=dispute["amount"], **given)
+    world.emit("charge.dispute.funds_reinstated", dispute, account=PLATFORM)
+
+
+def _move(world: World, dispute: Body, **given: Any) -> None:
+    entry = book(world, dict(dispute), kind="adjustment", account=PLATFORM, **given)
+    dispute["balance_transactions"].append(public(entry))
+    world.save(dispute)
+
+
+def _evidence_is_due(world: World, targets: list[str]) -> None:
+    """Without an answer by the last day the bank decides for its customer; an inquiry is dropped."""
+    for target in targets:
+        dispute = world.get("dispute", target, account=PLATFORM)
+        dispute["evidence_details"]["past_due"] = True
+        world.save(dispute)
+        if dispute["status"] in ("needs_response", "warning_needs_response"):
+            decide_dispute(world, dispute, "lost")
+
+
+def _decided(verdict: str) -> Callable[[World, list[str]], None]:
+    def decide(world: World, targets: list[str]) -> None:
+        for target in targets:
+            decide_dispute(world, world.get("dispute", target, account=PLATFORM), verdict)
+
+    return decide
+
+
 def plan_payout(world: World, account: Body) -> None:
     """Put a connected account's next automatic payout on the agenda: the next midnight, or at once.
 
@@ -150,6 +420,12 @@ def settle(world: World) -> None:
             "payout": _pay_out,
             "arrival": _arrive,
             "expiry": _expire,
+            "refund_succeeded": _refund_succeeds,
+            "refund_failed": _refund_fails,
+            "evidence_due": _evidence_is_due,
+            "dispute_won": _decided("won"),
+            "dispute_lost": _decided("lost"),
+            "dispute_escalated": _decided("escalated"),
         }[task](world, targets)
     world.now = until
 

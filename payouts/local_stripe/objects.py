@@ -338,6 +338,127 @@ def destination_payment(transfer: Body, *, now: int) -> Body:
     }
 
 
+def refund(charge: Body, *, amount: int, now: int, reason: str | None = None, metadata: Body | None = None) -> Body:
+    """Money on its way back to the card it came from."""
+    return {
+        "id": new_id("re"),
+        "object": "refund",
+        "amount": amount,
+        "balance_transaction": None,
+        "charge": charge["id"],
+        "created": now,
+        "currency": charge["currency"],
+        "destination_details": {
+            "type": "card",
+            "card": {"reference_status": "pending", "reference_type": "acquirer_reference_number", "type": "refund"},
+        },
+        "metadata": metadata or {},
+        "payment_intent": charge["payment_intent"],
+        "reason": reason,
+        "receipt_number": None,
+        "source_transfer_reversal": None,
+        "status": "succeeded",
+        "transfer_reversal": None,
+    }
+
+
+def transfer_reversal(transfer: Body, *, amount: int, now: int, metadata: Body | None = None) -> Body:
+    return {
+        "id": new_id("trr"),
+        "object": "transfer_reversal",
+        "amount": amount,
+        "balance_transaction": None,
+        "created": now,
+        "currency": transfer["currency"],
+        "destination_payment_refund": None,  # made beside it
+        "metadata": metadata or {},
+        "source_refund": None,
+        "transfer": transfer["id"],
+    }
+
+
+#: The texts of a dispute's evidence; files are not played.
+EVIDENCE_TEXTS = (
+    "access_activity_log",
+    "billing_address",
+    "cancellation_policy_disclosure",
+    "cancellation_rebuttal",
+    "customer_email_address",
+    "customer_name",
+    "customer_purchase_ip",
+    "duplicate_charge_explanation",
+    "duplicate_charge_id",
+    "product_description",
+    "refund_policy_disclosure",
+    "refund_refusal_explanation",
+    "service_date",
+    "shipping_address",
+    "shipping_carrier",
+    "shipping_date",
+    "shipping_tracking_number",
+    "uncategorized_text",
+)
+_EVIDENCE_FILES = (
+    "cancellation_policy",
+    "customer_communication",
+    "customer_signature",
+    "duplicate_charge_documentation",
+    "receipt",
+    "refund_policy",
+    "service_documentation",
+    "shipping_documentation",
+    "uncategorized_file",
+)
+EVIDENCE_DAYS = 9  # from the dispute to the last day on which evidence is taken
+#: Reason → the network's own code for it, as Visa writes them.
+NETWORK_CODES = {"fraudulent": "10.4", "product_not_received": "13.1", "duplicate": "12.6", "general": "13.3"}
+
+
+def dispute(charge: Body, *, amount: int, reason: str, is_inquiry: bool, now: int) -> Body:
+    """A cardholder's complaint at their bank; an inquiry asks before any money is taken."""
+    card = charge["payment_method_details"]["card"]
+    email = charge["billing_details"]["email"]
+    name = charge["billing_details"]["name"]
+    return {
+        "id": new_id("du"),
+        "object": "dispute",
+        "amount": amount,
+        "balance_transactions": [],
+        "charge": charge["id"],
+        "created": now,
+        "currency": charge["currency"],
+        "enhanced_eligibility_types": [],
+        "evidence": dict.fromkeys((*EVIDENCE_TEXTS, *_EVIDENCE_FILES))
+        | {"customer_email_address": email, "customer_name": name, "enhanced_evidence": {}},
+        "evidence_details": {
+            "due_by": (now // DAY + EVIDENCE_DAYS + 1) * DAY - 1,
+            "enhanced_eligibility": {},
+            "has_evidence": False,
+            "past_due": False,
+            "submission_count": 0,
+        },
+        "is_charge_refundable": is_inquiry,
+        "livemode": False,
+        "metadata": {},
+        "payment_intent": charge["payment_intent"],
+        "payment_method_details": {
+            "type": "card",
+            "card": {
+                "brand": card["brand"],
+                "case_type": "inquiry" if is_inquiry else "chargeback",
+                "network": card["network"],
+                "network_reason_code": NETWORK_CODES.get(reason, NETWORK_CODES["general"]),
+            },
+        },
+        "reason": reason,
+        "status": "warning_needs_response" if is_inquiry else "needs_response",
+    }
+
+
+#: Where the finance reports file a movement, for the kinds whose name is not already that.
+REPORTED_AS = {"payment": "charge", "payment_refund": "refund", "transfer_refund": "transfer_reversal"}
+
+
 def balance_transaction(
     *,
     kind: str,
@@ -347,6 +468,8 @@ def balance_transaction(
     now: int,
     available_on: int,
     fee: int = 0,
+    fee_name: str = "Stripe processing fees",
+    category: str | None = None,
     description: str | None = None,
 ) -> Body:
     """One movement of a balance; `amount` and `net` are signed, minor units."""
@@ -357,7 +480,7 @@ def balance_transaction(
                 "amount": fee,
                 "application": None,
                 "currency": currency,
-                "description": "Stripe processing fees",
+                "description": fee_name,
                 "type": "stripe_fee",
             }
         ]
@@ -374,7 +497,7 @@ def balance_transaction(
         "fee": fee,
         "fee_details": details,
         "net": amount - fee,
-        "reporting_category": "charge" if kind == "payment" else kind,
+        "reporting_category": category or REPORTED_AS.get(kind, kind),
         "source": source,
         "status": "pending" if available_on > now else "available",
         "type": kind,

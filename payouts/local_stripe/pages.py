@@ -32,6 +32,9 @@ class TestCard:
     code: str = "card_declined"
     message: str = ""
     at_once: bool = False  # funds skip the pending balance
+    dispute: str = ""  # the reason for which it is disputed as soon as it is charged
+    is_inquiry: bool = False  # the bank only asks, for now
+    refund_later: str = ""  # how a refund ends a day later: succeeded or failed
 
 
 CARDS = {
@@ -41,7 +44,28 @@ CARDS = {
     "4000000000000077": TestCard("visa", at_once=True),
     "4000000000000002": TestCard("visa", decline="generic_decline", message="Your card was declined."),
     "4000000000009995": TestCard("visa", decline="insufficient_funds", message="Your card has insufficient funds."),
+    "4000000000009987": TestCard("visa", decline="lost_card", message="Your card was declined."),
+    "4000000000009979": TestCard("visa", decline="stolen_card", message="Your card was declined."),
+    "4000000000006975": TestCard(
+        "visa",
+        decline="card_velocity_exceeded",
+        message="Your card was declined for making repeated attempts too frequently.",
+    ),
     "4000000000000069": TestCard("visa", decline="expired_card", code="expired_card", message="Your card has expired."),
+    "4000000000000127": TestCard(
+        "visa", decline="incorrect_cvc", code="incorrect_cvc", message="Your card's security code is incorrect."
+    ),
+    "4000000000000119": TestCard(
+        "visa",
+        decline="processing_error",
+        code="processing_error",
+        message="An error occurred while processing your card. Try again in a little bit.",
+    ),
+    "4000000000000259": TestCard("visa", dispute="fraudulent"),
+    "4000000000002685": TestCard("visa", dispute="product_not_received"),
+    "4000000000001976": TestCard("visa", dispute="fraudulent", is_inquiry=True),
+    "4000000000007726": TestCard("visa", refund_later="succeeded"),
+    "4000000000005126": TestCard("visa", refund_later="failed"),
 }
 
 STYLE = Markup("""
@@ -151,7 +175,7 @@ def checkout(world: World, request: Request, session: str) -> Response:
         decline(world, found, card=card, details=details, given=given)
         remedy = f"{card.message} Nothing was paid. Try another card."
         return _pay_form(found, given, {"card_number": remedy}, status=402)
-    pay(world, found, at_once=card.at_once, details=details, given=given)
+    pay(world, found, card=card, details=details, given=given)
     return redirect(_success_url(found), code=303)
 
 
@@ -198,10 +222,11 @@ def _intent(world: World, session: Body) -> Body:
     return intent
 
 
-def pay(world: World, session: Body, *, at_once: bool, details: Body, given: dict[str, str]) -> None:
+def pay(world: World, session: Body, *, card: TestCard, details: Body, given: dict[str, str]) -> None:
     """Charge the card: intent, charge and balance transaction, and the events in the order Stripe sends them.
 
     As with Stripe's asynchronous capture, `charge.succeeded` does not know its balance transaction yet; `charge.updated` does.
+    A card that disputes does so right after.
     """
     intent = _intent(world, session)
     charge = objects.charge(intent, now=world.now, email=given["email"], name=given["name"], card=details)
@@ -211,6 +236,7 @@ def pay(world: World, session: Body, *, at_once: bool, details: Body, given: dic
         "captured": True,
         "amount_captured": charge["amount"],
         "outcome": objects.outcome(kind="authorized", message="Payment complete."),
+        "_refund_later": card.refund_later,
     }
     world.add(charge, account=PLATFORM)
     intent |= {
@@ -254,11 +280,13 @@ def pay(world: World, session: Body, *, at_once: bool, details: Body, given: dic
         amount=charge["amount"],
         account=PLATFORM,
         fee=funds.processing_fee(charge["amount"]),
-        available_on=world.now if at_once else world.now + funds.CHARGE_PENDING_DAYS * DAY,
+        available_on=world.now if card.at_once else world.now + funds.CHARGE_PENDING_DAYS * DAY,
         description=charge["description"],
     )
     world.save(charge)
     world.emit("charge.updated", charge, account=PLATFORM, previous={"balance_transaction": None})
+    if card.dispute:
+        funds.open_dispute(world, charge, amount=None, reason=card.dispute, is_inquiry=card.is_inquiry)
 
 
 def decline(world: World, session: Body, *, card: TestCard, details: Body, given: dict[str, str]) -> None:
