@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from marketplace.models import OrderLine, Party
 from marketplace.money import MINOR_DIGITS
-from payouts.models import Account, RoyaltyInvoiceLine, RoyaltyPool
+from payouts.models import Account, Dispute, RoyaltyInvoiceLine, RoyaltyPool
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ PURPOSES = {
     "pool": Purpose(Account.Kind.LIABILITY, "an order line's royalty pool, until it is released", True),
     "payable": Purpose(Account.Kind.LIABILITY, "owed to a party", True),
     "in_transit": Purpose(Account.Kind.LIABILITY, "promised to a payee, and Stripe has not yet answered"),
+    "refunding": Purpose(Account.Kind.LIABILITY, "promised to a buyer, and Stripe has not yet answered"),
+    "dispute": Purpose(Account.Kind.ASSET, "taken by Stripe for a dispute, less what is frozen for it", True),
+    "receivable": Purpose(Account.Kind.ASSET, "paid to a party for what went back since; from later earnings", True),
+    "expense:dispute_fees": Purpose(Account.Kind.EXPENSE, "what Stripe keeps for disputes"),
+    "expense:losses": Purpose(Account.Kind.EXPENSE, "what went back to buyers and no payee gives back"),
 }
 
 
@@ -42,6 +47,11 @@ class Code:
     @property
     def purpose(self) -> Purpose:
         return PURPOSES[self.name]
+
+    @property
+    def party(self) -> int | None:
+        """Whose account it is: what it is owed, and what it owes."""
+        return self.id if self.name in ("payable", "receivable") else None
 
 
 def parse(code: str) -> Code:
@@ -94,3 +104,23 @@ def payable(party: Party | int, currency: str) -> str:
 
 def in_transit(currency: str) -> str:
     return f"in_transit:{currency}"
+
+
+def refunding(currency: str) -> str:
+    return f"refunding:{currency}"
+
+
+def dispute(of: Dispute) -> str:
+    return f"dispute:{of.pk}:{of.currency}"
+
+
+def receivable(party: Party | int, currency: str) -> str:
+    return f"receivable:{party if isinstance(party, int) else party.pk}:{currency}"
+
+
+def dispute_fees(currency: str) -> str:
+    return f"expense:dispute_fees:{currency}"
+
+
+def losses(currency: str) -> str:
+    return f"expense:losses:{currency}"

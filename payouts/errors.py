@@ -63,3 +63,21 @@ class StripeDeclined(DomainError):
 
     code = "stripe_declined"
     status = 422
+
+
+class NotRefundable(DomainError):
+    """There is nothing left to give back, or the right to it has ended; nothing was refunded."""
+
+    code = "not_refundable"
+
+
+class NothingOwed(DomainError):
+    """The party owes nothing, or less than that."""
+
+    code = "nothing_owed"
+
+
+class DisputeNotAnswerable(DomainError):
+    """The bank takes no answer any more, or has ours."""
+
+    code = "dispute_not_answerable"

@@ -28,6 +28,7 @@ from marketplace.errors import DomainError
 
 TIMEOUT_SECONDS = 20.0  # below gunicorn's and Celery's own limits, so that a silent Stripe ends as StripeUncertain
 SIGNATURE_TOLERANCE_SECONDS = 300
+REFUND_MOVEMENTS = ["balance_transaction", "failure_balance_transaction"]
 
 
 class StripeRefused(Exception):
@@ -162,6 +163,53 @@ class BalanceTransaction:
     is_available: bool
     available_on: datetime
     created_at: datetime
+
+
+@dataclass(frozen=True)
+class Refund:
+    """A refund and the movements that it caused; they are None until Stripe has booked it."""
+
+    id: str
+    charge: str
+    amount_minor: int
+    currency: str
+    status: str  # pending, requires_action, succeeded, failed, canceled
+    taken: BalanceTransaction | None  # from our balance
+    returned: BalanceTransaction | None  # to our balance, after it failed
+    failure_reason: str
+    created_at: datetime
+    metadata: dict[str, str]
+
+    @property
+    def has_failed(self) -> bool:
+        return self.status in ("failed", "canceled")
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """A part of a transfer that came back from the payee's balance."""
+
+    id: str
+    transfer: str
+    amount_minor: int
+    currency: str
+    taken: BalanceTransaction | None
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Dispute:
+    """A cardholder's complaint, as Stripe sees it now."""
+
+    id: str
+    charge: str
+    amount_minor: int
+    currency: str
+    reason: str
+    status: str  # Stripe's: needs_response, under_review, won, lost, and warning_… for inquiries
+    opened_at: datetime
+    evidence_due_at: datetime | None
+    movements: list[BalanceTransaction]  # withdrawn, reinstated
 
 
 @dataclass(frozen=True)
@@ -378,6 +426,172 @@ def find_transfer(transfer_group: str) -> Transfer | None:
     return _transfer(_plain(found[0])) if found else None
 
 
+def create_refund(
+    *, charge: str, amount_minor: int, reason: str, key: str, metadata: Mapping[str, str] | None = None
+) -> Refund:
+    """Give part or all of a charge back to the card.
+
+    Args:
+        reason: Stripe's: duplicate, fraudulent or requested_by_customer.
+
+    Raises:
+        StripeRefused: nothing was refunded; `charge_already_refunded`, `charge_disputed`, `balance_insufficient`, …
+        StripeUncertain: it may have been; see the module.
+    """
+    params: dict[str, Any] = {
+        "charge": charge,
+        "amount": amount_minor,
+        "reason": reason,
+        "metadata": dict(metadata or {}),
+        "expand": ["balance_transaction"],
+    }
+    with _translated():
+        body = _plain(_client().v1.refunds.create(params, {"idempotency_key": key}))  # type: ignore[arg-type]
+    return _refund(body)
+
+
+def get_refund(refund: str) -> Refund:
+    """A refund as it stands now.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.refunds.retrieve(refund, {"expand": REFUND_MOVEMENTS}))
+    return _refund(body)
+
+
+def find_refund(*, charge: str, mark: str) -> Refund | None:
+    """The refund of a charge whose metadata says `refund: mark`, if it was made.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    marked = [refund for refund in refunds_of(charge) if refund.metadata.get("refund") == mark]
+    assert len(marked) <= 1, f"{len(marked)} refunds of {charge} are marked {mark}"
+    return marked[0] if marked else None
+
+
+def refunds_of(charge: str) -> Iterator[Refund]:
+    """Every refund of a charge, newest first.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module; also in the middle of the iteration.
+    """
+    expand = [f"data.{name}" for name in REFUND_MOVEMENTS]
+    with _translated():
+        listed = _client().v1.refunds.list({"charge": charge, "limit": 100, "expand": expand})
+        for refund in listed.auto_paging_iter():
+            yield _refund(_plain(refund))
+
+
+def refunds_since(moment: datetime) -> Iterator[Refund]:
+    """Every refund of our charges made after a moment, newest first.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module; also in the middle of the iteration.
+    """
+    expand = [f"data.{name}" for name in REFUND_MOVEMENTS]
+    with _translated():
+        listed = _client().v1.refunds.list(
+            {"created": {"gte": int(moment.timestamp())}, "limit": 100, "expand": expand}
+        )
+        for refund in listed.auto_paging_iter():
+            yield _refund(_plain(refund))
+
+
+def create_reversal(
+    *, transfer: str, amount_minor: int, key: str, metadata: Mapping[str, str] | None = None
+) -> Reversal:
+    """Take part of a transfer back out of the payee's balance at Stripe.
+
+    Raises:
+        StripeRefused: nothing came back; `balance_insufficient` when the payee no longer has it there.
+        StripeUncertain: it may have; see the module.
+    """
+    params: dict[str, Any] = {
+        "amount": amount_minor,
+        "metadata": dict(metadata or {}),
+        "expand": ["balance_transaction"],
+    }
+    with _translated():
+        made = _client().v1.transfers.reversals.create(transfer, params, {"idempotency_key": key})  # type: ignore[arg-type]
+    return _reversal(_plain(made))
+
+
+def find_reversal(*, transfer: str, mark: str) -> Reversal | None:
+    """The reversal of a transfer whose metadata says `reversal: mark`, if it was made.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        listed = _client().v1.transfers.reversals.list(transfer, {"limit": 100, "expand": ["data.balance_transaction"]})
+        found = [_plain(reversal) for reversal in listed.auto_paging_iter()]
+    marked = [body for body in found if (body["metadata"] or {}).get("reversal") == mark]
+    assert len(marked) <= 1, f"{len(marked)} reversals of {transfer} are marked {mark}"
+    return _reversal(marked[0]) if marked else None
+
+
+def get_dispute(dispute: str) -> Dispute:
+    """A dispute as it stands now, with the movements that it has caused so far.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.disputes.retrieve(dispute))
+    return _dispute(body)
+
+
+def disputes_since(moment: datetime) -> Iterator[Dispute]:
+    """Every dispute of our charges opened after a moment, newest first.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module; also in the middle of the iteration.
+    """
+    with _translated():
+        listed = _client().v1.disputes.list({"created": {"gte": int(moment.timestamp())}, "limit": 100})
+        for dispute in listed.auto_paging_iter():
+            yield _dispute(_plain(dispute))
+
+
+def submit_evidence(*, dispute: str, evidence: Mapping[str, str], key: str) -> Dispute:
+    """Hand the evidence to the cardholder's bank; it is taken once.
+
+    Raises:
+        StripeRefused: the dispute takes none any more.
+        StripeUncertain: it may have been handed over; see the module.
+    """
+    params: dict[str, Any] = {"evidence": dict(evidence), "submit": True}
+    with _translated():
+        body = _plain(_client().v1.disputes.update(dispute, params, {"idempotency_key": key}))  # type: ignore[arg-type]
+    return _dispute(body)
+
+
+def accept_dispute(*, dispute: str, key: str) -> Dispute:
+    """Give in: the dispute is lost at once.
+
+    Raises:
+        StripeRefused: it is closed already.
+        StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.disputes.close(dispute, {}, {"idempotency_key": key}))
+    return _dispute(body)
+
+
+def charge_marks(charge: str) -> dict[str, str]:
+    """The metadata of a charge: `payment` names what it is for.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.charges.retrieve(charge))
+    return dict(body["metadata"] or {})
+
+
 def transfers_in_payout(*, account: str, payout: str) -> list[str]:
     """The transfers that one automatic payout of a connected account carried to its bank, by id.
 
@@ -539,6 +753,54 @@ def _transfer(body: Mapping[str, Any]) -> Transfer:
         created_at=_moment(body["created"]),
         metadata=dict(body["metadata"]),
     )
+
+
+def _refund(body: Mapping[str, Any]) -> Refund:
+    return Refund(
+        id=body["id"],
+        charge=body["charge"],
+        amount_minor=body["amount"],
+        currency=body["currency"].upper(),
+        status=body["status"] or "",
+        taken=_expanded(body.get("balance_transaction")),
+        returned=_expanded(body.get("failure_balance_transaction")),
+        failure_reason=body.get("failure_reason") or "",
+        created_at=_moment(body["created"]),
+        metadata=dict(body["metadata"] or {}),
+    )
+
+
+def _reversal(body: Mapping[str, Any]) -> Reversal:
+    return Reversal(
+        id=body["id"],
+        transfer=body["transfer"],
+        amount_minor=body["amount"],
+        currency=body["currency"].upper(),
+        taken=_expanded(body["balance_transaction"]),
+        metadata=dict(body["metadata"] or {}),
+    )
+
+
+def _dispute(body: Mapping[str, Any]) -> Dispute:
+    due_by = body["evidence_details"]["due_by"]
+    return Dispute(
+        id=body["id"],
+        charge=body["charge"],
+        amount_minor=body["amount"],
+        currency=body["currency"].upper(),
+        reason=body["reason"],
+        status=body["status"],
+        opened_at=_moment(body["created"]),
+        evidence_due_at=_moment(due_by) if due_by else None,
+        movements=[_balance_transaction(entry) for entry in body["balance_transactions"]],
+    )
+
+
+def _expanded(entry: Mapping[str, Any] | str | None) -> BalanceTransaction | None:
+    """A movement that was asked for with its object; only where it was not, its id."""
+    if entry is None:
+        return None
+    return get_balance_transaction(entry) if isinstance(entry, str) else _balance_transaction(entry)
 
 
 def _balance_transaction(body: Mapping[str, Any]) -> BalanceTransaction:

@@ -3,8 +3,8 @@ from celery import shared_task
 from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
-from payouts.models import PayoutRun, StripeEvent
-from payouts.services import events, reconciliation, royalties, sales, transfers
+from payouts.models import DisputeAnswer, PayoutRun, Refund, StripeEvent, TransferReversal
+from payouts.services import disputes, events, reconciliation, recoveries, refunds, royalties, sales, transfers
 
 
 @shared_task(acks_late=True)
@@ -23,6 +23,30 @@ def execute_payout_run(run_id: int) -> None:
             transfers.execute_payout_run(run)
 
 
+@shared_task(acks_late=True)
+def execute_refund(refund_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(Refund, refund_id) as refund:
+        if refund:
+            refunds.execute_refund(refund)
+
+
+@shared_task(acks_late=True)
+def execute_reversal(reversal_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(TransferReversal, reversal_id) as reversal:
+        if reversal:
+            recoveries.execute_reversal(reversal)
+
+
+@shared_task(acks_late=True)
+def send_dispute_answer(answer_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(DisputeAnswer, answer_id) as answer:
+        if answer:
+            disputes.send_answer(answer)
+
+
 @shared_task
 def cancel_expired_orders() -> None:
     sales.cancel_expired_orders()
@@ -36,6 +60,7 @@ def divide_what_is_ready() -> None:
 @shared_task
 def settle_funds() -> None:
     reconciliation.settle_funds()
+    recoveries.net_what_became_payable()
 
 
 @shared_task
@@ -54,4 +79,7 @@ def take_snapshots() -> None:
 def reconcile() -> None:
     """Every difference becomes an error in the log; `manage.py reconcile` prints them."""
     events.retry_failed_events()
+    refunds.retry_unended_refunds()
+    refunds.sweep_refunds()
+    disputes.sweep_disputes()
     reconciliation.reconcile()

@@ -33,6 +33,11 @@ APPEND_ONLY = frozenset(
         "payouts_divisionline",
         "payouts_royaltyreport",
         "payouts_royaltyinvoiceline",
+        "payouts_clawback",
+        "payouts_clawbackundo",
+        "payouts_clawbackline",
+        "payouts_reclaim",
+        "payouts_writeoff",
     }
 )
 #: Rows that change state and are never deleted by the app: a missing payout would be paid again.

@@ -209,7 +209,11 @@ def download(request: HttpRequest, token: str) -> HttpResponseBase:
         found.file.close()
         return HttpResponse(status=416, headers={"Content-Range": f"bytes */{found.size_bytes}"})
     if request.method == "GET":
-        note_first_download(license=found.license)
+        try:
+            note_first_download(license=found.license)
+        except DomainError as error:
+            found.file.close()
+            return _refusal(request, error)
     response: StreamingHttpResponse
     if span is None:
         response = FileResponse(found.file)

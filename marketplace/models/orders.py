@@ -10,11 +10,15 @@ from marketplace.money import Money
 
 
 class Order(models.Model):
-    """placed → paid, or placed → cancelled at its deadline. One currency; the total is fixed when it is placed."""
+    """placed → paid → refunded, or placed → cancelled at its deadline. One currency; the total is fixed when it is placed.
+
+    Refunded means wholly: what was given back of a paid order's price is the refunds' to say.
+    """
 
     class Status(models.TextChoices):
         PLACED = "placed"
         PAID = "paid"
+        REFUNDED = "refunded"
         CANCELLED = "cancelled"
 
     public_id = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
@@ -37,7 +41,8 @@ class Order(models.Model):
             models.UniqueConstraint(fields=["buyer", "key"], name="one_order_per_buyer_and_key"),
             models.CheckConstraint(condition=Q(total_micros__gt=0), name="order_total_positive"),
             models.CheckConstraint(
-                condition=Q(status="paid", paid_at__isnull=False) | (~Q(status="paid") & Q(paid_at__isnull=True)),
+                condition=Q(status__in=["paid", "refunded"], paid_at__isnull=False)
+                | (~Q(status__in=["paid", "refunded"]) & Q(paid_at__isnull=True)),
                 name="paid_order_has_its_time",
             ),
         ]
@@ -87,6 +92,7 @@ class License(models.Model):
     disclosure_due_at = models.DateTimeField()
     first_downloaded_at = models.DateTimeField(null=True, blank=True)  # the refund as of right ends here
     revoked_at = models.DateTimeField(null=True, blank=True)
+    suspended_at = models.DateTimeField(null=True, blank=True)  # while the payment is disputed
 
     class Meta:
         ordering = ["-granted_at", "-pk"]
@@ -95,4 +101,4 @@ class License(models.Model):
         return f"License of {self.version} to {self.licensee}"
 
     def is_live(self, at: datetime) -> bool:
-        return self.revoked_at is None and self.granted_at <= at < self.expires_at
+        return self.revoked_at is None and self.suspended_at is None and self.granted_at <= at < self.expires_at

@@ -189,6 +189,11 @@ def _check_citations(owner: Party, citations: list[dict[str, Any]]) -> list[Lice
         license = found.get(citation["license"])
         if license is None:
             raise _refused(f"{pointer}/license", f"{citation['license']} is none of your licenses.")
+        if license.suspended_at is not None and license.revoked_at is None:
+            raise _refused(
+                f"{pointer}/license",
+                f"The license of {license.version} is suspended while its payment is disputed at the card's bank.",
+            )
         if not license.is_live(at):
             raise _refused(
                 f"{pointer}/license",

@@ -105,9 +105,18 @@ def open_download(*, token: str) -> Download:
 
 @transaction.atomic
 def note_first_download(*, license: License) -> None:
-    """The refund as of right ends here: once, whoever comes first."""
+    """The refund as of right ends here: once, whoever comes first. A refund on its way at the same moment ends the license.
+
+    Raises:
+        LicenseNotLive: it was refunded since the file was opened.
+    """
     at = clock.now()
-    if License.objects.filter(pk=license.pk, first_downloaded_at=None).update(first_downloaded_at=at):
+    still_held = License.objects.filter(pk=license.pk, revoked_at=None, suspended_at=None)
+    if not still_held.filter(first_downloaded_at=None).update(first_downloaded_at=at):
+        license.refresh_from_db(fields=["revoked_at", "suspended_at", "first_downloaded_at"])
+        if license.first_downloaded_at is None:
+            _check_live(license)
+    else:
         AuditEvent.objects.create(
             party_id=license.licensee_id, action="license.downloaded", target=f"license:{license.pk}"
         )
@@ -119,6 +128,11 @@ def _check_live(license: License) -> None:
         return
     if license.revoked_at is not None:
         raise LicenseNotLive(f"This license was revoked on {license.revoked_at:%d %B %Y}.")
+    if license.suspended_at is not None:
+        raise LicenseNotLive(
+            f"The payment for this license is disputed at the card's bank since {license.suspended_at:%d %B %Y}; downloads "
+            "resume if the bank decides for the payment."
+        )
     raise LicenseNotLive(
         f"This license ended on {license.expires_at:%d %B %Y}; order the dataset again to download it again."
     )

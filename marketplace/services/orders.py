@@ -204,7 +204,7 @@ def mark_paid(*, order: Order, paid_at: datetime) -> list[License]:
         )
         logger.info("Paid order=%s micros=%s %s", order.pk, order.total_micros, order.currency)
     order.refresh_from_db(fields=["status", "paid_at"])
-    if order.status != Order.Status.PAID:
+    if order.status not in (Order.Status.PAID, Order.Status.REFUNDED):
         raise OrderNotPayable(f"Order {order.public_id} is {order.status}; its payment has to be returned.")
     return list(License.objects.filter(order_line__order=order).order_by("order_line"))
 
@@ -303,7 +303,7 @@ def _check_limit(api_key: ApiKey, total: Money) -> None:
         return
     spent = sum(
         Order.objects.filter(api_key=api_key, currency=total.currency)
-        .exclude(status=Order.Status.CANCELLED)
+        .exclude(status__in=[Order.Status.CANCELLED, Order.Status.REFUNDED])
         .values_list("total_micros", flat=True)
     )
     if spent + total.micros > limit:

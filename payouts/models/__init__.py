@@ -4,23 +4,45 @@ from payouts.models.ledger import Account, BalanceSnapshot, JournalEntry, Postin
 from payouts.models.payees import PayeeAccount
 from payouts.models.payments import Payment, StripeEvent
 from payouts.models.pools import Division, DivisionLine, RoyaltyPool
+from payouts.models.refunds import (
+    Clawback,
+    ClawbackLine,
+    ClawbackUndo,
+    Dispute,
+    DisputeAnswer,
+    Movement,
+    Reclaim,
+    Refund,
+    TransferReversal,
+    WriteOff,
+)
 from payouts.models.royalties import RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
 from payouts.models.transfers import Payout, PayoutRun
 
 __all__ = [
     "Account",
     "BalanceSnapshot",
+    "Clawback",
+    "ClawbackLine",
+    "ClawbackUndo",
+    "Dispute",
+    "DisputeAnswer",
     "Division",
     "DivisionLine",
     "JournalEntry",
+    "Movement",
     "PayeeAccount",
     "Payment",
     "Payout",
     "PayoutRun",
     "Posting",
+    "Reclaim",
+    "Refund",
     "RoyaltyInvoice",
     "RoyaltyInvoiceLine",
     "RoyaltyPool",
     "RoyaltyReport",
     "StripeEvent",
+    "TransferReversal",
+    "WriteOff",
 ]

@@ -45,6 +45,17 @@ class JournalEntry(models.Model):
         PAYOUT_SENT = "payout_sent"
         PAYOUT_REVERSAL = "payout_reversal"
         REVERSAL = "reversal"
+        REFUND_INTENT = "refund_intent"
+        REFUND_SENT = "refund_sent"
+        REFUND_FAILED = "refund_failed"  # the card's bank sent it back: cash again
+        REFUND_UNDONE = "refund_undone"  # refused or failed: the intent is reversed
+        DISPUTE_FUNDS = "dispute_funds"  # Stripe withdrew or reinstated them
+        DISPUTE_FREEZE = "dispute_freeze"
+        DISPUTE_THAW = "dispute_thaw"
+        DISPUTE_LOST = "dispute_lost"
+        TRANSFER_BACK = "transfer_back"  # out of the payee's balance at Stripe
+        RECOVERY = "recovery"  # what a party owes, netted with what it is owed
+        WRITE_OFF = "write_off"
 
     key = models.CharField(max_length=160, unique=True)
     kind = models.CharField(max_length=16, choices=Kind)

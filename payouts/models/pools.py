@@ -1,14 +1,30 @@
 """What waits to be divided, and every line of every division."""
 
+from django.apps import apps
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, OuterRef, Q, Subquery, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from marketplace.money import Money
 
 
+class RoyaltyPoolQuerySet(models.QuerySet["RoyaltyPool"]):
+    def with_left(self) -> "RoyaltyPoolQuerySet":
+        """Annotate `left_micros`: the amount less what refunds and disputes have taken, whether released or not."""
+        taken = (
+            apps.get_model("payouts", "ClawbackLine")
+            .objects.filter(order_line=OuterRef("order_line"), clawback__undo=None)
+            .values("order_line")
+            .annotate(sum=Sum("pool_micros"))
+            .values("sum")
+        )
+        left = F("amount_micros") - Coalesce(Subquery(taken, output_field=models.BigIntegerField()), 0)
+        return self.annotate(left_micros=left)
+
+
 class RoyaltyPool(models.Model):
-    """The part of one order line's price that waits for a measured result; released once."""
+    """The part of one order line's price that waits for a measured result; released once, less what went back before."""
 
     order_line = models.OneToOneField("marketplace.OrderLine", models.PROTECT, related_name="pool")
     version = models.ForeignKey("marketplace.DatasetVersion", models.PROTECT, related_name="pools")
@@ -16,6 +32,9 @@ class RoyaltyPool(models.Model):
     currency = models.CharField(max_length=3)
     deadline = models.DateTimeField()  # then the best result there is divides it, or the count
     released_at = models.DateTimeField(null=True)
+    left_micros: int  # where the query asked for it: `with_left`
+
+    objects = RoyaltyPoolQuerySet.as_manager()
 
     class Meta:
         constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="pool_positive")]

@@ -9,10 +9,14 @@ from django.db import transaction
 from marketplace import jobs
 from payouts import gateway
 from payouts.models import Payment, StripeEvent
-from payouts.services import checkouts, payees, royalties, sales, transfers
+from payouts.services import disputes, payees, refunds, transfers
+from payouts.services.bookings import book_checkout
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["apply_event", "book_checkout", "receive_event", "retry_failed_events"]
+
+REFUND_EVENTS = ("refund.created", "refund.updated", "refund.failed", "charge.refund.updated")
 PAID_EVENTS = ("checkout.session.completed", "checkout.session.async_payment_succeeded")
 
 
@@ -48,7 +52,8 @@ def apply_event(row: StripeEvent) -> None:
 
     Raises:
         DomainError: a person must look (`PaymentMismatch`, `OrderNotPayable`); reconciliation names it until then.
-        checkouts.NotBookedByStripe, gateway.StripeRefused, gateway.StripeUncertain: the job comes back.
+        checkouts.NotBookedByStripe, attempts.StillUncertain, gateway.StripeRefused, gateway.StripeUncertain: the job comes
+            back.
     """
     thing = json.loads(row.payload)["data"]["object"]
     match row.endpoint, row.type:
@@ -61,6 +66,12 @@ def apply_event(row: StripeEvent) -> None:
             for payment in waiting:
                 if payment.checkout_id:
                     book_checkout(payment.checkout_id)
+        case StripeEvent.Endpoint.PLATFORM, kind if kind in REFUND_EVENTS:
+            refunds.refresh_refund(thing["id"])
+        case StripeEvent.Endpoint.PLATFORM, "charge.refunded":
+            refunds.refresh_refunds_of(thing["id"])
+        case StripeEvent.Endpoint.PLATFORM, kind if kind.startswith("charge.dispute."):
+            disputes.refresh_dispute(thing["id"])
         case StripeEvent.Endpoint.CONNECT, "account.updated":
             payees.refresh_payee(row.account)
         case StripeEvent.Endpoint.CONNECT, "payout.paid":
@@ -74,18 +85,3 @@ def retry_failed_events() -> int:
     """
     failed = StripeEvent.objects.filter(status=jobs.Job.Status.FAILED, error_code="internal")
     return sum(jobs.reopen(row) for row in failed.order_by("pk"))
-
-
-def book_checkout(session_id: str) -> Payment | None:
-    """Book what a session paid for, if it is paid; the amounts are Stripe's own answer, not the event's.
-
-    Raises:
-        PaymentMismatch, OrderNotPayable: see there; nothing is booked.
-        checkouts.NotBookedByStripe, gateway.StripeRefused, gateway.StripeUncertain: ask again.
-    """
-    checkout = checkouts.fetch_checkout(session_id)
-    if checkout is None:
-        return None
-    payment = checkouts.find_payment(checkout)
-    book = sales.book_payment if payment.order_id is not None else royalties.book_payment
-    return book(payment=payment, checkout=checkout)

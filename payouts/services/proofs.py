@@ -13,14 +13,21 @@ from payouts.allocation import allocate
 from payouts.ledger import postings_of
 from payouts.models import (
     Account,
+    Clawback,
+    Dispute,
     Division,
     DivisionLine,
     JournalEntry,
+    Movement,
     Payment,
     Payout,
     Posting,
+    Reclaim,
+    Refund,
     RoyaltyInvoice,
     RoyaltyPool,
+    TransferReversal,
+    WriteOff,
 )
 from payouts.services.divisions import ENTRY_KINDS, pots_of, source_account
 from payouts.services.royalties import parts_of
@@ -58,6 +65,8 @@ def check_books() -> Books:
                 "divisions": Division.objects.count(),
                 "lines": DivisionLine.objects.count(),
                 "payouts": Payout.objects.count(),
+                "refunds": Refund.objects.count(),
+                "disputes": Dispute.objects.count(),
             },
         )
 
@@ -94,8 +103,7 @@ def _entries(balances: Balances) -> Iterator[Finding]:
         except ValueError:
             yield Finding("unknown_account", account.code)
             continue
-        party = code.id if code.name == "payable" else None
-        if (account.kind, account.currency, account.party_id) != (code.purpose.kind, code.currency, party):
+        if (account.kind, account.currency, account.party_id) != (code.purpose.kind, code.currency, code.party):
             yield Finding("account_misdescribed", account.code)
     # Each reversal undoes one entry, leg by leg.
     for reversal in JournalEntry.objects.filter(reverses__isnull=False).select_related("reverses").order_by("pk"):
@@ -126,13 +134,21 @@ def _snapshots(balances: Balances) -> Iterator[Finding]:
             yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
 
 
+LIABILITIES = ("payable", "pool", "in_transit", "refunding", "clearing:upfront", "clearing:royalty")
+
+
 def _balances_in_range(balances: Balances) -> Iterator[Finding]:
     """Nobody owes us what we owed them, and no heap of cash is below nothing."""
     for code, micros in sorted(balances.items()):
         name = chart.parse(code).name if _is_known(code) else ""
-        if name in ("payable", "pool", "in_transit", "clearing:upfront", "clearing:royalty") and micros > 0:
+        if name in LIABILITIES and micros > 0:
             yield Finding("liability_overdrawn", f"{code} stands at {micros}")
-        if name in ("cash:pending", "cash:available") and micros < 0:
+        if name == "receivable" and micros < 0:
+            yield Finding("receivable_negative", f"{code} stands at {micros}")
+    # Refunds and disputes take what they take, whatever there is; without any, no heap of cash falls below nothing.
+    moved = set(Movement.objects.values_list("currency", flat=True).distinct())
+    for code, micros in sorted(balances.items()):
+        if code.startswith("cash:") and micros < 0 and chart.parse(code).currency not in moved:
             yield Finding("cash_negative", f"{code} stands at {micros}")
 
 
@@ -189,31 +205,50 @@ def _divided_as_weighed(division: Division, lines: dict[tuple[str, int], Divisio
 
 
 def _payables(balances: Balances) -> Iterator[Finding]:
-    """What is owed to each party is their lines less their payouts, by currency."""
+    """What is owed to each party, less what it owes: lines − reclaims − payouts + reversals + write-offs, by currency."""
     owed: dict[tuple[int, str], int] = defaultdict(int)
+    taken_back = Reclaim.objects.filter(clawback_line__clawback__undo=None)
+    for rows, party_field, currency_field, sign in (
+        (taken_back, "division_line__party", "division_line__division__currency", -1),
+        (TransferReversal.objects.filter(state=TransferReversal.State.SENT), "payout__party", "currency", 1),
+        (WriteOff.objects.all(), "party", "currency", 1),
+    ):
+        summed = rows.values(party_field, currency_field).annotate(sum=Sum("amount_micros"))
+        for party, currency, micros in summed.values_list(party_field, currency_field, "sum"):
+            owed[party, currency] += sign * int(micros)
     earned = DivisionLine.objects.values("party", "division__currency").annotate(sum=Sum("amount_micros"))
     for party, currency, micros in earned.values_list("party", "division__currency", "sum"):
         owed[party, currency] += int(micros)
     promised = Payout.objects.exclude(status=Payout.Status.REFUSED).values("party", "currency")
     for party, currency, micros in promised.annotate(sum=Sum("amount_micros")).values_list("party", "currency", "sum"):
         owed[party, currency] -= int(micros)
-    codes = {chart.payable(party, currency): micros for (party, currency), micros in owed.items()}
-    for code in sorted(codes.keys() | {code for code in balances if code.startswith("payable:")}):
-        if codes.get(code, 0) != -balances.get(code, 0):
-            yield Finding("payable_differs", f"{code}: {-balances.get(code, 0)} booked, {codes.get(code, 0)} by lines")
+    booked: dict[tuple[int, str], int] = defaultdict(int)
+    for account, micros in balances.items():
+        party = chart.parse(account).party if _is_known(account) else None
+        if party is not None:
+            booked[party, chart.parse(account).currency] -= micros
+    for party, currency in sorted(owed.keys() | booked.keys()):
+        if owed[party, currency] != booked[party, currency]:
+            yield Finding(
+                "payable_differs",
+                f"{chart.payable(party, currency)}: {booked[party, currency]} booked, {owed[party, currency]} by lines",
+            )
 
 
 def _pools(balances: Balances) -> Iterator[Finding]:
-    """An unreleased pool has its money; a released one has given it all to one division."""
-    for pool in RoyaltyPool.objects.select_related("division").order_by("pk").iterator():
+    """Every pool is what went back to buyers, what was released to one division, and what is left: nothing once released."""
+    for pool in RoyaltyPool.objects.with_left().select_related("division").order_by("pk").iterator():
         division = getattr(pool, "division", None)
         left = -balances.get(chart.royalty_pool(pool), 0)
         if (pool.released_at is None) != (division is None):
             yield Finding("pool_half_released", f"pool {pool.pk}")
-        if left != (pool.amount_micros if division is None else 0):
+        if left != (pool.left_micros if division is None else 0):
             yield Finding("pool_differs", f"pool {pool.pk} of {pool.amount_micros} has {left} left")
-        if division is not None and division.amount_micros != pool.amount_micros:
-            yield Finding("pool_differs_from_division", f"pool {pool.pk} of {pool.amount_micros}, {division.key}")
+        if division is not None and division.amount_micros != pool.left_micros:
+            yield Finding(
+                "pool_differs_from_division",
+                f"pool {pool.pk} of {pool.amount_micros} less {pool.amount_micros - pool.left_micros}, {division.key}",
+            )
 
 
 def _payments(balances: Balances) -> Iterator[Finding]:
@@ -234,7 +269,7 @@ def _payments(balances: Balances) -> Iterator[Finding]:
         if settled != (net if payment.settled_at else 0):
             yield Finding("settlement_differs", f"payment {payment.pk}: settled {settled} of {net}")
         thing = payment.order or payment.invoice
-        if thing is None or thing.status != "paid" or thing.total_micros != payment.amount_micros:
+        if thing is None or thing.status not in ("paid", "refunded") or thing.total_micros != payment.amount_micros:
             yield Finding("paid_thing_differs", f"payment {payment.pk} and what it is for")
     for code, micros in sorted(balances.items()):
         if code.startswith("clearing:") and micros:
@@ -282,6 +317,125 @@ def _payouts(balances: Balances) -> Iterator[Finding]:
             yield Finding("in_transit_differs", f"{code}: {-balances.get(code, 0)} booked, {intended[code]} intended")
 
 
+def _refunds(balances: Balances) -> Iterator[Finding]:
+    """Refunded ≤ paid; what is refunding is what is intended; each cause has the movements of its state."""
+    standing = (
+        Refund.objects.filter(state__in=Refund.STANDING).values("payment").annotate(sum=Sum("amount_micros", default=0))
+    )
+    back = dict(standing.values_list("payment", "sum"))
+    for payment in Payment.objects.filter(pk__in=back).order_by("pk"):
+        if back[payment.pk] > payment.amount_micros or payment.status != Payment.Status.PAID:
+            yield Finding(
+                "refunded_more_than_paid", f"payment {payment.pk} of {payment.amount_micros}: {back[payment.pk]}"
+            )
+    refunding: dict[str, int] = defaultdict(int)
+    expected_movements = {
+        Refund.State.INTENDED: [],
+        Refund.State.REFUSED: [],
+        Refund.State.PENDING: [Movement.Kind.REFUND],
+        Refund.State.SENT: [Movement.Kind.REFUND],
+        Refund.State.FAILED: [Movement.Kind.REFUND, Movement.Kind.REFUND_FAILURE],
+    }
+    for refund in Refund.objects.select_related("clawback__undo").prefetch_related("movements").order_by("pk"):
+        state = Refund.State(refund.state)
+        if state == Refund.State.INTENDED:
+            refunding[chart.refunding(refund.currency)] += refund.amount_micros
+        moved = sorted((movement.kind, movement.amount_micros) for movement in refund.movements.all())
+        wanted = [
+            (kind.value, refund.amount_micros * (-1 if kind == Movement.Kind.REFUND else 1))
+            for kind in expected_movements[state]
+        ]
+        if moved != wanted:
+            yield Finding("refund_movements_differ", f"{refund} is {state}: {moved}")
+        clawback = refund.clawback
+        is_undone = hasattr(clawback, "undo")
+        if clawback.amount_micros != refund.amount_micros or is_undone == (state in Refund.STANDING):
+            yield Finding(
+                "refund_differs_from_clawback", f"{refund} is {state}, {clawback} of {clawback.amount_micros}"
+            )
+    for code in sorted(refunding.keys() | {code for code in balances if code.startswith("refunding:")}):
+        if refunding[code] != -balances.get(code, 0):
+            yield Finding("refunding_differs", f"{code}: {-balances.get(code, 0)} booked, {refunding[code]} intended")
+
+
+def _clawbacks(balances: Balances) -> Iterator[Finding]:
+    """A clawback is its lines, a line its fee, pool and reclaims, and each entry what they say; the fee is in proportion."""
+    for clawback in Clawback.objects.select_related("payment", "undo").prefetch_related("lines").order_by("pk"):
+        owed: dict[str, int] = defaultdict(int)
+        for line in clawback.lines.all():
+            reclaims = list(
+                Reclaim.objects.filter(clawback_line=line).values_list("division_line__party", "amount_micros")
+            )
+            rest = line.amount_micros - line.fee_micros - line.pool_micros
+            if sum(micros for _, micros in reclaims) != rest:
+                yield Finding("clawback_line_differs", f"{clawback}, line {line.pk}: {rest} of its payees, {reclaims}")
+            owed["fee"] += line.fee_micros
+            owed["pool"] += line.pool_micros
+            for party, micros in reclaims:
+                owed[f"party {party}"] += micros
+        owed["loss"] += clawback.loss_micros
+        if sum(owed.values()) != clawback.amount_micros + clawback.loss_micros:
+            yield Finding(
+                "clawback_differs_from_lines", f"{clawback} of {clawback.amount_micros}: {sum(owed.values())}"
+            )
+        for prefix, sign in (("clawback", 1), ("unclawback", -1)):
+            wanted = {name: sign * micros for name, micros in owed.items() if micros}
+            if prefix == "unclawback" and not hasattr(clawback, "undo"):
+                wanted = {}
+            booked = _booked_by_source(f"{prefix}:{clawback.key}:")
+            if booked != wanted:
+                yield Finding("clawback_differs_from_entries", f"{prefix} {clawback}: booked {booked}, is {wanted}")
+
+
+def _booked_by_source(prefix: str) -> dict[str, int]:
+    """What the entries under a prefix took from whom, by the names that `_clawbacks` uses."""
+    found: dict[str, int] = defaultdict(int)
+    postings = Posting.objects.filter(entry__key__startswith=prefix).values_list("account__code", "amount_micros")
+    for account, micros in postings:
+        code = chart.parse(account)
+        if code.party is not None:
+            found[f"party {code.party}"] += micros
+        elif code.name in ("pool", "revenue:platform_fee", "expense:losses"):
+            found[{"pool": "pool", "revenue:platform_fee": "fee", "expense:losses": "loss"}[code.name]] += micros
+    return {name: micros for name, micros in found.items() if micros}
+
+
+def _disputes(balances: Balances) -> Iterator[Finding]:
+    """A decided dispute's account is empty; an open one freezes, a lost one has taken back what it was about."""
+    for dispute in Dispute.objects.order_by("pk"):
+        left = balances.get(chart.dispute(dispute), 0)
+        frozen = dispute.clawbacks.filter(kind=Clawback.Kind.FREEZE, undo=None)
+        taken = dispute.clawbacks.filter(kind=Clawback.Kind.DISPUTE).first()
+        moved = sum(movement.amount_micros for movement in dispute.movements.all())
+        wanted = -moved - sum(clawback.amount_micros for clawback in frozen)
+        if taken is not None:
+            wanted -= taken.amount_micros + taken.loss_micros
+        if left != wanted or (not dispute.is_open and left):
+            yield Finding("dispute_differs", f"{dispute} has {left} on its account, its rows say {wanted}")
+        if dispute.is_open != frozen.exists():
+            yield Finding("dispute_not_frozen", f"{dispute} has {frozen.count()} freezes")
+        if (dispute.status == "lost") != (taken is not None):
+            yield Finding("dispute_not_taken_back", f"{dispute}")
+
+
+def _movements(balances: Balances) -> Iterator[Finding]:
+    """Each of Stripe's movements is booked once, for its net, and settled if it says so."""
+    for movement in Movement.objects.order_by("pk").iterator():
+        cash = (
+            chart.cash_available(movement.currency)
+            if movement.is_booked_available
+            else chart.cash_pending(movement.currency)
+        )
+        booked = _postings(f"movement:{movement.balance_transaction_id}").get(cash, 0)
+        if booked != movement.net_micros:
+            yield Finding("movement_differs", f"{movement}: {movement.net_micros}, booked {booked}")
+        key = f"settle:movement:{movement.balance_transaction_id}"
+        settled = _postings(key).get(chart.cash_available(movement.currency), 0)
+        is_settled_later = movement.settled_at is not None and not movement.is_booked_available
+        if settled != (movement.net_micros if is_settled_later else 0):
+            yield Finding("settlement_differs", f"{movement}: settled {settled} of {movement.net_micros}")
+
+
 def _postings(key: str) -> dict[str, int]:
     return dict(Posting.objects.filter(entry__key=key).values_list("account__code", "amount_micros"))
 
@@ -303,4 +457,8 @@ CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _pools,
     _payments,
     _payouts,
+    _refunds,
+    _clawbacks,
+    _disputes,
+    _movements,
 ]

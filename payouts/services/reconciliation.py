@@ -13,12 +13,22 @@ from marketplace import clock
 from marketplace.jobs import Job
 from marketplace.money import Money
 from payouts import chart, gateway, ledger
-from payouts.models import JournalEntry, Payment, Payout, StripeEvent
+from payouts.models import JournalEntry, Movement, Payment, Payout, Refund, StripeEvent, TransferReversal
+from payouts.services import movements
 
 logger = logging.getLogger(__name__)
 
 #: An intent that Stripe has not answered for this long is for a person to look at.
 IN_TRANSIT_LIMIT = timedelta(minutes=15)
+#: Stripe's kinds of balance transactions that refunds, disputes and reversals cause.
+MOVED_BY = {
+    "refund": "refund",
+    "payment_refund": "refund",
+    "refund_failure": "refund_failure",
+    "payment_failure_refund": "refund_failure",
+    "adjustment": "dispute",
+    "transfer_refund": "reversal",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Reconciliation:
 
 
 def settle_funds() -> int:
-    """Book what Stripe has made available since; returns how many payments.
+    """Book what Stripe has made available since; returns how many payments and other movements.
 
     Funds become available in the order of `available_on`, so one question beyond the last settled one is enough.
 
@@ -73,6 +83,9 @@ def settle_funds() -> int:
             if not gateway.get_balance_transaction(payment.balance_transaction_id).is_available:
                 break
             n_settled += _settle(payment)
+    for movement in Movement.objects.filter(settled_at=None).order_by("currency", "available_on", "pk"):
+        if gateway.get_balance_transaction(movement.balance_transaction_id).is_available:
+            n_settled += movements.settle(movement, at=clock.now())
     return n_settled
 
 
@@ -148,8 +161,19 @@ def _compare_transactions(transactions: list[gateway.BalanceTransaction]) -> Ite
             "transfer_id", "amount_micros", "currency"
         )
     }
+    caused = {
+        movement.balance_transaction_id: Money(movement.net_micros, movement.currency)
+        for movement in Movement.objects.all()
+    }
     may_be_on_its_way = Counter(
         (-payout.amount_micros, payout.currency) for payout in Payout.objects.filter(status=Payout.Status.INTENDED)
+    )
+    may_be_on_its_way_back = Counter(
+        (-refund.amount_micros, refund.currency) for refund in Refund.objects.filter(state=Refund.State.INTENDED)
+    )
+    may_be_on_its_way_back.update(
+        (reversal.amount_micros, reversal.currency)
+        for reversal in TransferReversal.objects.filter(state=TransferReversal.State.INTENDED)
     )
     for theirs in transactions:
         net = Money.from_minor(theirs.net_minor, theirs.currency)
@@ -160,6 +184,11 @@ def _compare_transactions(transactions: list[gateway.BalanceTransaction]) -> Ite
             if booked is None and may_be_on_its_way[net.micros, net.currency]:
                 may_be_on_its_way[net.micros, net.currency] -= 1
                 continue  # made, and its answer is not booked yet; the age of intents is checked by itself
+        elif theirs.kind in MOVED_BY:
+            name, booked = MOVED_BY[theirs.kind], caused.pop(theirs.id, None)
+            if booked is None and may_be_on_its_way_back[net.micros, net.currency]:
+                may_be_on_its_way_back[net.micros, net.currency] -= 1
+                continue
         else:
             yield Difference("unknown_movement", f"Stripe's {theirs.kind} {theirs.id} of {net} is not in the ledger")
             continue
@@ -167,7 +196,7 @@ def _compare_transactions(transactions: list[gateway.BalanceTransaction]) -> Ite
             yield Difference(f"{name}_not_booked", f"Stripe's {name} {theirs.id} of {net} is not in the ledger")
         elif booked != net:
             yield Difference(f"{name}_differs", f"Stripe's {name} {theirs.id} is {net}, the ledger has {booked}")
-    for name, rest in (("charge", charges), ("transfer", transfers)):
+    for name, rest in (("charge", charges), ("transfer", transfers), ("movement", caused)):
         for identifier, booked in rest.items():
             yield Difference(
                 f"{name}_not_at_stripe", f"{identifier} of {booked} is booked, and Stripe does not have it"
@@ -181,5 +210,11 @@ def _waiting_too_long() -> Iterator[Difference]:
     ):
         minutes = int((wall - payout.created_at).total_seconds() // 60)
         yield Difference("in_transit_too_long", f"payout {payout.pk} of {payout.amount} for {minutes} minutes")
+    tried: list[type[Refund] | type[TransferReversal]] = [Refund, TransferReversal]
+    for model in tried:
+        old = model._default_manager.filter(state="intended", created_at__lt=wall - IN_TRANSIT_LIMIT)
+        for intent in old.order_by("pk"):
+            minutes = int((wall - intent.created_at).total_seconds() // 60)
+            yield Difference(f"{model.__name__.lower()}_too_long", f"{intent} for {minutes} minutes")
     for event in StripeEvent.objects.filter(status=Job.Status.FAILED).order_by("pk"):
         yield Difference("event_not_applied", f"{event.type} {event.event_id}: {event.error_message}")

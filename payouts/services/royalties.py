@@ -66,11 +66,14 @@ def release_pool(*, pool: RoyaltyPool, result: AttributionResult | None) -> list
         raise ValueError(f"Result {result.pk} is of a model that does not cite the license behind pool {pool.pk}")
 
     order = pool.order_line.order
+    left = Money(-ledger.balance(chart.royalty_pool(pool)), pool.currency)  # refunds may have taken some
+    if not left and pool.released_at is None:
+        return []
     division = divide(
         key=f"release:pool:{pool.pk}",
         source=Division.Source.POOL,
         version=pool.version,
-        amount=pool.amount,
+        amount=left,
         labellers_bps=pool.order_line.offer.labellers_bps,
         buyer=order.buyer,
         payment=getattr(order, "payment", None),
@@ -119,7 +122,7 @@ def _pools_to_release() -> Iterable[RoyaltyPool]:
         _citing_results(OuterRef("order_line")), grade=AttributionResult.Grade.REPLAYED
     )
     ready = Q(Exists(replayed)) | Q(deadline__lte=clock.now())
-    return RoyaltyPool.objects.filter(ready, released_at=None).order_by("pk")
+    return RoyaltyPool.objects.with_left().filter(ready, released_at=None, left_micros__gt=0).order_by("pk")  # type: ignore[misc]
 
 
 def _releasing_result(pool: RoyaltyPool) -> AttributionResult | None:

@@ -15,9 +15,10 @@ call with the same idempotency key while Stripe remembers it.
 import logging
 import time
 from datetime import timedelta
+from typing import Any
 
-from django.db import connection, transaction
-from django.db.models import Q, Sum
+from django.db import transaction
+from django.db.models import Q, QuerySet, Sum
 from django.utils import timezone
 
 from marketplace import clock, jobs
@@ -25,20 +26,25 @@ from marketplace.jobs import Job
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import chart, gateway, ledger
 from payouts.errors import TransferMismatch
-from payouts.models import DivisionLine, JournalEntry, PayeeAccount, Payout, PayoutRun
+from payouts.models import (
+    DivisionLine,
+    JournalEntry,
+    PayeeAccount,
+    Payout,
+    PayoutRun,
+    Reclaim,
+    TransferReversal,
+    WriteOff,
+)
+from payouts.services import recoveries
+from payouts.services.attempts import KEY_LIFE, LONGEST_WAIT_SECONDS, TRIES, StillUncertain
 
 logger = logging.getLogger(__name__)
 
-#: Stripe forgets an idempotency key after a day; an hour is kept clear of it.
-KEY_LIFE = timedelta(hours=23)
+__all__ = ["KEY_LIFE", "StillUncertain", "confirm_in_bank", "due_micros", "execute_payout_run", "request_payout_run"]
+
 #: How long after its last try a refused payout's transfer is looked for: no HTTP call sleeps longer.
 LATE = timedelta(days=2)
-TRIES = 3
-LONGEST_WAIT_SECONDS = 5.0
-
-
-class StillUncertain(Exception):
-    """Stripe gave no clear answer for some payouts; the job comes back for them."""
 
 
 @transaction.atomic
@@ -127,12 +133,27 @@ def group_of(payout: Payout) -> str:
 
 
 def due_micros(*, party_id: int, currency: str, until: object) -> int:
-    """What has fallen due to a party and was neither sent nor intended, in micros; before rounding."""
+    """What has fallen due to a party and was neither sent nor intended, in micros; before rounding.
+
+    Below zero where more went back to buyers than the party was still owed; what it earns next pays that first.
+    """
     lines = DivisionLine.objects.filter(party=party_id, division__currency=currency, due_at__lte=until)
+    taken_back = Reclaim.objects.filter(
+        division_line__party=party_id,
+        division_line__division__currency=currency,
+        division_line__due_at__lte=until,
+        clawback_line__clawback__undo=None,
+    )
     payouts = Payout.objects.filter(party=party_id, currency=currency).exclude(status=Payout.Status.REFUSED)
-    owed: int = lines.aggregate(sum=Sum("amount_micros"))["sum"] or 0
-    promised: int = payouts.aggregate(sum=Sum("amount_micros"))["sum"] or 0
-    return int(owed) - int(promised)
+    fetched_back = TransferReversal.objects.filter(
+        payout__party=party_id, currency=currency, state=TransferReversal.State.SENT
+    )
+    forgiven = WriteOff.objects.filter(party=party_id, currency=currency)
+    return _sum(lines) - _sum(taken_back) - _sum(payouts) + _sum(fetched_back) + _sum(forgiven)
+
+
+def _sum(rows: "QuerySet[Any]") -> int:
+    return int(rows.aggregate(sum=Sum("amount_micros", default=0))["sum"])
 
 
 # --- intent -----------------------------------------------------------------------------------------------------------
@@ -145,19 +166,18 @@ def _payees_with_something_due(run: PayoutRun) -> list[PayeeAccount]:
 
 def _intend(run: PayoutRun, payee: PayeeAccount) -> None:
     """Inside a transaction: promise one payee what is due, as far as it is payable and Stripe's available funds go."""
-    with connection.cursor() as cursor:
-        # One planner per currency at a time: two runs must not promise the same available funds.
-        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"payouts:{run.currency}"])
+    recoveries.lock(run.currency)  # two runs must not promise the same available funds, nor what a refund takes back
     payee = PayeeAccount.objects.select_for_update().get(pk=payee.pk)
     if not payee.is_ready or Payout.objects.filter(run=run, party=payee.party_id).exists():
         return
+    recoveries.net(parties=[payee.party_id], currency=run.currency)
     due = due_micros(party_id=payee.party_id, currency=run.currency, until=run.due_until)
     payable = -ledger.balance(chart.payable(payee.party_id, run.currency))
     amount = Money(max(0, min(due, payable)), run.currency).floor_to_minor()
     if not amount:
         return
-    # in_transit is a liability, so adding it takes off what is promised already.
-    free = ledger.balance(chart.cash_available(run.currency)) + ledger.balance(chart.in_transit(run.currency))
+    # in_transit and refunding are liabilities, so adding them takes off what is promised already.
+    free = sum(ledger.balance(of(run.currency)) for of in (chart.cash_available, chart.in_transit, chart.refunding))
     if amount.micros > free:
         logger.warning(
             "Funds do not suffice run=%s party=%s micros=%s free=%s", run.pk, payee.party_id, amount.micros, free
@@ -306,6 +326,7 @@ def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None
 @transaction.atomic
 def _book_refused(run: PayoutRun, payout: Payout, error: gateway.StripeRefused) -> None:
     run.lock()
+    recoveries.lock(payout.currency)
     locked = Payout.objects.select_for_update().get(pk=payout.pk)
     if locked.status != Payout.Status.INTENDED:
         return
@@ -317,4 +338,5 @@ def _book_refused(run: PayoutRun, payout: Payout, error: gateway.StripeRefused) 
         key=f"payout:{locked.pk}:refused",
         kind=JournalEntry.Kind.PAYOUT_REVERSAL,
     )
+    recoveries.net(parties=[locked.party_id], currency=locked.currency)  # a refund may have been waiting for it
     logger.warning("Stripe refused payout=%s code=%s", locked.pk, error.code)

@@ -1,0 +1,56 @@
+"""Licenses that end, pause and come back with the money that was paid for them; the payouts say when."""
+
+import logging
+from collections.abc import Collection
+from datetime import datetime
+
+from django.db import transaction
+from django.db.models import QuerySet
+
+from marketplace.models import AuditEvent, License, Order, OrderLine
+
+logger = logging.getLogger(__name__)
+
+
+@transaction.atomic
+def match_refunded(*, order: Order, refunded: Collection[int], at: datetime) -> None:
+    """End the license of every line whose price has gone back, keep the others, and say so on the order.
+
+    The order is refunded when every line is. Harmless to call twice; a refund that failed brings a license back.
+
+    Args:
+        refunded: the ids of the order lines that were refunded wholly.
+    """
+    lines = set(OrderLine.objects.filter(order=order).values_list("pk", flat=True))
+    licenses = License.objects.filter(order_line__order=order)
+    _note(licenses.filter(order_line__in=refunded, revoked_at=None), "license.revoked", revoked_at=at)
+    _note(licenses.exclude(order_line__in=refunded).exclude(revoked_at=None), "license.restored", revoked_at=None)
+    status = Order.Status.REFUNDED if lines <= set(refunded) else Order.Status.PAID
+    paid = Order.objects.filter(pk=order.pk, status__in=[Order.Status.PAID, Order.Status.REFUNDED])
+    if paid.exclude(status=status).update(status=status):
+        AuditEvent.objects.create(
+            party_id=order.buyer_id,
+            action="order.refunded" if status == Order.Status.REFUNDED else "order.refund_undone",
+            target=f"order:{order.pk}",
+        )
+        logger.info("Order is now order=%s status=%s", order.pk, status)
+    order.refresh_from_db(fields=["status"])
+
+
+@transaction.atomic
+def suspend_licenses(*, order: Order, at: datetime) -> None:
+    """Stop the downloads of an order whose payment is disputed."""
+    _note(License.objects.filter(order_line__order=order, suspended_at=None), "license.suspended", suspended_at=at)
+
+
+@transaction.atomic
+def resume_licenses(*, order: Order) -> None:
+    """The dispute is over."""
+    suspended = License.objects.filter(order_line__order=order).exclude(suspended_at=None)
+    _note(suspended, "license.resumed", suspended_at=None)
+
+
+def _note(licenses: "QuerySet[License]", action: str, **changes: datetime | None) -> None:
+    for license in licenses.select_for_update(of=("self",)).order_by("pk"):
+        License.objects.filter(pk=license.pk).update(**changes)
+        AuditEvent.objects.create(party_id=license.licensee_id, action=action, target=f"license:{license.pk}")

@@ -1,0 +1,340 @@
+"""Money that goes back: refunds, disputes, and what each payee gives of it.
+
+    Refund, Dispute      what the buyer's bank is given, or takes: a state each, and the call at Stripe that goes with it
+    Clawback             the amount of one payment that is taken back from where it lies, by line, pool and payee (evidence)
+    ClawbackUndo         that it was given back: the refund failed, the dispute was won (evidence)
+    TransferReversal     a courtesy: what a payee owes, fetched from their balance at Stripe
+    WriteOff             what a payee owes and nobody expects any more (evidence)
+    Movement             each of Stripe's balance transactions that these caused
+
+PostgreSQL itself refuses a refund beyond what was paid, a clawback beyond a line's price, a pool's rest or a payee's line
+(migration `0005_refund_rules`).
+"""
+
+from typing import ClassVar
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from marketplace.jobs import Job
+from marketplace.money import Money
+
+
+class Refund(Job):
+    """Part or all of one payment, given back to the card: intended → sent, or refused and booked back.
+
+    The job's `status` says how the work stands, `state` how the money does.
+    """
+
+    class State(models.TextChoices):
+        INTENDED = "intended"  # booked to refunding; Stripe may or may not know
+        PENDING = "pending"  # taken from our balance; the bank has yet to accept
+        SENT = "sent"
+        REFUSED = "refused"  # Stripe definitely refused; booked back
+        FAILED = "failed"  # the card's bank sent it back; booked back
+
+    class Reason(models.TextChoices):
+        OF_RIGHT = "of_right", "not downloaded yet"
+        FAULTY_DATA = "faulty_data", "the data is not what was sold"
+        DUPLICATE = "duplicate", "bought twice"
+        FRAUD = "fraud", "the card was stolen"
+        GOODWILL = "goodwill", "goodwill"
+        AT_STRIPE = "at_stripe", "refunded in Stripe's dashboard"
+
+    #: States in which the buyer has the money, or may have it.
+    STANDING: ClassVar[list[str]] = ["intended", "pending", "sent"]
+    task_name: ClassVar[str] = "payouts.tasks.execute_refund"
+
+    payment = models.ForeignKey("payouts.Payment", models.PROTECT, related_name="refunds")
+    amount_micros = models.BigIntegerField()  # whole minor units
+    currency = models.CharField(max_length=3)
+    reason = models.CharField(max_length=11, choices=Reason)
+    note = models.TextField(blank=True)  # why, in words; staff must give them
+    requested_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
+    key = models.CharField(max_length=120)  # of the request
+    state = models.CharField(max_length=8, choices=State, default=State.INTENDED)
+    stripe_attempt = models.PositiveIntegerField(default=1)  # in the idempotency key `refund:{id}:{attempt}`
+    first_tried_at = models.DateTimeField(null=True)  # wall time; Stripe forgets a key after a day
+    refund_id = models.CharField(max_length=255, unique=True, null=True)
+    refusal_code = models.CharField(max_length=60, blank=True)
+    refusal_message = models.TextField(blank=True)
+    created_at = models.DateTimeField(default=timezone.now)
+    intended_at = models.DateTimeField()  # business time
+    made_at = models.DateTimeField(null=True)  # business time, at Stripe
+
+    class Meta(Job.Meta):
+        ordering = ["-pk"]
+        constraints = [
+            *Job.Meta.constraints,
+            models.UniqueConstraint(fields=["payment", "key"], name="one_refund_per_payment_and_key"),
+            models.CheckConstraint(condition=Q(amount_micros__gt=0), name="refund_positive"),
+            models.CheckConstraint(
+                condition=Q(state__in=["intended", "refused"]) | Q(refund_id__isnull=False),
+                name="sent_refund_has_its_id",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"Refund {self.pk}: {self.amount}"
+
+    @property
+    def amount(self) -> Money:
+        return Money(self.amount_micros, self.currency)
+
+
+class Dispute(models.Model):
+    """A cardholder's complaint about one payment, as Stripe last described it."""
+
+    #: Stripe's own words, by whether anything is still open.
+    OPEN: ClassVar[list[str]] = [
+        "needs_response",
+        "under_review",
+        "warning_needs_response",
+        "warning_under_review",
+    ]
+    TAKES_EVIDENCE: ClassVar[list[str]] = ["needs_response", "warning_needs_response"]
+
+    dispute_id = models.CharField(max_length=255, unique=True)
+    payment = models.ForeignKey("payouts.Payment", models.PROTECT, related_name="disputes")
+    amount_micros = models.BigIntegerField()
+    currency = models.CharField(max_length=3)
+    reason = models.CharField(max_length=60)
+    status = models.CharField(max_length=22)  # Stripe's
+    opened_at = models.DateTimeField()
+    evidence_due_at = models.DateTimeField(null=True)
+    closed_at = models.DateTimeField(null=True)  # business time
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        ordering = ["-pk"]
+        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="dispute_positive")]
+
+    def __str__(self) -> str:
+        return f"Dispute {self.pk}: {self.amount}, {self.status}"
+
+    @property
+    def amount(self) -> Money:
+        return Money(self.amount_micros, self.currency)
+
+    @property
+    def is_open(self) -> bool:
+        return self.status in self.OPEN
+
+    @property
+    def is_inquiry(self) -> bool:
+        """The bank only asks; no money was taken."""
+        return self.status.startswith("warning_")
+
+    @property
+    def takes_evidence(self) -> bool:
+        return self.status in self.TAKES_EVIDENCE
+
+
+class DisputeAnswer(Job):
+    """What staff answered the bank, once: the evidence, or that we give in."""
+
+    task_name: ClassVar[str] = "payouts.tasks.send_dispute_answer"
+
+    dispute = models.OneToOneField(Dispute, models.PROTECT, related_name="answer")
+    gives_in = models.BooleanField(default=False)
+    evidence = models.JSONField(default=dict)  # Stripe's field → text
+    given_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
+    given_at = models.DateTimeField()  # business time
+
+    class Meta(Job.Meta):
+        pass
+
+    def __str__(self) -> str:
+        return f"Answer to {self.dispute}"
+
+
+class Clawback(models.Model):
+    """An amount of one payment, taken back from where it lies. Stands until its undo."""
+
+    class Kind(models.TextChoices):
+        REFUND = "refund"
+        FREEZE = "freeze"  # while a dispute is open: the unreleased pool and what was not sent yet
+        DISPUTE = "dispute"  # a lost one
+
+    key = models.CharField(max_length=60, unique=True)  # "refund:7", "freeze:3", "dispute:3"
+    kind = models.CharField(max_length=7, choices=Kind)
+    payment = models.ForeignKey("payouts.Payment", models.PROTECT, related_name="clawbacks")
+    refund = models.OneToOneField(Refund, models.PROTECT, null=True, related_name="clawback")
+    dispute = models.ForeignKey(Dispute, models.PROTECT, null=True, related_name="clawbacks")
+    amount_micros = models.BigIntegerField()  # of the lines
+    loss_micros = models.BigIntegerField(default=0)  # beyond them: the bank took what had been given back before
+    currency = models.CharField(max_length=3)
+    taken_at = models.DateTimeField()  # business time
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(kind="refund", refund__isnull=False, dispute__isnull=True)
+                | Q(kind__in=["freeze", "dispute"], refund__isnull=True, dispute__isnull=False),
+                name="clawback_has_its_cause",
+            ),
+            models.CheckConstraint(condition=Q(amount_micros__gte=0, loss_micros__gte=0), name="clawback_not_negative"),
+        ]
+
+    def __str__(self) -> str:
+        return self.key
+
+
+class ClawbackUndo(models.Model):
+    """The clawback was given back: what it took lies where it lay."""
+
+    clawback = models.OneToOneField(Clawback, models.PROTECT, related_name="undo")
+    undone_at = models.DateTimeField()  # business time
+
+    def __str__(self) -> str:
+        return f"Undo of {self.clawback}"
+
+
+class ClawbackLine(models.Model):
+    """One order or invoice line's part: amount = the platform's fee + of its pool + of its payees (the reclaims)."""
+
+    clawback = models.ForeignKey(Clawback, models.PROTECT, related_name="lines")
+    order_line = models.ForeignKey("marketplace.OrderLine", models.PROTECT, null=True, related_name="clawback_lines")
+    invoice_line = models.ForeignKey(
+        "payouts.RoyaltyInvoiceLine", models.PROTECT, null=True, related_name="clawback_lines"
+    )
+    amount_micros = models.BigIntegerField()
+    fee_micros = models.BigIntegerField()
+    pool_micros = models.BigIntegerField()
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(order_line__isnull=False, invoice_line__isnull=True)
+                | Q(order_line__isnull=True, invoice_line__isnull=False),
+                name="clawback_line_is_of_one_thing",
+            ),
+            models.CheckConstraint(
+                condition=Q(fee_micros__gte=0, pool_micros__gte=0, amount_micros__gt=0)
+                & Q(amount_micros__gte=models.F("fee_micros") + models.F("pool_micros")),
+                name="clawback_line_adds_up",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.amount_micros} of {self.clawback}"
+
+
+class Reclaim(models.Model):
+    """What one payee gives back of one line of one division."""
+
+    clawback_line = models.ForeignKey(ClawbackLine, models.PROTECT, related_name="reclaims")
+    division_line = models.ForeignKey("payouts.DivisionLine", models.PROTECT, related_name="reclaims")
+    amount_micros = models.BigIntegerField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["clawback_line", "division_line"], name="one_reclaim_per_line"),
+            models.CheckConstraint(condition=Q(amount_micros__gt=0), name="reclaim_positive"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.amount_micros} of {self.division_line}"
+
+
+class TransferReversal(Job):
+    """What a payee owes, asked back from their balance at Stripe: intended → sent, or refused, which changes nothing."""
+
+    class State(models.TextChoices):
+        INTENDED = "intended"
+        SENT = "sent"
+        REFUSED = "refused"
+
+    task_name: ClassVar[str] = "payouts.tasks.execute_reversal"
+
+    payout = models.ForeignKey("payouts.Payout", models.PROTECT, related_name="reversals")
+    amount_micros = models.BigIntegerField()  # whole minor units
+    currency = models.CharField(max_length=3)
+    requested_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
+    note = models.TextField(blank=True)
+    state = models.CharField(max_length=8, choices=State, default=State.INTENDED)
+    stripe_attempt = models.PositiveIntegerField(default=1)  # in the idempotency key `reversal:{id}:{attempt}`
+    first_tried_at = models.DateTimeField(null=True)  # wall time
+    reversal_id = models.CharField(max_length=255, unique=True, null=True)
+    refusal_code = models.CharField(max_length=60, blank=True)
+    refusal_message = models.TextField(blank=True)
+    created_at = models.DateTimeField(default=timezone.now)
+    intended_at = models.DateTimeField()  # business time
+    made_at = models.DateTimeField(null=True)  # business time, at Stripe
+
+    class Meta(Job.Meta):
+        ordering = ["-pk"]
+        constraints = [
+            *Job.Meta.constraints,
+            models.CheckConstraint(condition=Q(amount_micros__gt=0), name="reversal_positive"),
+            models.CheckConstraint(
+                condition=Q(state__in=["intended", "refused"]) | Q(reversal_id__isnull=False),
+                name="sent_reversal_has_its_id",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"Reversal {self.pk}: {self.amount} of {self.payout}"
+
+    @property
+    def amount(self) -> Money:
+        return Money(self.amount_micros, self.currency)
+
+
+class WriteOff(models.Model):
+    """What a party owed and the platform now bears, with who decided it and why."""
+
+    party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="write_offs")
+    amount_micros = models.BigIntegerField()
+    currency = models.CharField(max_length=3)
+    reason = models.TextField()
+    decided_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
+    decided_at = models.DateTimeField()  # business time
+
+    class Meta:
+        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="write_off_positive")]
+
+    def __str__(self) -> str:
+        return f"Write-off {self.pk}"
+
+
+class Movement(models.Model):
+    """One of Stripe's balance transactions that a refund, a dispute or a reversal caused."""
+
+    class Kind(models.TextChoices):
+        REFUND = "refund"
+        REFUND_FAILURE = "refund_failure"
+        DISPUTE = "dispute"  # withdrawn or reinstated
+        REVERSAL = "reversal"
+
+    kind = models.CharField(max_length=14, choices=Kind)
+    balance_transaction_id = models.CharField(max_length=255, unique=True)
+    refund = models.ForeignKey(Refund, models.PROTECT, null=True, related_name="movements")
+    dispute = models.ForeignKey(Dispute, models.PROTECT, null=True, related_name="movements")
+    reversal = models.ForeignKey(TransferReversal, models.PROTECT, null=True, related_name="movements")
+    amount_micros = models.BigIntegerField()  # signed, as Stripe says it
+    fee_micros = models.BigIntegerField()  # signed: what Stripe keeps on top
+    currency = models.CharField(max_length=3)
+    available_on = models.DateTimeField()
+    is_booked_available = models.BooleanField()  # into cash:available at once, not by way of cash:pending
+    booked_at = models.DateTimeField()  # business time
+    settled_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(kind__in=["refund", "refund_failure"], refund__isnull=False, dispute=None, reversal=None)
+                | Q(kind="dispute", refund=None, dispute__isnull=False, reversal=None)
+                | Q(kind="reversal", refund=None, dispute=None, reversal__isnull=False),
+                name="movement_has_its_cause",
+            ),
+            models.CheckConstraint(condition=~Q(amount_micros=0), name="movement_not_zero"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.balance_transaction_id}"
+
+    @property
+    def net_micros(self) -> int:
+        return self.amount_micros - self.fee_micros

@@ -1,0 +1,415 @@
+"""Refunds: intent, then effect, as payouts are.
+
+    intended   what it takes → refunding, committed before Stripe is called; the licenses of what is refunded wholly end
+    sent       Stripe took it from our balance: refunding → cash (pending: the card's bank has yet to accept it)
+    refused    Stripe definitely refused: the intent is reversed, the licenses are back
+    failed     the card's bank sent it back: cash → refunding, and the intent is reversed
+
+A refund as of right is of what was never downloaded. Staff may refund anything that is left, and say why.
+"""
+
+import logging
+from datetime import datetime, timedelta
+
+from django.db import transaction
+from django.utils import timezone
+
+from marketplace import clock, jobs
+from marketplace.errors import InvalidInput, KeyReused, NotAllowed
+from marketplace.models import AuditEvent, License, Order, User
+from marketplace.money import Money
+from marketplace.services.authority import require_authority
+from payouts import chart, gateway
+from payouts.errors import NotRefundable, PaymentMismatch
+from payouts.models import Clawback, JournalEntry, Movement, Payment, Refund
+from payouts.services import attempts, clawbacks, movements
+
+logger = logging.getLogger(__name__)
+
+#: How each of ours is told to Stripe, whose list is shorter.
+STRIPES_REASONS = {
+    Refund.Reason.DUPLICATE: "duplicate",
+    Refund.Reason.FRAUD: "fraudulent",
+}
+
+
+# --- intent -----------------------------------------------------------------------------------------------------------
+
+
+def refundable_lines(order: Order) -> list[License]:
+    """The licenses that the buyer may give back as of right: in force and never downloaded."""
+    licenses = License.objects.filter(order_line__order=order, first_downloaded_at=None).order_by("order_line")
+    return [license for license in licenses if license.is_live(clock.now())]
+
+
+@transaction.atomic
+def refund_of_right(*, order: Order, user: User | None) -> Refund:
+    """Give back what the buyer has not downloaded; a second call finds the first one's refund.
+
+    Args:
+        user: who asks in the buyer's name; None: a key of the buyer's.
+
+    Raises:
+        NotAllowed: the user may not act for the buyer.
+        NotRefundable: unpaid, refunded, disputed, or everything was downloaded.
+    """
+    if user is not None:
+        require_authority(user=user, party=order.buyer, to="ask for its money back")
+    payment = _hold_paid_payment(order)
+    standing = payment.refunds.filter(reason=Refund.Reason.OF_RIGHT, state__in=Refund.STANDING).first()
+    _refuse_disputed(payment)
+    # The rows are held: a download at this moment is either seen here, or finds its license ended.
+    list(License.objects.select_for_update(of=("self",)).filter(order_line__order=order).order_by("pk"))
+    licenses = refundable_lines(order)
+    parts = {part.line.pk: part.left.micros for part in clawbacks.parts_left(payment)}
+    amounts = {
+        license.order_line_id: parts[license.order_line_id] for license in licenses if parts[license.order_line_id]
+    }
+    if not amounts:
+        if standing is not None:
+            return standing
+        raise NotRefundable(_why_not_of_right(order))
+    number = payment.refunds.filter(reason=Refund.Reason.OF_RIGHT).count() + 1
+    return _intend(payment, amounts, reason=Refund.Reason.OF_RIGHT, note="", key=f"of_right:{number}", user=user)
+
+
+@transaction.atomic
+def request_refund(
+    *, payment: Payment, amount: Money, reason: Refund.Reason, note: str, user: User, key: str, line: int | None = None
+) -> Refund:
+    """Give back an amount of a paid order or invoice, decided by staff; the same key and request give the same refund.
+
+    Args:
+        line: the order or invoice line that it is for; None: every line in proportion to what is left of it.
+        note: why, in words.
+
+    Raises:
+        NotAllowed: the user is not staff.
+        InvalidInput: an amount that cannot be, another currency, an unknown line, or no note.
+        NotRefundable: unpaid, disputed, or less is left.
+        KeyReused: the key stands for another refund.
+    """
+    if not (user.is_staff and user.is_active):
+        raise NotAllowed("Only staff can refund what was downloaded.")
+    payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
+    asked = (amount.micros, amount.currency, reason.value, note.strip())
+    if known := payment.refunds.filter(key=f"staff:{key}").first():
+        if (known.amount_micros, known.currency, known.reason, known.note) != asked:
+            raise KeyReused("This key was used for another refund of the same payment; use a new one.")
+        return known
+    if payment.status != Payment.Status.PAID:
+        raise NotRefundable("This has not been paid, so there is nothing to give back.")
+    if not note.strip():
+        raise InvalidInput("Say why, in words: an auditor reads it.", pointers={"/note": "missing"})
+    if amount.currency != payment.currency:
+        raise InvalidInput(
+            f"It was paid in {payment.currency}; {amount} cannot be given back, nothing is exchanged.",
+            pointers={"/amount/currency": f"should be {payment.currency}"},
+        )
+    if amount.micros <= 0 or amount.floor_to_minor() != amount:
+        raise InvalidInput(
+            f"Give back a positive amount in whole cents; {amount} is not.",
+            pointers={"/amount/amount": "cannot be paid"},
+        )
+    parts = clawbacks.parts_left(payment)
+    if line is not None:
+        parts = [part for part in parts if part.line.pk == line]
+        if not parts:
+            raise InvalidInput(f"Line {line} is not of this payment.", pointers={"/line": "unknown"})
+    left = Money(sum(part.left.micros for part in parts), payment.currency)
+    if left < amount:
+        raise NotRefundable(
+            f"{left} of it is left to give back, {amount} is too much.",
+            pointers={"/amount/amount": "above what is left"},
+        )
+    _refuse_disputed(payment)
+    amounts = clawbacks.spread(amount, parts)
+    return _intend(payment, amounts, reason=reason, note=note.strip(), key=f"staff:{key}", user=user)
+
+
+def _hold_paid_payment(order: Order) -> Payment:
+    payment = Payment.objects.select_for_update(of=("self",)).filter(order=order, status=Payment.Status.PAID).first()
+    if payment is None:
+        raise NotRefundable(f"Order {order.public_id} has not been paid, so there is nothing to give back.")
+    payment.order = order
+    return payment
+
+
+def _refuse_disputed(payment: Payment) -> None:
+    """While the bank decides, Stripe refunds nothing; an inquiry takes nothing, so it may be answered by a refund."""
+    if payment.disputes.filter(status__in=["needs_response", "under_review"]).exists():
+        raise NotRefundable(
+            "The payment is disputed at the card's bank, which has taken the money already; its decision settles this."
+        )
+    if payment.disputes.filter(status="lost").exists():
+        raise NotRefundable("The card's bank decided a dispute about this payment and has given the money back.")
+
+
+def _why_not_of_right(order: Order) -> str:
+    if order.status == Order.Status.REFUNDED:
+        return f"Order {order.public_id} has been refunded."
+    first = (
+        License.objects.filter(order_line__order=order, first_downloaded_at__isnull=False)
+        .order_by("first_downloaded_at")
+        .first()
+    )
+    if first is not None and first.first_downloaded_at is not None:
+        return (
+            f"The right to a refund ended with the first download, on {first.first_downloaded_at:%d %B %Y}. If the data is not "
+            "what was sold, write to us: we may refund it still."
+        )
+    return "The licenses have ended, and with them the right to a refund."
+
+
+def _intend(
+    payment: Payment,
+    amounts: dict[int, int],
+    *,
+    reason: Refund.Reason,
+    note: str,
+    key: str,
+    user: User | None,
+    made_at_stripe: str | None = None,
+) -> Refund:
+    """Commit to a refund. One that Stripe has made already has no work left: nothing may ask for it again."""
+    now = clock.now()
+    refund = Refund.objects.create(
+        status=jobs.Job.Status.QUEUED if made_at_stripe is None else jobs.Job.Status.DONE,
+        refund_id=made_at_stripe,
+        payment=payment,
+        amount_micros=sum(amounts.values()),
+        currency=payment.currency,
+        reason=reason,
+        note=note,
+        requested_by=user,
+        key=key,
+        intended_at=now,
+    )
+    inquiries = clawbacks.thaw(payment)  # a refund is one way to answer an inquiry
+    clawbacks.take_back(
+        payment=payment,
+        amounts=amounts,
+        to_account=chart.refunding(payment.currency),
+        kind=Clawback.Kind.REFUND,
+        refund=refund,
+    )
+    for inquiry in inquiries:
+        clawbacks.freeze(payment=payment, dispute=inquiry, to_account=chart.dispute(inquiry))
+    AuditEvent.objects.create(
+        actor=user,
+        party_id=payment.order.buyer_id if payment.order else None,
+        action="refund.requested",
+        target=f"payment:{payment.pk}",
+        detail={
+            "refund": refund.pk,
+            "amount_micros": refund.amount_micros,
+            "currency": refund.currency,
+            "reason": refund.reason,
+        },
+    )
+    if made_at_stripe is None:
+        jobs.wake(refund)
+    logger.info(
+        "Intended refund=%s payment=%s micros=%s reason=%s", refund.pk, payment.pk, refund.amount_micros, reason
+    )
+    return refund
+
+
+# --- effect -----------------------------------------------------------------------------------------------------------
+
+
+def execute_refund(refund: Refund) -> None:
+    """Bring an intended refund to its end at Stripe; harmless to run again.
+
+    Raises:
+        LostLease: another worker has taken it over.
+        attempts.StillUncertain: Stripe's answer is not clear; come back.
+        gateway.StripeRefused: Stripe refused us rather than the refund; the intent stays.
+    """
+    if refund.state == Refund.State.INTENDED:
+        attempts.pursue(_Refunding(refund))
+
+
+class _Refunding:
+    """See `attempts.Effect`."""
+
+    def __init__(self, refund: Refund) -> None:
+        self.refund = refund
+        assert refund.payment.charge_id is not None  # a paid payment has its charge (a database check)
+        self.charge = refund.payment.charge_id
+
+    def __str__(self) -> str:
+        return f"refund={self.refund.pk}"
+
+    @property
+    def first_tried_at(self) -> datetime | None:
+        return self.refund.first_tried_at
+
+    def note_try(self) -> None:
+        self.refund.write(first_tried_at=timezone.now())
+
+    def next_attempt(self) -> None:
+        self.refund.write(stripe_attempt=self.refund.stripe_attempt + 1, first_tried_at=timezone.now())
+
+    def find(self) -> gateway.Refund | None:
+        return gateway.find_refund(charge=self.charge, mark=str(self.refund.pk))
+
+    def call(self) -> gateway.Refund:
+        return gateway.create_refund(
+            charge=self.charge,
+            amount_minor=self.refund.amount.to_minor(),
+            reason=STRIPES_REASONS.get(Refund.Reason(self.refund.reason), "requested_by_customer"),
+            key=f"refund:{self.refund.pk}:{self.refund.stripe_attempt}",
+            metadata={"refund": str(self.refund.pk)},
+        )
+
+    def book(self, answer: gateway.Refund) -> None:
+        book_answer(self.refund.pk, answer, job=self.refund)
+
+    @transaction.atomic
+    def refuse(self, error: gateway.StripeRefused) -> None:
+        payment = Payment.objects.select_for_update(of=("self",)).get(pk=self.refund.payment_id)
+        held = self.refund.lock()
+        if held.state != Refund.State.INTENDED:
+            return
+        held.payment = payment
+        held.state = Refund.State.REFUSED
+        held.refusal_code, held.refusal_message = error.code[:60], error.message
+        held.save(update_fields=["state", "refusal_code", "refusal_message"])
+        clawbacks.give_back(held.clawback)
+        logger.warning("Stripe refused refund=%s code=%s", held.pk, error.code)
+
+
+@transaction.atomic
+def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -> Refund:
+    """Write down what Stripe says of one of our refunds: its movements, each once, and its state.
+
+    Raises:
+        attempts.StillUncertain: Stripe has not booked it yet; ask again.
+    """
+    if answer.taken is None:
+        raise attempts.StillUncertain(f"refund {answer.id} has no balance transaction yet")
+    payment_id = Refund.objects.values_list("payment", flat=True).get(pk=pk)
+    Payment.objects.select_for_update(of=("self",)).get(pk=payment_id)
+    held = job.lock() if job is not None else Refund.objects.select_for_update(of=("self",)).get(pk=pk)
+    assert (answer.amount_minor, answer.currency) == (held.amount.to_minor(), held.currency), (
+        f"refund {answer.id} is not what {held} intended"
+    )
+    if held.state == Refund.State.INTENDED:
+        is_waiting = answer.status in ("pending", "requires_action")
+        held.state = Refund.State.PENDING if is_waiting else Refund.State.SENT
+        held.refund_id, held.made_at = answer.id, clock.now()
+        held.save(update_fields=["state", "refund_id", "made_at"])
+        logger.info("Sent refund=%s stripe=%s micros=%s", held.pk, answer.id, held.amount_micros)
+    elif held.state == Refund.State.PENDING and answer.status == "succeeded":
+        held.state = Refund.State.SENT
+        held.save(update_fields=["state"])
+    elif held.state == Refund.State.REFUSED:
+        # Stripe said no and has it all the same: nothing that follows is safe.
+        raise PaymentMismatch(f"Refund {held.pk} was refused and booked back, and Stripe has made {answer.id}.")
+    accounts = {"against": chart.refunding(held.currency), "fees_to": chart.stripe_fees(held.currency), "refund": held}
+    movements.record(
+        answer.taken,
+        kind=Movement.Kind.REFUND,
+        entry_kind=JournalEntry.Kind.REFUND_SENT,
+        **accounts,  # type: ignore[arg-type]
+    )
+    if answer.has_failed and answer.returned is not None and held.state != Refund.State.FAILED:
+        movements.record(
+            answer.returned,
+            kind=Movement.Kind.REFUND_FAILURE,
+            entry_kind=JournalEntry.Kind.REFUND_FAILED,
+            **accounts,  # type: ignore[arg-type]
+        )
+        held.state = Refund.State.FAILED
+        held.refusal_code = "failed"
+        held.refusal_message = f"The card's bank sent it back: {answer.failure_reason or 'no reason given'}."
+        held.save(update_fields=["state", "refusal_code", "refusal_message"])
+        clawbacks.give_back(held.clawback)
+        logger.warning("Refund came back refund=%s reason=%s", held.pk, answer.failure_reason)
+    return held
+
+
+def refresh_refund(refund_id: str) -> Refund | None:
+    """Write down how a refund stands at Stripe now, whoever made it; events may come late, twice or out of order.
+
+    Returns None for a refund of a charge that none of our payments knows.
+
+    Raises:
+        gateway.StripeRefused, gateway.StripeUncertain, attempts.StillUncertain: ask again.
+    """
+    return _write_down(gateway.get_refund(refund_id))
+
+
+def refresh_refunds_of(charge: str) -> list[Refund]:
+    """The same for every refund of a charge.
+
+    Raises:
+        gateway.StripeRefused, gateway.StripeUncertain, attempts.StillUncertain: ask again.
+    """
+    answers = list(gateway.refunds_of(charge))
+    return [refund for answer in reversed(answers) if (refund := _write_down(answer)) is not None]
+
+
+@transaction.atomic
+def _write_down(answer: gateway.Refund) -> Refund | None:
+    payment = Payment.objects.filter(charge_id=answer.charge).first()
+    if payment is None:
+        return None
+    named = answer.metadata.get("refund", "")
+    ours = payment.refunds.filter(refund_id=answer.id).first()
+    if ours is None and named.isascii() and named.isdigit():
+        ours = payment.refunds.filter(pk=int(named)).first()
+    return book_answer((ours or _adopt(payment, answer)).pk, answer)
+
+
+def _adopt(payment: Payment, answer: gateway.Refund) -> Refund:
+    """Inside the transaction that books it: a refund that somebody made in Stripe's dashboard: take it from where ours are taken from."""
+    payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
+    if known := payment.refunds.filter(key=f"stripe:{answer.id}").first():
+        return known
+    amount = Money.from_minor(answer.amount_minor, answer.currency)
+    amounts = clawbacks.spread(amount, clawbacks.parts_left(payment))
+    if sum(amounts.values()) != amount.micros:
+        raise PaymentMismatch(
+            f"Stripe refunded {amount} of payment {payment.pk} as {answer.id}, and we know of less that was left."
+        )
+    return _intend(
+        payment,
+        amounts,
+        reason=Refund.Reason.AT_STRIPE,
+        note=f"Refunded at Stripe as {answer.id}.",
+        key=f"stripe:{answer.id}",
+        user=None,
+        made_at_stripe=answer.id,
+    )
+
+
+def retry_unended_refunds() -> int:
+    """Queue again what Stripe was silent about for longer than a job's attempts last; returns how many."""
+    failed = Refund.objects.filter(state=Refund.State.INTENDED, status=jobs.Job.Status.FAILED)
+    n_queued = 0
+    for refund in failed.order_by("pk"):
+        with transaction.atomic():
+            changed = failed.filter(pk=refund.pk).update(
+                status=jobs.Job.Status.QUEUED, attempt=0, finished_at=None, error_code="", error_message=""
+            )
+            if changed:
+                jobs.wake(refund)
+                n_queued += 1
+    return n_queued
+
+
+def sweep_refunds(*, days: int = 30) -> int:
+    """Ask Stripe for its refunds of the last days, for what no event told; returns how many were news.
+
+    Raises:
+        gateway.StripeRefused, gateway.StripeUncertain: ask again.
+    """
+    known = dict(Refund.objects.exclude(refund_id=None).values_list("refund_id", "state"))
+    n_news = 0
+    for answer in gateway.refunds_since(clock.now() - timedelta(days=days)):
+        ended = {"succeeded": Refund.State.SENT, "failed": Refund.State.FAILED, "canceled": Refund.State.FAILED}
+        if known.get(answer.id) != ended.get(answer.status, Refund.State.PENDING):
+            n_news += _write_down(answer) is not None
+    return n_news
