@@ -8,19 +8,26 @@ from django.http import HttpRequest
 from payouts.models import (
     Account,
     BalanceSnapshot,
+    Clawback,
+    ClawbackLine,
+    Dispute,
     Division,
     DivisionLine,
     JournalEntry,
+    Movement,
     PayeeAccount,
     Payment,
     Payout,
     PayoutRun,
     Posting,
+    Refund,
     RoyaltyInvoice,
     RoyaltyInvoiceLine,
     RoyaltyPool,
     RoyaltyReport,
     StripeEvent,
+    TransferReversal,
+    WriteOff,
 )
 
 
@@ -136,3 +143,62 @@ class StripeEventAdmin(ReadOnly, admin.ModelAdmin):
     list_display = ["event_id", "endpoint", "type", "account", "status", "attempt", "error_message", "received_at"]
     list_filter = ["status", "endpoint", "type"]
     search_fields = ["event_id", "account"]
+
+
+@admin.register(Refund)
+class RefundAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "payment", "amount", "reason", "state", "refund_id", "refusal_code", "intended_at"]
+    list_filter = ["state", "reason", "currency"]
+    list_select_related = ["payment"]
+    search_fields = ["refund_id"]
+
+
+@admin.register(Dispute)
+class DisputeAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "payment", "amount", "reason", "status", "evidence_due_at", "closed_at"]
+    list_filter = ["status", "reason", "currency"]
+    list_select_related = ["payment"]
+    search_fields = ["dispute_id"]
+
+
+class ClawbackLineInline(ReadOnly, admin.TabularInline):
+    model = ClawbackLine
+    fields = ["order_line", "invoice_line", "amount_micros", "fee_micros", "pool_micros"]
+    extra = 0
+
+
+@admin.register(Clawback)
+class ClawbackAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["key", "kind", "payment", "amount_micros", "loss_micros", "currency", "taken_at"]
+    list_filter = ["kind", "currency"]
+    list_select_related = ["payment"]
+    search_fields = ["key"]
+    inlines = [ClawbackLineInline]
+
+
+@admin.register(TransferReversal)
+class TransferReversalAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "payout", "amount", "state", "reversal_id", "refusal_code", "intended_at"]
+    list_filter = ["state", "currency"]
+    list_select_related = ["payout__party"]
+
+
+@admin.register(WriteOff)
+class WriteOffAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "party", "amount_micros", "currency", "reason", "decided_by", "decided_at"]
+    list_select_related = ["party", "decided_by"]
+
+
+@admin.register(Movement)
+class MovementAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = [
+        "balance_transaction_id",
+        "kind",
+        "amount_micros",
+        "fee_micros",
+        "currency",
+        "booked_at",
+        "settled_at",
+    ]
+    list_filter = ["kind", "currency"]
+    search_fields = ["balance_transaction_id"]

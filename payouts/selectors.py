@@ -1,21 +1,33 @@
 """What a party may know of its money; the only doors to it for who is not staff."""
 
+import contextlib
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from django.db.models import Count, Min, Q, QuerySet, Sum
 
 from marketplace import clock
-from marketplace.models import Party, TrainedModel
+from marketplace.models import License, Order, Party, TrainedModel
 from marketplace.money import Money
 from payouts.models import (
+    Clawback,
+    ClawbackLine,
+    Dispute,
     DivisionLine,
     PayeeAccount,
+    Payment,
     Payout,
+    Reclaim,
+    Refund,
     RoyaltyInvoice,
     RoyaltyPool,
     RoyaltyReport,
+    TransferReversal,
+    WriteOff,
 )
+from payouts.services import recoveries
 
 
 @dataclass(frozen=True)
@@ -28,13 +40,29 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class TakenBack:
+    """Something earned that went back to the buyer, or is held for a dispute, and why."""
+
+    at: datetime
+    dataset: str
+    version: int
+    reason: str
+    amount: Money
+    is_frozen: bool  # comes back if the dispute is won
+
+
+@dataclass(frozen=True)
 class Earnings:
-    """One currency's money: earned = pending + due + in transit + sent + paid, to the micro."""
+    """One currency's money: earned − taken back = pending + due + in transit + sent + paid, to the micro."""
 
     currency: str
     earned: Money
+    taken_back: Money  # refunded to buyers, or frozen by a dispute; less what was forgiven
+    frozen: Money  # of it: held while a dispute is open
     pending: Money  # held, or not yet available at Stripe
-    due: Money  # goes out with the next run, remainders of a cent included
+    due: (
+        Money  # goes out with the next run, remainders of a cent included; below zero: what the next earnings pay first
+    )
     in_transit: Money  # promised; Stripe has not answered yet
     sent: Money  # at Stripe, on its way to the bank
     paid: Money  # in the bank
@@ -43,7 +71,13 @@ class Earnings:
 
     @property
     def payable_now(self) -> Money:
-        return self.due.floor_to_minor()
+        return max(self.due.floor_to_minor(), Money(0, self.currency))
+
+    @property
+    def owed_back(self) -> Money:
+        """What was sent and went back to buyers since, and no earning has paid yet."""
+        balance = self.due.micros + self.pending.micros
+        return Money(max(0, -balance), self.currency)
 
 
 @dataclass(frozen=True)
@@ -74,7 +108,8 @@ def payee_of(party: Party) -> PayeeAccount | None:
 def waiting_pools_of(party: Party) -> QuerySet[RoyaltyPool]:
     """Pools that wait for a result or their deadline, of versions to which the party contributed; nearest deadline first."""
     return (
-        RoyaltyPool.objects.filter(released_at=None, version__contributions__party=party)
+        RoyaltyPool.objects.with_left()
+        .filter(released_at=None, version__contributions__party=party, left_micros__gt=0)  # type: ignore[misc]
         .select_related("version__dataset")
         .distinct()
         .order_by("deadline", "pk")
@@ -93,10 +128,24 @@ def earnings_of(party: Party) -> list[Earnings]:
         )
         .order_by("division__currency")
     )
+    back: dict[str, Any] = {
+        row["division_line__division__currency"]: row
+        for row in _reclaims_of(party)
+        .values("division_line__division__currency")
+        .annotate(
+            all=Sum("amount_micros"),
+            matured=Sum("amount_micros", filter=Q(division_line__due_at__lte=now), default=0),
+            frozen=Sum("amount_micros", filter=Q(clawback_line__clawback__kind=Clawback.Kind.FREEZE), default=0),
+        )
+    }
+    forgiven = _sums(WriteOff.objects.filter(party=party))
+    fetched_back = TransferReversal.objects.filter(payout__party=party, state=TransferReversal.State.SENT)
     payouts = {
         (row["currency"], row["status"]): int(row["sum"])
         for row in Payout.objects.filter(party=party).values("currency", "status").annotate(sum=Sum("amount_micros"))
     }
+    for reversed_of in fetched_back.values("currency", "payout__status").annotate(sum=Sum("amount_micros")):
+        payouts[reversed_of["currency"], reversed_of["payout__status"]] -= int(reversed_of["sum"])
     waits: dict[str, list[Wait]] = {}
     held = (
         DivisionLine.objects.filter(party=party, due_at__gt=now)
@@ -104,14 +153,166 @@ def earnings_of(party: Party) -> list[Earnings]:
         .annotate(due_at=Min("due_at"), micros=Sum("amount_micros"), n_lines=Count("pk"))
         .order_by("division__currency", "due_at")
     )
+    back_before_due = {
+        (row["division_line__division__currency"], row["division_line__due_at__date"]): int(row["sum"])
+        for row in _reclaims_of(party)
+        .filter(division_line__due_at__gt=now)
+        .values("division_line__division__currency", "division_line__due_at__date")
+        .annotate(sum=Sum("amount_micros"))
+    }
     for row in held:
         currency = row["division__currency"]
-        waits.setdefault(currency, []).append(Wait(row["due_at"], Money(row["micros"], currency), row["n_lines"]))
+        left = Money(int(row["micros"]) - back_before_due.get((currency, row["due_at__date"]), 0), currency)
+        if left:
+            waits.setdefault(currency, []).append(Wait(row["due_at"], left, row["n_lines"]))
     payee = payee_of(party)
     return [
-        _earnings(row["division__currency"], int(row["earned"]), int(row["matured"]), payouts, waits, payee)
+        _earnings(
+            row["division__currency"],
+            int(row["earned"]),
+            int(row["matured"]),
+            {name: int(back.get(row["division__currency"], {}).get(name, 0)) for name in ("all", "matured", "frozen")},
+            forgiven.get(row["division__currency"], 0),
+            payouts,
+            waits,
+            payee,
+        )
         for row in lines
     ]
+
+
+def taken_back_of(party: Party) -> list[TakenBack]:
+    """What was earned and went back, or is frozen, newest first: each with the reason the payee is told."""
+    sums = (
+        _reclaims_of(party)
+        .values(
+            "clawback_line__clawback",
+            "clawback_line__clawback__kind",
+            "clawback_line__clawback__taken_at",
+            "clawback_line__clawback__currency",
+            "clawback_line__clawback__refund__reason",
+            "clawback_line__clawback__dispute__reason",
+            "division_line__division__version__dataset__title",
+            "division_line__division__version__number",
+        )
+        .annotate(sum=Sum("amount_micros"))
+        .order_by("-clawback_line__clawback", "division_line__division__version__number")
+    )
+    return [
+        TakenBack(
+            at=row["clawback_line__clawback__taken_at"],
+            dataset=row["division_line__division__version__dataset__title"],
+            version=row["division_line__division__version__number"],
+            reason=_reason(
+                row["clawback_line__clawback__kind"],
+                row["clawback_line__clawback__refund__reason"],
+                row["clawback_line__clawback__dispute__reason"],
+            ),
+            amount=Money(int(row["sum"]), row["clawback_line__clawback__currency"]),
+            is_frozen=row["clawback_line__clawback__kind"] == Clawback.Kind.FREEZE,
+        )
+        for row in sums
+    ]
+
+
+def refunds_of(order: Order) -> QuerySet[Refund]:
+    """An order's refunds, newest first; whoever may see the order may see them."""
+    return Refund.objects.filter(payment__order=order).order_by("-pk")
+
+
+def refundable_of_right(order: Order) -> Money | None:
+    """What the buyer may have back without giving a reason: the price of what is in force and was never downloaded."""
+    if open_dispute_of(order) is not None:
+        return None
+    lines = License.objects.filter(
+        order_line__order=order, first_downloaded_at=None, revoked_at=None, expires_at__gt=clock.now()
+    )
+    given_back = ClawbackLine.objects.filter(
+        order_line__order=order, order_line__license__in=lines, clawback__undo=None
+    ).exclude(clawback__kind=Clawback.Kind.FREEZE)
+    left = (
+        lines.aggregate(sum=Sum("order_line__price_micros", default=0))["sum"]
+        - given_back.aggregate(sum=Sum("amount_micros", default=0))["sum"]
+    )
+    return Money(int(left), order.currency) if left > 0 else None
+
+
+def open_dispute_of(order: Order) -> Dispute | None:
+    return Dispute.objects.filter(payment__order=order, status__in=Dispute.OPEN).first()
+
+
+# --- for staff --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Debt:
+    """What a party owes, and since when something went back."""
+
+    party: Party
+    amount: Money
+
+
+def payments_found(query: str) -> QuerySet[Payment]:
+    """Payments, newest first: all, or those that a number, a charge or a buyer's name says."""
+    found = Payment.objects.select_related("order__buyer", "invoice__report__licensee").order_by("-pk")
+    if not query:
+        return found
+    named = Q(charge_id=query) | Q(checkout_id=query)
+    named |= Q(order__buyer__name__icontains=query) | Q(invoice__report__licensee__name__icontains=query)
+    if query.isascii() and query.isdigit() and len(query) < 18:
+        named |= Q(pk=int(query))
+    with contextlib.suppress(ValueError):  # then it is no order's number
+        named |= Q(order__public_id=uuid.UUID(query))
+    return found.filter(named)
+
+
+def open_disputes() -> QuerySet[Dispute]:
+    """The nearest deadline first."""
+    return (
+        Dispute.objects.filter(status__in=Dispute.OPEN)
+        .select_related("payment__order__buyer", "payment__invoice__report__licensee", "answer")
+        .order_by("evidence_due_at", "pk")
+    )
+
+
+def unfinished_refunds() -> QuerySet[Refund]:
+    """On their way, refused or failed; newest first."""
+    return Refund.objects.exclude(state=Refund.State.SENT).select_related("payment__order__buyer").order_by("-pk")
+
+
+def debts() -> list[Debt]:
+    """Who owes what, the largest first."""
+    owing = recoveries.owing()
+    parties = Party.objects.in_bulk({party for party, _ in owing})
+    found = [Debt(parties[party], amount) for (party, _), amount in owing.items()]
+    return sorted(found, key=lambda debt: (-debt.amount.micros, debt.party.pk))
+
+
+def reversible_payouts_of(party: Party, currency: str) -> QuerySet[Payout]:
+    """What Stripe sent and may give back, newest first."""
+    sent = [Payout.Status.SENT, Payout.Status.PAID]
+    return Payout.objects.filter(party=party, currency=currency, status__in=sent).order_by("-pk")
+
+
+def reversals_of(party: Party, currency: str) -> QuerySet[TransferReversal]:
+    return TransferReversal.objects.filter(payout__party=party, currency=currency).order_by("-pk")
+
+
+def _reclaims_of(party: Party) -> QuerySet[Reclaim]:
+    return Reclaim.objects.filter(division_line__party=party, clawback_line__clawback__undo=None)
+
+
+def _sums(rows: QuerySet[Any]) -> dict[str, int]:
+    return {row["currency"]: int(row["sum"]) for row in rows.values("currency").annotate(sum=Sum("amount_micros"))}
+
+
+def _reason(kind: str, refund: str | None, dispute: str | None) -> str:
+    if kind == Clawback.Kind.REFUND and refund is not None:
+        return f"Refunded to the buyer: {Refund.Reason(refund).label}."
+    what = (dispute or "").replace("_", " ")
+    if kind == Clawback.Kind.FREEZE:
+        return f"Held while the card's bank decides a dispute ({what}); it is yours again if the sale stands."
+    return f"The card's bank gave the buyer their money back ({what})."
 
 
 def next_payout(party: Party) -> list[NextPayout]:
@@ -120,12 +321,12 @@ def next_payout(party: Party) -> list[NextPayout]:
     coming = []
     for of in earnings_of(party):
         due = of.due
-        if due.floor_to_minor():
+        if due.floor_to_minor().micros > 0:
             coming.append(NextPayout(of.currency, now, due.floor_to_minor()))
             continue
         for wait in of.waits:
             due += wait.amount
-            if due.floor_to_minor():
+            if due.floor_to_minor().micros > 0:
                 coming.append(NextPayout(of.currency, wait.due_at, due.floor_to_minor()))
                 break
     return coming
@@ -168,6 +369,8 @@ def _earnings(
     currency: str,
     earned: int,
     matured: int,
+    back: dict[str, int],
+    forgiven: int,
     payouts: dict[tuple[str, str], int],
     waits: dict[str, list[Wait]],
     payee: PayeeAccount | None,
@@ -176,8 +379,10 @@ def _earnings(
         return sum(payouts.get((currency, status), 0) for status in statuses)
 
     taken = paid_out(Payout.Status.INTENDED, Payout.Status.SENT, Payout.Status.PAID)
-    due = Money(matured - taken, currency)
-    if payee is None:
+    due = Money(matured - back["matured"] + forgiven - taken, currency)
+    if due.micros < 0:
+        reason = "More went back to buyers than you were still owed: what you earn next pays it first."
+    elif payee is None:
         reason = "Set up payouts with Stripe to be paid; until then it is kept."
     elif not payee.is_ready:
         reason = "Stripe still needs something from you before it can pay."
@@ -188,7 +393,9 @@ def _earnings(
     return Earnings(
         currency=currency,
         earned=Money(earned, currency),
-        pending=Money(earned - matured, currency),
+        taken_back=Money(back["all"] - forgiven, currency),
+        frozen=Money(back["frozen"], currency),
+        pending=Money(earned - matured - (back["all"] - back["matured"]), currency),
         due=due,
         in_transit=Money(paid_out(Payout.Status.INTENDED), currency),
         sent=Money(paid_out(Payout.Status.SENT), currency),

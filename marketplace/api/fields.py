@@ -32,3 +32,18 @@ class MoneyField(serializers.Field):
             return Money.parse(data["amount"], data["currency"])
         except InvalidMoney as error:
             raise serializers.ValidationError(str(error)) from None
+
+
+@extend_schema_field(
+    {
+        "type": "object",
+        "required": ["amount", "currency"],
+        "additionalProperties": False,
+        "properties": {
+            "amount": {"type": "string", "pattern": r"^-?\d+(\.\d+)?$", "example": "-12.50"},
+            "currency": {"type": "string", "enum": list(MINOR_DIGITS)},
+        },
+    }
+)
+class SignedMoneyField(MoneyField):
+    """The same for what may stand below zero, such as a balance; only ever an answer."""

@@ -16,7 +16,6 @@ urlpatterns = [
     path("uploads/<uuid:upload_id>/", uploads.upload_status, name="upload-status"),
     path("uploads/<uuid:upload_id>/publish/", uploads.publish, name="publish"),
     path("orders/", orders.orders, name="orders"),
-    path("orders/<uuid:order_id>/", orders.order, name="order"),
     path("licenses/", orders.licenses, name="licenses"),
     path("licenses/<uuid:license_id>/download/", orders.license_download, name="license-download"),
     path("settings/keys/", parties.api_keys, name="api-keys"),

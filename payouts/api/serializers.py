@@ -3,9 +3,9 @@
 from drf_spectacular.utils import OpenApiExample, extend_schema_serializer
 from rest_framework import serializers
 
-from marketplace.api.fields import MoneyField
+from marketplace.api.fields import MoneyField, SignedMoneyField
 from marketplace.models import TrainedModel
-from payouts.models import RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
+from payouts.models import Refund, RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
 
 
 @extend_schema_serializer(
@@ -103,15 +103,28 @@ class StatementPayoutOutput(serializers.Serializer):
         return str(payout.amount.amount_text(exact=True))  # type: ignore[attr-defined]
 
 
+class StatementAdjustmentOutput(serializers.Serializer):
+    """What a refund, a dispute or a debt did to the balance."""
+
+    booked_at = serializers.DateTimeField()
+    what = serializers.CharField()
+    amount = serializers.SerializerMethodField(help_text="Negative where it was taken back.")
+
+    def get_amount(self, adjustment: object) -> str:
+        return str(adjustment.amount.amount_text(exact=True))  # type: ignore[attr-defined]
+
+
 class CurrencyStatementOutput(serializers.Serializer):
-    """opening + earned − paid_out = closing."""
+    """opening + earned + adjusted − paid_out = closing; balances and adjustments may be below zero."""
 
     currency = serializers.CharField()
-    opening = MoneyField()
+    opening = SignedMoneyField()
     earned = MoneyField()
-    paid_out = MoneyField()
-    closing = MoneyField()
+    adjusted = SignedMoneyField()
+    paid_out = SignedMoneyField()
+    closing = SignedMoneyField()
     lines = StatementLineOutput(many=True)
+    adjustments = StatementAdjustmentOutput(many=True)
     payouts = StatementPayoutOutput(many=True)
 
 
@@ -129,17 +142,33 @@ class WaitOutput(serializers.Serializer):
 
 
 class EarningsOutput(serializers.Serializer):
-    """earned = pending + due + in_transit + sent + paid."""
+    """earned − taken_back = pending + due + in_transit + sent + paid."""
 
     currency = serializers.CharField()
     earned = MoneyField()
-    pending = MoneyField(help_text="Held, or not available at Stripe yet.")
-    due = MoneyField()
+    taken_back = MoneyField(help_text="Refunded to buyers, or frozen by a dispute; less what was forgiven.")
+    frozen = MoneyField(help_text="Of what was taken back: held while a dispute is open.")
+    pending = SignedMoneyField(help_text="Held, or not available at Stripe yet.")
+    due = SignedMoneyField(help_text="Below zero: more went back than was still owed; the next earnings pay it first.")
+    owed_back = MoneyField(help_text="What was sent, went back to buyers since, and no earning has paid yet.")
     in_transit = MoneyField()
     sent = MoneyField()
     paid = MoneyField(help_text="In the bank.")
     reason = serializers.CharField(help_text="What the due money waits for.")
     waits = WaitOutput(many=True)
+
+
+class RefundOutput(serializers.ModelSerializer):
+    """One refund of an order: intended, then pending at the card's bank or sent; or refused or failed, and booked back."""
+
+    amount = MoneyField()
+    reason = serializers.CharField(help_text="of_right, faulty_data, duplicate, fraud, goodwill or at_stripe.")
+    state = serializers.ChoiceField(choices=Refund.State.choices)
+    message = serializers.CharField(source="refusal_message", help_text="Why it was refused or failed.")
+
+    class Meta:
+        model = Refund
+        fields = ["id", "amount", "reason", "state", "message", "intended_at", "made_at"]
 
 
 def _text(micros: int) -> str:

@@ -241,13 +241,13 @@ def give_back(clawback: Clawback) -> None:
 def _priced_lines(payment: Payment) -> Iterable[tuple[OrderLine | RoyaltyInvoiceLine, Money, Money]]:
     """Each line with its price and the platform's part of it, as the sale or the royalty was booked."""
     if payment.order is not None:
-        for line in payment.order.lines.select_related("offer", "order").order_by("pk"):
+        for line in payment.order.lines.select_related("offer", "order", "version__dataset").order_by("pk"):
             price = line.price
             yield line, price, price - price.share(line.offer.upfront_bps) - price.share(line.offer.pool_bps)
         return
     assert payment.invoice is not None
     divided = parts_of(payment.invoice)
-    for invoice_line in payment.invoice.lines.order_by("pk"):
+    for invoice_line in payment.invoice.lines.select_related("version__dataset").order_by("pk"):
         if invoice_line.pk in divided:
             price = Money(invoice_line.amount_micros, payment.currency)
             yield invoice_line, price, price - divided[invoice_line.pk]

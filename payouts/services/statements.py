@@ -1,4 +1,7 @@
-"""A party's month, per currency, so that whoever reads it can recompute it: opening + earned − paid out = closing."""
+"""A party's month, per currency, so that whoever reads it can recompute it.
+
+opening + earned + adjusted − paid out = closing
+"""
 
 import csv
 import io
@@ -32,6 +35,7 @@ COLUMNS = [
     "divided",
     "pot",
     "earned",
+    "taken_back",
     "paid_out",
     "balance",
     "currency",
@@ -85,10 +89,20 @@ class StatementPayout:
 
 
 @dataclass(frozen=True)
+class StatementAdjustment:
+    """What a refund, a dispute or a debt did to the balance; negative where it was taken back."""
+
+    booked_at: datetime
+    what: str
+    amount: Money
+
+
+@dataclass(frozen=True)
 class CurrencyStatement:
     currency: str
     opening: Money
     lines: list[StatementLine]
+    adjustments: list[StatementAdjustment]
     payouts: list[StatementPayout]
     closing: Money
 
@@ -101,8 +115,12 @@ class CurrencyStatement:
         return Money(sum(payout.amount.micros for payout in self.payouts), self.currency)
 
     @property
+    def adjusted(self) -> Money:
+        return Money(sum(adjustment.amount.micros for adjustment in self.adjustments), self.currency)
+
+    @property
     def recomputes(self) -> bool:
-        return self.opening + self.earned - self.paid_out == self.closing
+        return self.opening + self.earned + self.adjusted - self.paid_out == self.closing
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,9 @@ def statement(*, party: Party, year: int, month: int) -> Statement:
     lines: dict[str, list[StatementLine]] = defaultdict(list)
     for line in _lines(party, starts_at, ends_at):
         lines[line.amount.currency].append(line)
+    adjustments: dict[str, list[StatementAdjustment]] = defaultdict(list)
+    for adjustment in _adjustments(party, starts_at, ends_at):
+        adjustments[adjustment.amount.currency].append(adjustment)
     payouts: dict[str, list[StatementPayout]] = defaultdict(list)
     for payout in _payouts(party, starts_at, ends_at):
         payouts[payout.amount.currency].append(payout)
@@ -153,10 +174,11 @@ def statement(*, party: Party, year: int, month: int) -> Statement:
                 currency=currency,
                 opening=Money(opening.get(currency, 0), currency),
                 lines=lines[currency],
+                adjustments=adjustments[currency],
                 payouts=payouts[currency],
                 closing=Money(closing.get(currency, 0), currency),
             )
-            for currency in sorted({*opening, *closing, *lines, *payouts})
+            for currency in sorted({*opening, *closing, *lines, *adjustments, *payouts})
         ],
     )
 
@@ -192,6 +214,12 @@ def statement_csv(statement: Statement) -> str:
                     due=line.due_at,
                 )
             )
+        for adjustment in of.adjustments:
+            column = "earned" if adjustment.amount.micros > 0 else "taken_back"  # no cell is negative
+            amount = _amount(adjustment.amount if adjustment.amount.micros > 0 else -adjustment.amount)
+            writer.writerow(
+                _row(date=adjustment.booked_at, what=adjustment.what, currency=of.currency, **{column: amount})
+            )
         for payout in of.payouts:
             column = "paid_out" if payout.amount.micros > 0 else "earned"  # what came back is positive again
             amount = _amount(payout.amount if payout.amount.micros > 0 else -payout.amount)
@@ -218,7 +246,7 @@ def _text(cell: str) -> str:
 
 
 def _payable(party: Party, *, before: datetime) -> dict[str, int]:
-    """What the ledger owed the party, by currency; positive."""
+    """What the ledger owed the party less what it owed the ledger, by currency."""
     sums = (
         Posting.objects.filter(account__party=party, entry__booked_at__lt=before)
         .values("account__currency")
@@ -269,6 +297,41 @@ def _line(
         amount=Money(line.amount_micros, division.currency),
         due_at=line.due_at,
     )
+
+
+#: What else moves a party's balance, in the payee's words.
+ADJUSTMENTS = {
+    JournalEntry.Kind.REFUND_INTENT: "refunded to the buyer",
+    JournalEntry.Kind.REFUND_UNDONE: "the refund did not reach the buyer and is yours again",
+    JournalEntry.Kind.DISPUTE_FREEZE: "held while the card's bank decides a dispute",
+    JournalEntry.Kind.DISPUTE_THAW: "no longer held for a dispute",
+    JournalEntry.Kind.DISPUTE_LOST: "given back to the buyer by the card's bank",
+    JournalEntry.Kind.TRANSFER_BACK: "taken from your balance at Stripe for what you owed",
+    JournalEntry.Kind.WRITE_OFF: "what you owed was forgiven",
+}
+
+
+def _adjustments(party: Party, starts_at: datetime, ends_at: datetime) -> list[StatementAdjustment]:
+    sums = (
+        Posting.objects.filter(
+            account__party=party,
+            entry__kind__in=ADJUSTMENTS,
+            entry__booked_at__gte=starts_at,
+            entry__booked_at__lt=ends_at,
+        )
+        .values("entry", "entry__kind", "entry__booked_at", "account__currency")
+        .annotate(sum=Sum("amount_micros"))
+        .order_by("entry__booked_at", "entry")
+    )
+    return [
+        StatementAdjustment(
+            booked_at=row["entry__booked_at"],
+            what=ADJUSTMENTS[JournalEntry.Kind(row["entry__kind"])],
+            amount=Money(-int(row["sum"]), row["account__currency"]),
+        )
+        for row in sums
+        if row["sum"]
+    ]
 
 
 def _payouts(party: Party, starts_at: datetime, ends_at: datetime) -> list[StatementPayout]:

@@ -5,12 +5,16 @@ from django.urls import path, reverse
 from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.status import HTTP_201_CREATED
 from rest_framework.views import APIView
 
-from marketplace.api.keys import acting_key
+from marketplace.api.keys import acting_key, idempotency_key
 from marketplace.models import ApiKey
 from marketplace.selectors import orders_visible_to
-from payouts.api.serializers import CheckoutOutput
+from payouts.api.serializers import CheckoutOutput, RefundOutput
+from payouts.api.views import IDEMPOTENCY_KEY
+from payouts.selectors import refunds_of
+from payouts.services.refunds import refund_of_right
 from payouts.services.sales import start_checkout
 from portal.pages.views import checkout_urls
 
@@ -32,4 +36,39 @@ class OrderCheckoutView(APIView):
         return Response(CheckoutOutput({"url": url}).data)
 
 
-paths = [path("orders/<uuid:public_id>/checkout/", OrderCheckoutView.as_view(), name="api-order-checkout")]
+class OrderRefundsView(APIView):
+    scopes = {"get": ApiKey.Scope.READ, "post": ApiKey.Scope.BUY}
+
+    @extend_schema(
+        operation_id="orders_refunds_list",
+        summary="What went back of an order",
+        description="Each refund with its state, newest first.",
+        responses={200: RefundOutput(many=True)},
+    )
+    def get(self, request: Request, public_id: str) -> Response:
+        order = get_object_or_404(orders_visible_to(acting_key(request).party), public_id=public_id)
+        return Response(RefundOutput(refunds_of(order), many=True).data)
+
+    @extend_schema(
+        operation_id="orders_refunds_create",
+        summary="Give back what was never downloaded",
+        description="The refund as of right: the price of every dataset of the order that was not downloaded goes back to the "
+        "card, and its license ends. Asking again answers with the same refund. Refused once everything was downloaded, and "
+        "while the payment is disputed.",
+        parameters=[IDEMPOTENCY_KEY],
+        request=None,
+        responses={201: RefundOutput},
+    )
+    def post(self, request: Request, public_id: str) -> Response:
+        order = get_object_or_404(orders_visible_to(acting_key(request).party), public_id=public_id)
+        idempotency_key(
+            request
+        )  # every write that moves money has one; what is given back once is not given twice anyway
+        refund = refund_of_right(order=order, user=None)
+        return Response(RefundOutput(refund).data, status=HTTP_201_CREATED)
+
+
+paths = [
+    path("orders/<uuid:public_id>/checkout/", OrderCheckoutView.as_view(), name="api-order-checkout"),
+    path("orders/<uuid:public_id>/refunds/", OrderRefundsView.as_view(), name="api-order-refunds"),
+]

@@ -8,6 +8,9 @@ from marketplace import clock
 from marketplace.models import TrainedModel
 from marketplace.money import InvalidMoney, Money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
+from payouts.models import Payout, Refund
+from payouts.services.clawbacks import Part
+from payouts.services.disputes import EVIDENCE_FIELDS, MAX_EVIDENCE
 
 
 class CountryForm(Form):
@@ -56,3 +59,90 @@ class RevenueForm(Form):
         return {name: data[name] for name in ("model", "period_start", "period_end", "revenue")} | {
             "key": f"web:{data['key']}"
         }
+
+
+class AmountForm(Form):
+    """A form with an amount in a currency that is known already."""
+
+    amount = forms.CharField(max_length=40, widget=MoneyInput)
+
+    def __init__(self, *args: Any, currency: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.currency = currency
+        self.fields["amount"].label = f"Amount, {currency}"
+
+    def clean_amount(self) -> Money:
+        try:
+            return Money.parse(self.cleaned_data["amount"], self.currency)
+        except InvalidMoney as error:
+            raise forms.ValidationError(str(error)) from None
+
+
+class RefundForm(AmountForm):
+    """What goes back of one payment, and why; the key makes a second click harmless."""
+
+    key = forms.CharField(widget=forms.HiddenInput, max_length=64)
+    line = forms.TypedChoiceField(coerce=int, required=False, empty_value=None, label="Of")
+    reason = forms.ChoiceField(
+        choices=[choice for choice in Refund.Reason.choices if choice[0] not in ("of_right", "at_stripe")]
+    )
+    note = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}), max_length=2_000, label="Why, in words", help_text="For the auditor."
+    )
+
+    def __init__(self, *args: Any, parts: list[Part], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["line"].choices = [  # type: ignore[attr-defined]
+            ("", "every line, in proportion"),
+            *((part.line.pk, f"{part.line.version}: {part.left} left") for part in parts if part.left),
+        ]
+
+    @property
+    def refund(self) -> dict[str, Any]:
+        """As `request_refund` takes it."""
+        data = self.cleaned_data
+        return {name: data[name] for name in ("amount", "line", "note", "key")} | {
+            "reason": Refund.Reason(data["reason"])
+        }
+
+
+class DisputeAnswerForm(Form):
+    """Evidence in words, or that we give in; files are attached in Stripe's dashboard."""
+
+    gives_in = forms.BooleanField(required=False, label="Give in: the buyer is right")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name, label in EVIDENCE_FIELDS.items():
+            self.fields[name] = forms.CharField(
+                label=label, required=False, max_length=MAX_EVIDENCE, widget=forms.Textarea(attrs={"rows": 3})
+            )
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """As `answer_dispute` takes it."""
+        data = self.cleaned_data
+        return {"gives_in": data["gives_in"], "evidence": {name: data[name] for name in EVIDENCE_FIELDS if data[name]}}
+
+
+class ReversalForm(AmountForm):
+    payout: forms.ModelChoiceField = forms.ModelChoiceField(Payout.objects.none(), empty_label=None)
+    note = forms.CharField(max_length=500, label="Why, in words", help_text="The payee reads it.")
+
+    def __init__(self, *args: Any, payouts: QuerySet[Payout], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["payout"].queryset = payouts  # type: ignore[attr-defined]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As `request_reversal` takes it."""
+        return {name: self.cleaned_data[name] for name in ("payout", "amount", "note")}
+
+
+class WriteOffForm(AmountForm):
+    reason = forms.CharField(max_length=500, label="Why, in words", help_text="For the auditor.")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As `write_off` takes it, but the party."""
+        return {name: self.cleaned_data[name] for name in ("amount", "reason")}

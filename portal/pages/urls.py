@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from portal.pages import views
+from portal.pages import desk, views
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -14,11 +14,17 @@ urlpatterns = [
         views.bibliography,
         name="bibliography",
     ),
+    path("orders/<uuid:order_id>/", views.order, name="order"),
     path("orders/<uuid:order_id>/checkout/", views.checkout, name="checkout"),
+    path("orders/<uuid:order_id>/refund/", views.refund, name="refund"),
     path("royalties/", views.royalty_list, name="royalties"),
     path("royalties/<int:invoice_id>/checkout/", views.invoice_checkout, name="invoice-checkout"),
     path("earnings/", views.earnings, name="earnings"),
     path("earnings/onboarding/", views.onboarding, name="onboarding"),
+    path("desk/", desk.desk, name="desk"),
+    path("desk/payments/<int:payment_id>/", desk.payment, name="desk-payment"),
+    path("desk/disputes/<int:dispute_id>/", desk.dispute, name="desk-dispute"),
+    path("desk/debts/<int:party_id>/<str:currency>/", desk.debt, name="desk-debt"),
     re_path(r"^earnings/(?P<month>\d{4}-\d{2})/$", views.statement, name="statement"),
     re_path(r"^earnings/(?P<month>\d{4}-\d{2})(?P<suffix>\.csv)$", views.statement, name="statement-csv"),
 ]

@@ -26,14 +26,14 @@ from marketplace import clock
 from marketplace import selectors as marketplace
 from marketplace.errors import DomainError
 from marketplace.export.citations import bibtex, csl_json
-from marketplace.models import Disclosure, TrainedModel
+from marketplace.models import Disclosure, Order, TrainedModel
 from marketplace.money import Money
 from marketplace.services.disclosures import canonical_json
 from marketplace.services.parties import set_country
 from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
 from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
-from payouts.services import payees, royalties, sales, statements
+from payouts.services import payees, refunds, royalties, sales, statements
 from portal.pages import selectors
 from portal.pages.forest import forest
 from portal.pages.forms import CountryForm, RevenueForm
@@ -51,7 +51,9 @@ def home(request: HttpRequest) -> HttpResponse:
 
 @require_GET
 def robots(request: HttpRequest) -> HttpResponse:
-    private = "/accounts/ /admin/ /api/ /downloads/ /earnings/ /invitations/ /licenses/ /orders/ /settings/ /uploads/"
+    private = (
+        "/accounts/ /admin/ /api/ /desk/ /downloads/ /earnings/ /invitations/ /licenses/ /orders/ /settings/ /uploads/"
+    )
     lines = ["User-agent: *", *(f"Disallow: {path}" for path in private.split())]
     return HttpResponse("\n".join(lines) + "\n", content_type="text/plain")
 
@@ -164,6 +166,40 @@ def _partitions(request: HttpRequest, result: AttributionResult, cited: list[int
 
 
 # --- paying -----------------------------------------------------------------------------------------------------------
+@acting
+@require_GET
+def order(request: ActingRequest, order_id: uuid.UUID) -> HttpResponse:
+    """Back from Stripe (`?from=checkout`) the page waits for the webhook, which alone marks an order paid."""
+    found = get_object_or_404(marketplace.orders_visible_to(request.party), public_id=order_id)
+    is_paid = found.status in (Order.Status.PAID, Order.Status.REFUNDED)
+    context = {
+        "section": "orders",
+        "order": found,
+        "lines": found.lines.all(),
+        "is_late": found.expires_at <= clock.now(),
+        "came_from_checkout": request.GET.get("from") == "checkout",
+        "was_cancelled": request.GET.get("from") == "cancelled",
+        "refunds": payouts.refunds_of(found) if is_paid else [],
+        "dispute": payouts.open_dispute_of(found) if is_paid else None,
+        "of_right": payouts.refundable_of_right(found) if is_paid else None,
+    }
+    template = "marketplace/_order_state.html" if request.htmx else "marketplace/order_detail.html"
+    return render(request, template, context)
+
+
+@acting_owner
+@require_POST
+def refund(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
+    """The money back for what was never downloaded."""
+    found = get_object_or_404(marketplace.orders_visible_to(request.party), public_id=order_id)
+    try:
+        made = refunds.refund_of_right(order=found, user=request.user)
+    except DomainError as error:
+        return refusal(request, error)
+    messages.success(request, f"{made.amount} goes back to your card; banks take five to ten days to show it.")
+    return redirect("order", order_id=found.public_id)
+
+
 @acting_owner
 @require_POST
 def checkout(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
@@ -232,7 +268,8 @@ def earnings(request: ActingRequest) -> HttpResponse:
         "section": "earnings",
         "earnings": [(of, of.in_transit + of.sent) for of in payouts.earnings_of(party)],
         "next_payouts": payouts.next_payout(party),
-        "pools": payouts.waiting_pools_of(party),
+        "taken_back": payouts.taken_back_of(party),
+        "pools": [(pool, Money(pool.left_micros, pool.currency)) for pool in payouts.waiting_pools_of(party)],
         "payee": payee,
         "page": page,
         "lines": [(line, Money(line.amount_micros, line.division.currency)) for line in page],
@@ -285,4 +322,10 @@ def statement(request: ActingRequest, month: str, suffix: str = "") -> HttpRespo
             content_type="text/csv; charset=utf-8",
             headers={"Content-Disposition": f'attachment; filename="residual-{month}.csv"'},
         )
-    return render(request, "portal/statement.html", {"section": "earnings", "statement": found, "month": month})
+    context = {
+        "section": "earnings",
+        "statement": found,
+        "month": month,
+        "has_adjustments": any(of.adjustments for of in found.currencies),
+    }
+    return render(request, "portal/statement.html", context)

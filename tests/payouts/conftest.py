@@ -1,5 +1,6 @@
 """A database in which tests may commit, and a local Stripe that the services talk to."""
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pytest
 
 from marketplace.models import Party
 from payouts.local_stripe import process
-from payouts.models import PayeeAccount
+from payouts.models import PayeeAccount, StripeEvent
 from payouts.services import payees
 
 CARD = {"email": "carol@example.org", "card_number": "4242424242424242", "expiry": "12/34", "cvc": "123", "name": "C"}
@@ -32,9 +33,9 @@ class StripeWorld:
 
     handle: process.Handle
 
-    def pay(self, url: str) -> None:
+    def pay(self, url: str, *, card: str = CARD["card_number"]) -> None:
         """What a buyer does on the checkout's page."""
-        answer = httpx.post(url, data=CARD)
+        answer = httpx.post(url, data=CARD | {"card_number": card})
         assert answer.status_code == 303, answer.text
 
     def advance(self, *, days: float) -> None:
@@ -59,6 +60,19 @@ class StripeWorld:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return self.objects(f"events?type={kind}&limit=100")
+
+    def received(self, told: dict[str, Any], *, endpoint: str = "platform") -> StripeEvent:
+        """An event as the webhook keeps it; the same one again is the same row."""
+        row, _ = StripeEvent.objects.get_or_create(
+            event_id=told["id"],
+            defaults={"endpoint": endpoint, "type": told["type"], "payload": json.dumps(told)},
+        )
+        return row
+
+    def dispute(self, **given: Any) -> dict[str, Any]:
+        """What the cardholder does (`charge`, and perhaps `amount`), or their bank (`dispute` and `verdict`)."""
+        found: dict[str, Any] = self._control("POST", "disputes", json=given)
+        return found
 
     def _control(self, method: str, what: str, **given: Any) -> Any:
         answer = httpx.request(

@@ -53,23 +53,6 @@ def orders(request: ActingRequest) -> HttpResponse:
 
 @acting
 @require_GET
-def order(request: ActingRequest, order_id: uuid.UUID) -> HttpResponse:
-    """Back from Stripe (`?from=checkout`) the page waits for the webhook, which alone marks an order paid."""
-    found = get_object_or_404(selectors.orders_visible_to(request.party), public_id=order_id)
-    context = {
-        "section": "orders",
-        "order": found,
-        "lines": found.lines.all(),
-        "is_late": found.expires_at <= clock.now(),
-        "came_from_checkout": request.GET.get("from") == "checkout",
-        "was_cancelled": request.GET.get("from") == "cancelled",
-    }
-    template = "marketplace/_order_state.html" if request.htmx else "marketplace/order_detail.html"
-    return render(request, template, context)
-
-
-@acting
-@require_GET
 def licenses(request: ActingRequest) -> HttpResponse:
     page = Paginator(selectors.licenses_visible_to(request.party), PER_PAGE).get_page(request.GET.get("page"))
     now = clock.now()

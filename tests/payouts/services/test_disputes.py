@@ -1,0 +1,382 @@
+"""Disputes: frozen while open, thawed when won, taken back when lost; told in any order, or found."""
+
+import itertools
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import IntegrityError, transaction
+
+from marketplace import clock, jobs
+from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.models import License, Order, User
+from marketplace.money import Money
+from marketplace.services.downloads import LicenseNotLive, signed_download_url
+from payouts import chart, gateway, ledger
+from payouts.errors import DisputeNotAnswerable, NotRefundable, PaymentMismatch
+from payouts.models import Dispute, DisputeAnswer, Payment, Payout, Refund, RoyaltyPool
+from payouts.services import disputes, events, recoveries, refunds, royalties
+from payouts.services.reconciliation import reconcile, settle_funds
+from payouts.services.sales import start_checkout
+from tests.factories.marketplace import PublishedVersionFactory
+from tests.payouts.services.test_refunds import BACK, DOLLAR, back, balances, buy, clean, order_of, pay_out, run, staff
+
+__all__ = ["staff"]  # a fixture
+DISPUTES, INQUIRES = "4000000000000259", "4000000000001976"
+TOLD = ["created", "funds_withdrawn", "updated", "funds_reinstated", "closed"]
+
+
+def dispute_events(stripe: Any) -> list[dict[str, Any]]:
+    return [event for kind in TOLD for event in stripe.events(f"charge.dispute.{kind}")]
+
+
+def hear(stripe: Any) -> None:
+    for event in dispute_events(stripe):
+        events.apply_event(stripe.received(event))
+
+
+def decide(stripe: Any, verdict: str) -> None:
+    stripe.dispute(dispute=Dispute.objects.latest("pk").dispute_id, verdict=verdict)
+
+
+def paid_with(stripe: Any, card: str, parties: dict[Any, int], **offer: Any) -> Payment:
+    return buy(stripe, PublishedVersionFactory(contributions=parties), card=card, **offer)
+
+
+def test_an_open_dispute_freezes_the_pool_the_payables_and_the_downloads(stripe: Any, alice: Any, bob: Any) -> None:
+    payment = paid_with(stripe, DISPUTES, {alice: 2, bob: 1})
+
+    hear(stripe)
+
+    dispute = Dispute.objects.get()
+    assert (dispute.status, dispute.reason, dispute.amount_micros) == ("needs_response", "fraudulent", 100 * DOLLAR)
+    assert balances("payable", "pool", "receivable", "dispute", "expense:dispute_fees") == {
+        chart.dispute(dispute): 10 * DOLLAR,  # the platform's own fee: 30 and 60 are frozen
+        "expense:dispute_fees:USD": 15 * DOLLAR,
+    }
+    assert ledger.balances(prefix="cash") == {"cash:pending:USD": 96_800_000 - 115 * DOLLAR}
+    with pytest.raises(LicenseNotLive, match="disputed"):
+        signed_download_url(license=License.objects.get())
+    assert payment.order is not None
+    with pytest.raises(NotRefundable, match="disputed"):
+        refunds.refund_of_right(order=payment.order, user=None)
+    clock.advance(timedelta(days=400))
+    assert royalties.divide_what_is_ready() == 0
+    clean()
+    stripe.advance(days=3)
+    settle_funds()
+    clean()
+
+
+def test_a_won_dispute_thaws_everything_and_costs_the_fee(stripe: Any, alice: Any) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+    decide(stripe, "won")
+
+    hear(stripe)
+
+    dispute = Dispute.objects.get()
+    assert (dispute.status, dispute.closed_at is not None) == ("won", True)
+    assert balances("payable", "pool", "dispute", "expense", "revenue") == {
+        chart.payable(alice, "USD"): -30 * DOLLAR,
+        chart.royalty_pool(RoyaltyPool.objects.get()): -60 * DOLLAR,
+        "expense:dispute_fees:USD": 15 * DOLLAR,
+        "expense:stripe_fees:USD": 3_200_000,
+        "revenue:platform_fee:USD": -10 * DOLLAR,
+    }
+    assert License.objects.get().suspended_at is None
+    assert signed_download_url(license=License.objects.get()).url
+    clean()
+    clock.advance(timedelta(days=400))
+    assert royalties.divide_what_is_ready() == 1
+    assert ledger.balances(prefix="payable") == {chart.payable(alice, "USD"): -90 * DOLLAR}
+    clean()
+
+
+def test_a_lost_dispute_is_taken_back_as_a_refund_is(stripe: Any, staff: User, alice: Any) -> None:
+    payment = paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+    decide(stripe, "lost")
+
+    hear(stripe)
+
+    assert balances("payable", "pool", "receivable", "dispute", "revenue") == {}
+    assert ledger.balances(prefix="expense") == {
+        "expense:dispute_fees:USD": 15 * DOLLAR,
+        "expense:stripe_fees:USD": 3_200_000,
+    }
+    assert (Order.objects.get().status, License.objects.get().is_live(clock.now())) == (Order.Status.REFUNDED, False)
+    with pytest.raises(NotRefundable):
+        back(payment, DOLLAR, staff)
+    clean()
+
+
+@pytest.mark.parametrize("verdict", ["won", "lost"])
+def test_the_events_may_come_in_any_order_twice_and_late(stripe: Any, alice: Any, verdict: str) -> None:
+    payment = paid_with(stripe, DISPUTES, {alice: 1})
+    (told,) = stripe.events("charge.dispute.created")
+    stripe.dispute(dispute=told["data"]["object"]["id"], verdict=verdict)
+    told = dispute_events(stripe)
+    assert len(told) >= 3
+
+    seen = set()
+    for order in itertools.islice(itertools.permutations(told), 0, None, 5):
+        with transaction.atomic():
+            savepoint = transaction.savepoint()
+            for event in (*order, *order):
+                events.apply_event(stripe.received(event))
+            seen.add(str(ledger.balances(prefix="payable") | ledger.balances(prefix="cash")))
+            clean()
+            transaction.savepoint_rollback(savepoint)
+
+    assert len(seen) == 1
+    assert payment.disputes.count() == 0
+
+
+def test_a_dispute_that_no_event_told_of_is_found(stripe: Any, alice: Any) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    assert [one.code for one in reconcile().differences] == ["cash_differs", "dispute_not_booked"]
+
+    assert disputes.sweep_disputes() == 1
+    assert disputes.sweep_disputes() == 0
+    clean()
+    decide(stripe, "won")
+    assert disputes.sweep_disputes() == 1
+    assert Dispute.objects.get().status == "won"
+    clean()
+
+
+def test_a_dispute_may_come_before_the_sale_was_booked(stripe: Any, alice: Any) -> None:
+    order = order_of(PublishedVersionFactory(contributions={alice: 1}))
+    stripe.pay(start_checkout(order=order, **BACK), card=DISPUTES)
+
+    hear(stripe)
+
+    assert Payment.objects.get().status == Payment.Status.PAID
+    assert Dispute.objects.get().is_open
+    clean()
+
+
+def test_a_dispute_about_a_charge_of_somebody_elses_is_for_a_person(stripe: Any, monkeypatch: Any, alice: Any) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    Payment.objects.update(charge_id="ch_of_somebody_else")
+    monkeypatch.setattr(gateway, "charge_marks", lambda charge: {})
+
+    with pytest.raises(PaymentMismatch):
+        hear(stripe)
+    assert Dispute.objects.count() == 0
+
+
+def test_what_was_sent_before_a_dispute_stays_until_it_is_lost_and_is_then_owed(
+    stripe: Any, alice: Any, bob: Any
+) -> None:
+    stripe.onboard(alice)  # bob's part waits for him
+    payment = paid_with(stripe, "4242424242424242", {alice: 2, bob: 1}, upfront_bps=9_000, pool_bps=0)
+    buy(stripe, PublishedVersionFactory())  # other money, that the dispute's fee comes from
+    stripe.advance(days=3)
+    settle_funds()
+    clock.advance(timedelta(days=31))
+    pay_out("first")
+    assert Payout.objects.get().amount_micros == 60 * DOLLAR
+
+    stripe.dispute(charge=payment.charge_id)
+    hear(stripe)
+    assert balances("receivable") == {}
+    assert chart.payable(bob, "USD") not in ledger.balances(prefix="payable")
+    stripe.onboard(bob)
+    pay_out("second")
+    assert Payout.objects.count() == 1  # bob's is frozen
+    clean()
+
+    decide(stripe, "lost")
+    hear(stripe)
+
+    assert recoveries.owing() == {(alice.pk, "USD"): Money(60 * DOLLAR, "USD")}
+    assert chart.payable(bob, "USD") not in ledger.balances(prefix="payable")
+    clean()
+
+
+def test_a_stolen_card_that_buys_its_own_upload_is_not_paid_out_before_the_dispute(stripe: Any, mallory: Any) -> None:
+    """The hold of a new payee outlasts the weeks until the card's owner looks at the bill."""
+    stripe.onboard(mallory)
+    payment = paid_with(stripe, "4242424242424242", {mallory: 1}, price=5_000, upfront_bps=9_000, pool_bps=0)
+    for day in range(1, 28):
+        stripe.advance(days=1)
+        clock.advance(timedelta(days=1))
+        settle_funds()
+        if day % 3 == 0:
+            pay_out(f"day {day}")
+    assert Payout.objects.count() == 0
+
+    stripe.dispute(charge=payment.charge_id)
+    hear(stripe)
+    for _ in range(28, 40):
+        stripe.advance(days=1)
+        clock.advance(timedelta(days=1))
+    pay_out("after the hold")
+    hear(stripe)  # nobody answered: lost
+    pay_out("after the dispute")
+
+    assert Dispute.objects.get().status == "lost"
+    assert Payout.objects.count() == 0
+    assert balances("payable", "receivable", "dispute") == {}
+    assert ledger.balances(prefix="expense")["expense:dispute_fees:USD"] == 15 * DOLLAR
+    clean()
+
+
+def test_a_partial_dispute_takes_its_part_and_the_license_lives_on(stripe: Any, alice: Any) -> None:
+    payment = paid_with(stripe, "4242424242424242", {alice: 1})
+    stripe.dispute(charge=payment.charge_id, amount=4_000, reason="product_unacceptable")
+    hear(stripe)
+    assert balances("payable", "pool") == {}
+    decide(stripe, "lost")
+
+    hear(stripe)
+
+    assert balances("payable", "pool", "revenue") == {
+        chart.payable(alice, "USD"): -30 * DOLLAR,
+        chart.royalty_pool(RoyaltyPool.objects.get()): -24 * DOLLAR,
+        "revenue:platform_fee:USD": -6 * DOLLAR,
+    }
+    assert License.objects.get().is_live(clock.now())
+    clean()
+
+
+def test_what_was_refunded_before_and_is_lost_again_is_the_platforms_loss(stripe: Any, staff: User, alice: Any) -> None:
+    payment = paid_with(stripe, "4242424242424242", {alice: 1})
+    buy(stripe, PublishedVersionFactory())
+    run(back(payment, 70 * DOLLAR, staff))
+    stripe.dispute(charge=payment.charge_id)  # of everything, the refund notwithstanding
+    hear(stripe)
+    clean()
+    decide(stripe, "lost")
+
+    hear(stripe)
+
+    assert ledger.balances(prefix="expense")["expense:losses:USD"] == 70 * DOLLAR
+    assert ledger.balances(prefix="dispute") == {}
+    clean()
+
+
+def test_an_inquiry_freezes_and_may_be_answered_by_a_refund(stripe: Any, staff: User, alice: Any) -> None:
+    payment = paid_with(stripe, INQUIRES, {alice: 1})
+    hear(stripe)
+    dispute = Dispute.objects.get()
+    assert (dispute.is_inquiry, dispute.movements.count()) == (True, 0)
+    assert balances("payable", "pool") == {}
+
+    run(back(payment, 50 * DOLLAR, staff))
+    assert balances("payable", "pool") == {}  # what is left is frozen again
+    assert ledger.balances(prefix="dispute") == {chart.dispute(dispute): -45 * DOLLAR}
+    clean()
+    stripe.advance(days=11)
+    hear(stripe)
+
+    dispute.refresh_from_db()
+    assert dispute.status == "warning_closed"
+    assert balances("payable", "pool") == {
+        chart.payable(alice, "USD"): -30 * DOLLAR,
+        chart.royalty_pool(RoyaltyPool.objects.get()): -15 * DOLLAR,
+    }
+    settle_funds()
+    clean()
+
+
+def test_an_inquiry_that_escalates_becomes_a_dispute(stripe: Any, alice: Any) -> None:
+    paid_with(stripe, INQUIRES, {alice: 1})
+    hear(stripe)
+    decide(stripe, "escalated")
+    hear(stripe)
+    assert (Dispute.objects.get().status, Dispute.objects.get().movements.count()) == ("needs_response", 1)
+    clean()
+    decide(stripe, "lost")
+    hear(stripe)
+    assert balances("payable", "pool", "dispute") == {}
+    clean()
+
+
+# --- answering ----------------------------------------------------------------------------------------------------------
+
+
+def send(answer: DisputeAnswer) -> None:
+    """As the task does."""
+    with jobs.claimed(DisputeAnswer, answer.pk) as held:
+        if held:
+            disputes.send_answer(held)
+
+
+@pytest.mark.parametrize(("text", "outcome"), [("winning_evidence", "won"), ("losing_evidence", "lost")])
+def test_staff_answer_once_and_the_bank_decides(stripe: Any, staff: User, alice: Any, text: str, outcome: str) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+    dispute = Dispute.objects.get()
+    evidence = {"uncategorized_text": text, "product_description": "Digits, 5,620 images"}
+
+    answer = disputes.answer_dispute(dispute=dispute, user=staff, evidence=evidence)
+    send(answer)
+    send(answer)
+    with pytest.raises(DisputeNotAnswerable):
+        disputes.answer_dispute(dispute=dispute, user=staff, evidence=evidence)
+    disputes.sweep_disputes()
+
+    dispute.refresh_from_db()
+    assert dispute.status == outcome
+    (at_stripe,) = stripe.objects("disputes")
+    assert at_stripe["evidence_details"]["submission_count"] == 1
+    clean()
+
+
+def test_staff_may_give_in(stripe: Any, staff: User, alice: Any) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+
+    send(disputes.answer_dispute(dispute=Dispute.objects.get(), user=staff, gives_in=True))
+
+    assert Dispute.objects.get().status == "lost"
+    clean()
+
+
+def test_an_answer_that_cannot_be_is_refused_and_leaves_nothing_behind(
+    stripe: Any, staff: User, alice: Any, carol: Any
+) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+    dispute = Dispute.objects.get()
+    for user, given, refusal in [
+        (carol.user, {"gives_in": True}, NotAllowed),
+        (staff, {}, InvalidInput),
+        (staff, {"evidence": {"uncategorized_text": "  "}}, InvalidInput),
+        (staff, {"evidence": {"receipt": "file_1"}}, InvalidInput),
+        (staff, {"evidence": {"uncategorized_text": "x" * 20_001}}, InvalidInput),
+        (staff, {"evidence": {"uncategorized_text": "x"}, "gives_in": True}, InvalidInput),
+    ]:
+        with pytest.raises(refusal):
+            disputes.answer_dispute(dispute=dispute, user=user, **given)  # type: ignore[arg-type]
+    assert DisputeAnswer.objects.count() == 0
+
+    decide(stripe, "lost")
+    late = disputes.answer_dispute(dispute=dispute, user=staff, evidence={"uncategorized_text": "too late"})
+    send(late)
+    assert Dispute.objects.get().status == "lost"
+    clean()
+
+
+def test_postgresql_keeps_a_dispute_and_what_it_decided(stripe: Any, alice: Any) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+    decide(stripe, "won")
+    hear(stripe)
+    dispute = Dispute.objects.get()
+    movement = dispute.movements.earliest("pk")
+    for act in (
+        lambda: Dispute.objects.update(status="lost"),
+        lambda: Dispute.objects.update(amount_micros=1),
+        lambda: Dispute.objects.filter(pk=dispute.pk)._raw_delete("default"),
+        lambda: type(movement).objects.update(amount_micros=1),
+        lambda: type(movement).objects.filter(pk=movement.pk)._raw_delete("default"),
+        lambda: dispute.clawbacks.all()._raw_delete("default"),
+    ):
+        with pytest.raises(IntegrityError, match=r"refused|keeps|kept|closed"), transaction.atomic():
+            act()
+    assert Refund.objects.count() == 0
+    clean()
