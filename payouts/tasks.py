@@ -79,7 +79,7 @@ def take_snapshots() -> None:
 def reconcile() -> None:
     """Every difference becomes an error in the log; `manage.py reconcile` prints them."""
     events.retry_failed_events()
-    refunds.retry_unended_refunds()
+    refunds.retry_unended()
     refunds.sweep_refunds()
     disputes.sweep_disputes()
     reconciliation.reconcile()

@@ -23,6 +23,7 @@ from payouts import chart, ledger
 from payouts.allocation import allocate
 from payouts.errors import ResultNotPublished
 from payouts.models import (
+    Dispute,
     Division,
     DivisionLine,
     JournalEntry,
@@ -191,10 +192,11 @@ def _hold_days(*, is_known: bool) -> int:
 
 
 def _is_known_buyer(buyer: Party, payment: Payment | None) -> bool:
-    """Whether earlier money of theirs has arrived for good."""
-    earlier = Payment.objects.filter(
-        Q(order__buyer=buyer) | Q(invoice__report__licensee=buyer), settled_at__isnull=False
-    )
+    """Whether earlier money of theirs has arrived for good, and no bank took any of it back or is about to."""
+    theirs = Payment.objects.filter(Q(order__buyer=buyer) | Q(invoice__report__licensee=buyer))
+    if theirs.filter(disputes__status__in=[*Dispute.OPEN, "lost"]).exists():
+        return False
+    earlier = theirs.filter(settled_at__isnull=False)
     if payment is not None:
         earlier = earlier.exclude(pk=payment.pk)
     return earlier.exists()

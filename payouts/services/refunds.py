@@ -10,8 +10,10 @@ A refund as of right is of what was never downloaded. Staff may refund anything 
 
 import logging
 from datetime import datetime, timedelta
+from typing import Any
 
 from django.db import transaction
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from marketplace import clock, jobs
@@ -21,7 +23,7 @@ from marketplace.money import Money
 from marketplace.services.authority import require_authority
 from payouts import chart, gateway
 from payouts.errors import NotRefundable, PaymentMismatch
-from payouts.models import Clawback, JournalEntry, Movement, Payment, Refund
+from payouts.models import Clawback, DisputeAnswer, JournalEntry, Movement, Payment, Refund, TransferReversal
 from payouts.services import attempts, clawbacks, movements
 
 logger = logging.getLogger(__name__)
@@ -385,18 +387,27 @@ def _adopt(payment: Payment, answer: gateway.Refund) -> Refund:
     )
 
 
-def retry_unended_refunds() -> int:
-    """Queue again what Stripe was silent about for longer than a job's attempts last; returns how many."""
-    failed = Refund.objects.filter(state=Refund.State.INTENDED, status=jobs.Job.Status.FAILED)
+def retry_unended() -> int:
+    """Queue again the refunds, reversals and answers about which Stripe was silent for longer than a job's attempts last.
+
+    Returns how many.
+    """
+    failed = {"status": jobs.Job.Status.FAILED, "error_code": "internal"}
+    unended: list[QuerySet[Any]] = [
+        Refund.objects.filter(state=Refund.State.INTENDED, **failed),
+        TransferReversal.objects.filter(state=TransferReversal.State.INTENDED, **failed),
+        DisputeAnswer.objects.filter(**failed),
+    ]
     n_queued = 0
-    for refund in failed.order_by("pk"):
-        with transaction.atomic():
-            changed = failed.filter(pk=refund.pk).update(
-                status=jobs.Job.Status.QUEUED, attempt=0, finished_at=None, error_code="", error_message=""
-            )
-            if changed:
-                jobs.wake(refund)
-                n_queued += 1
+    for rows in unended:
+        for row in rows.order_by("pk"):
+            with transaction.atomic():
+                changed = rows.filter(pk=row.pk).update(
+                    status=jobs.Job.Status.QUEUED, attempt=0, finished_at=None, error_code="", error_message=""
+                )
+                if changed:
+                    jobs.wake(row)
+                    n_queued += 1
     return n_queued
 
 

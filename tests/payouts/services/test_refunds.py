@@ -648,7 +648,7 @@ def test_what_stripe_was_silent_about_for_long_is_queued_again(told: Told, staff
             run(refund)
     assert refund.status == "failed"
 
-    assert (refunds.retry_unended_refunds(), refunds.retry_unended_refunds()) == (1, 0)
+    assert (refunds.retry_unended(), refunds.retry_unended()) == (1, 0)
     assert run(refund).state == "sent"
 
 

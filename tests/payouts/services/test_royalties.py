@@ -5,13 +5,14 @@ import pytest
 from django.db.models import Sum
 
 from attribution.models import AttributionResult
-from marketplace import clock
+from marketplace import clock, jobs
 from marketplace.errors import InvalidInput, KeyReused
-from marketplace.models import License
+from marketplace.models import License, User
 from marketplace.money import MAX_MICROS, Money
 from payouts import chart, gateway, ledger
 from payouts.errors import AlreadyPaid, NoResultYet, NotFound, PeriodOverlaps, ResultNotPublished
 from payouts.models import (
+    Dispute,
     Division,
     DivisionLine,
     JournalEntry,
@@ -20,9 +21,10 @@ from payouts.models import (
     RoyaltyPool,
     RoyaltyReport,
 )
-from payouts.services import royalties
+from payouts.services import disputes, refunds, royalties
 from payouts.services.events import book_checkout
 from payouts.services.proofs import check_books
+from payouts.services.reconciliation import reconcile
 from payouts.services.royalties import divide_what_is_ready, release_pool
 from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
 from tests.factories.marketplace import LicenseFactory, OfferFactory, PartyFactory, PublishedVersionFactory
@@ -386,6 +388,58 @@ def test_a_royalty_is_divided_by_the_latest_result(measured: AttributionResult, 
     assert by_version[version.pk].result == latest
     assert {line.party_id for line in by_version[version.pk].lines.all()} == {bob.pk}
     assert check_books().findings == []
+
+
+@pytest.mark.parametrize("verdict", ["won", "lost"])
+def test_a_paid_royalty_is_disputed_as_a_sale_is(
+    measured: AttributionResult, stripe: Any, alice: Any, bob: Any, verdict: str
+) -> None:
+    url = royalties.start_invoice_checkout(
+        invoice=report(measured), success_url="http://a.test/", cancel_url="http://a.test/"
+    )
+    stripe.pay(url, card="4000000000000259")
+    book_checkout(Payment.objects.get().checkout_id)
+    owed = ledger.balances(prefix="payable")
+    assert owed == {chart.payable(alice, "USD"): -22_500_000, chart.payable(bob, "USD"): -15_750_000}
+
+    assert disputes.sweep_disputes() == 1
+    assert ledger.balances(prefix="payable") == {}
+    stripe.dispute(dispute=Dispute.objects.get().dispute_id, verdict=verdict)
+    assert disputes.sweep_disputes() == 1
+
+    assert ledger.balances(prefix="payable") == (owed if verdict == "won" else {})
+    assert ledger.balances(prefix="revenue") == ({"revenue:platform_fee:USD": -4_250_000} if verdict == "won" else {})
+    assert check_books().findings == []
+    assert reconcile().differences == []
+
+
+def test_a_paid_royalty_is_refunded_line_by_line(
+    measured: AttributionResult, stripe: Any, alice: Any, bob: Any
+) -> None:
+    invoice = report(measured)
+    url = royalties.start_invoice_checkout(invoice=invoice, success_url="http://a.test/", cancel_url="http://a.test/")
+    stripe.pay(url)
+    payment = book_checkout(Payment.objects.get().checkout_id)
+    assert payment is not None
+    staff = User.objects.create_user("finance@example.org", "correct horse battery staple", is_staff=True)
+
+    refund = refunds.request_refund(
+        payment=payment,
+        amount=usd("37.50"),
+        reason=refunds.Refund.Reason.FAULTY_DATA,
+        note="October was reported for the wrong model.",
+        user=staff,
+        key="one",
+        line=invoice.lines.earliest("pk").pk,
+    )
+    with jobs.claimed(refunds.Refund, refund.pk) as held:
+        assert held
+        refunds.execute_refund(held)
+
+    assert ledger.balances(prefix="payable") == {chart.payable(bob, "USD"): -4_500_000}
+    assert ledger.balances(prefix="revenue") == {"revenue:platform_fee:USD": -500_000}
+    assert check_books().findings == []
+    assert reconcile().differences == []
 
 
 def test_an_invoice_is_paid_at_stripe(measured: AttributionResult, stripe: Any) -> None:
