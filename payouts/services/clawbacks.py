@@ -34,7 +34,7 @@ from payouts.models import (
     RoyaltyPool,
 )
 from payouts.services import recoveries
-from payouts.services.royalties import parts_of
+from payouts.services.royalties import parts_of, release_returned
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +222,8 @@ def thaw(payment: Payment) -> list[Dispute]:
 
 def give_back(clawback: Clawback) -> None:
     """Inside the transaction that holds the payment's row: put everything where it was; again, nothing happens."""
+    pools = RoyaltyPool.objects.filter(order_line__clawback_lines__clawback=clawback).order_by("pk")
+    list(pools.select_for_update(of=("self",)))  # none of them is being released now
     recoveries.lock(clawback.currency)
     _, is_new = ClawbackUndo.objects.get_or_create(clawback=clawback, defaults={"undone_at": clock.now()})
     if not is_new:
@@ -234,6 +236,12 @@ def give_back(clawback: Clawback) -> None:
         Reclaim.objects.filter(clawback_line__clawback=clawback).values_list("division_line__party", flat=True)
     )
     recoveries.net(parties=parties, currency=clawback.currency)
+    for pool in pools.exclude(released_at=None).select_related(
+        "order_line__order__buyer", "order_line__offer", "version"
+    ):
+        returned = Money(-ledger.balance(chart.royalty_pool(pool)), pool.currency)
+        if returned:
+            release_returned(pool=pool, amount=returned, key=f"release:returned:{clawback.pk}:{pool.pk}")
     _match_order(clawback.payment)
     logger.info("Gave back clawback=%s micros=%s", clawback.key, clawback.amount_micros)
 

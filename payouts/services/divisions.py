@@ -147,8 +147,9 @@ def source_account(division: Division) -> str:
     """Where the divided money lay before."""
     match division.source:
         case Division.Source.POOL:
-            assert division.pool is not None
-            return chart.royalty_pool(division.pool)
+            # What came back to a pool after its release is divided without the pool, which has one division.
+            pool = division.pool or RoyaltyPool.objects.get(order_line=division.order_line_id)
+            return chart.royalty_pool(pool)
         case Division.Source.UPFRONT:
             assert division.order_line is not None
             return chart.upfront(division.order_line, division.currency)

@@ -244,10 +244,12 @@ def _pools(balances: Balances) -> Iterator[Finding]:
             yield Finding("pool_half_released", f"pool {pool.pk}")
         if left != (pool.left_micros if division is None else 0):
             yield Finding("pool_differs", f"pool {pool.pk} of {pool.amount_micros} has {left} left")
-        if division is not None and division.amount_micros != pool.left_micros:
+        released = Division.objects.filter(order_line=pool.order_line_id, source=Division.Source.POOL)
+        divided = released.aggregate(sum=Sum("amount_micros", default=0))["sum"]
+        if division is not None and divided != pool.left_micros:
             yield Finding(
                 "pool_differs_from_division",
-                f"pool {pool.pk} of {pool.amount_micros} less {pool.amount_micros - pool.left_micros}, {division.key}",
+                f"pool {pool.pk} of {pool.amount_micros} less {pool.amount_micros - pool.left_micros}, {divided} divided",
             )
 
 

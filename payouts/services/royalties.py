@@ -85,6 +85,26 @@ def release_pool(*, pool: RoyaltyPool, result: AttributionResult | None) -> list
     return list(JournalEntry.objects.filter(key__startswith=f"{division.key}:").order_by("pk"))
 
 
+@transaction.atomic
+def release_returned(*, pool: RoyaltyPool, amount: Money, key: str) -> Division:
+    """Divide what came back to a pool after its release, as the pool itself was divided; once per key.
+
+    A refund took it while it was on its way to the buyer, and did not reach them.
+    """
+    order = pool.order_line.order
+    return divide(
+        key=key,
+        source=Division.Source.POOL,
+        version=pool.version,
+        amount=amount,
+        labellers_bps=pool.order_line.offer.labellers_bps,
+        buyer=order.buyer,
+        payment=getattr(order, "payment", None),
+        result=pool.division.result,
+        order_line=pool.order_line,
+    )
+
+
 def divide_what_is_ready() -> int:
     """Release every pool that a replayed result or its deadline frees, and divide every paid royalty; returns how many.
 

@@ -120,7 +120,7 @@ def test_the_events_may_come_in_any_order_twice_and_late(stripe: Any, alice: Any
     assert len(told) >= 3
 
     seen = set()
-    for order in itertools.islice(itertools.permutations(told), 0, None, 5):
+    for order in itertools.islice(itertools.permutations(told), 0, None, 7):
         with transaction.atomic():
             savepoint = transaction.savepoint()
             for event in (*order, *order):
@@ -200,19 +200,17 @@ def test_a_stolen_card_that_buys_its_own_upload_is_not_paid_out_before_the_dispu
     """The hold of a new payee outlasts the weeks until the card's owner looks at the bill."""
     stripe.onboard(mallory)
     payment = paid_with(stripe, "4242424242424242", {mallory: 1}, price=5_000, upfront_bps=9_000, pool_bps=0)
-    for day in range(1, 28):
-        stripe.advance(days=1)
-        clock.advance(timedelta(days=1))
+    for day in range(4, 29, 6):
+        stripe.advance(days=6)
+        clock.advance(timedelta(days=6))
         settle_funds()
-        if day % 3 == 0:
-            pay_out(f"day {day}")
+        pay_out(f"day {day}")
     assert Payout.objects.count() == 0
 
     stripe.dispute(charge=payment.charge_id)
     hear(stripe)
-    for _ in range(28, 40):
-        stripe.advance(days=1)
-        clock.advance(timedelta(days=1))
+    stripe.advance(days=12)
+    clock.advance(timedelta(days=12))
     pay_out("after the hold")
     hear(stripe)  # nobody answered: lost
     pay_out("after the dispute")
