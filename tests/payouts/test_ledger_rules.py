@@ -27,6 +27,11 @@ EVIDENCE = [
     "payouts_divisionline",
     "payouts_royaltyreport",
     "payouts_royaltyinvoiceline",
+    "payouts_clawback",
+    "payouts_clawbackundo",
+    "payouts_clawbackline",
+    "payouts_reclaim",
+    "payouts_writeoff",
 ]
 
 

@@ -1,13 +1,18 @@
 """Refunds: full and partial, before and after division, before and after the transfer; and what never happens."""
 
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, connections, transaction
+from django.db import IntegrityError, ProgrammingError, connection, connections, transaction
 from django.utils import timezone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -35,9 +40,12 @@ from payouts.services.proofs import check_books
 from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from payouts.services.transfers import request_payout_run
+from portal.environment import role_url
+from portal.roles import APP
 from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
 from tests.factories.payouts import PayeeAccountFactory, sell
 
+ROOT = Path(__file__).resolve().parents[3]
 BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
 DOLLAR = 1_000_000
 
@@ -547,6 +555,28 @@ def test_postgresql_refuses_more_than_was_paid_and_any_change(told: Told, staff:
     assert check_books().findings == []
 
 
+def test_the_applications_own_role_may_do_all_of_it_and_no_more(
+    told: Told, paid_out: Any, staff: User, alice: Any
+) -> None:
+    payment, _ = paid_out
+    with connection.cursor() as cursor:
+        cursor.execute(f'SET LOCAL ROLE "{APP}"')
+        assert run(back(payment, 50 * DOLLAR, staff)).state == "sent"
+        told.answers = [gateway.StripeRefused("no", "No.", 400)]
+        assert run(back(payment, 50 * DOLLAR, staff, "two")).state == "refused"
+        recoveries.write_off(party=alice, amount=Money(DOLLAR, "USD"), user=staff, reason="closed")
+        assert check_books().findings == []
+        for table in ("clawback", "clawbackundo", "clawbackline", "reclaim", "writeoff", "refund", "movement"):
+            for statement in (f"DELETE FROM payouts_{table}", f"TRUNCATE payouts_{table} CASCADE"):  # noqa: S608
+                with pytest.raises(ProgrammingError, match="permission denied"), transaction.atomic():
+                    cursor.execute(statement)
+        cursor.execute("RESET ROLE")
+        for table in ("clawback", "clawbackundo", "clawbackline", "reclaim", "writeoff", "refund", "movement"):
+            for statement in (f"DELETE FROM payouts_{table}", f"TRUNCATE payouts_{table} CASCADE"):  # noqa: S608
+                with pytest.raises(IntegrityError, match="is refused"), transaction.atomic():
+                    cursor.execute(statement)
+
+
 def test_two_refunds_at_once_cannot_exceed_what_was_paid(committed_db: str) -> None:
     payment = sell(order_of(PublishedVersionFactory()))
     staff = User.objects.create_user("finance@example.org", "correct horse battery staple", is_staff=True)
@@ -839,6 +869,58 @@ def test_a_transfer_is_reversed_at_stripe_while_the_payee_has_it(stripe: Any, st
         recoveries.execute_reversal(held)
     rest.refresh_from_db()
     assert (rest.state, rest.refusal_code) == ("refused", "balance_insufficient")
+    clean()
+
+
+WORKER = textwrap.dedent(
+    """
+    import os, signal, sys
+    import django
+    django.setup()
+    from payouts import gateway, tasks
+    original = gateway.create_refund
+    def then_die(**params):
+        if os.environ.get("DIE") == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        answer = original(**params)
+        if os.environ.get("DIE") == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+    gateway.create_refund = then_die
+    tasks.execute_refund(int(sys.argv[1]))
+    """
+)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_killed_worker_is_succeeded_and_the_refund_happens_once(
+    committed_db: str, stripe: Any, settings: Any, when: str
+) -> None:
+    staff = User.objects.create_user("finance@example.org", "correct horse battery staple", is_staff=True)
+    payment = buy(stripe, PublishedVersionFactory())
+    refund = back(payment, 40 * DOLLAR, staff)
+    environment = os.environ | {
+        "DATABASE_URL": role_url(os.environ["SUPERUSER_DATABASE_URL"], "postgres", committed_db),
+        "DJANGO_SETTINGS_MODULE": "portal.settings",
+        "STRIPE_API_BASE": settings.STRIPE_API_BASE,
+        "STRIPE_API_KEY": settings.STRIPE_API_KEY,
+    }
+    connections.close_all()
+
+    def work(**extra: str) -> int:
+        command = [sys.executable, "-c", WORKER, str(refund.pk)]
+        return subprocess.run(command, cwd=ROOT, env=environment | extra, timeout=120).returncode
+
+    assert work(DIE=when) == -signal.SIGKILL
+    refund.refresh_from_db()
+    assert (refund.state, refund.status) == ("intended", "running")
+    Refund.objects.filter(pk=refund.pk).update(lease_expires_at=timezone.now() - timedelta(seconds=1))
+    assert work() == 0
+
+    refund.refresh_from_db()
+    assert (refund.state, refund.status, refund.stripe_attempt) == ("sent", "done", 1)
+    (made,) = stripe.objects("refunds")
+    assert (made["id"], made["amount"]) == (refund.refund_id, 4_000)
     clean()
 
 
