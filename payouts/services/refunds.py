@@ -306,9 +306,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
     elif held.state == Refund.State.PENDING and answer.status == "succeeded":
         held.state = Refund.State.SENT
         held.save(update_fields=["state"])
-    elif held.state == Refund.State.REFUSED:
-        # Stripe said no and has it all the same: nothing that follows is safe.
-        raise PaymentMismatch(f"Refund {held.pk} was refused and booked back, and Stripe has made {answer.id}.")
+    assert held.state != Refund.State.REFUSED, f"{held} was refused and booked back, and Stripe has made {answer.id}"
     accounts = {"against": chart.refunding(held.currency), "fees_to": chart.stripe_fees(held.currency), "refund": held}
     movements.record(
         answer.taken,
@@ -362,6 +360,10 @@ def _write_down(answer: gateway.Refund) -> Refund | None:
     ours = payment.refunds.filter(refund_id=answer.id).first()
     if ours is None and named.isascii() and named.isdigit():
         ours = payment.refunds.filter(pk=int(named)).first()
+    if ours is not None and ours.state == Refund.State.REFUSED:
+        # A worker that was suspended in the middle of its call made it after its successor was refused: take it anew.
+        logger.error("A refused refund was made after all refund=%s stripe=%s", ours.pk, answer.id)
+        ours = payment.refunds.filter(key=f"stripe:{answer.id}").first()
     return book_answer((ours or _adopt(payment, answer)).pk, answer)
 
 
@@ -398,17 +400,7 @@ def retry_unended() -> int:
         TransferReversal.objects.filter(state=TransferReversal.State.INTENDED, **failed),
         DisputeAnswer.objects.filter(**failed),
     ]
-    n_queued = 0
-    for rows in unended:
-        for row in rows.order_by("pk"):
-            with transaction.atomic():
-                changed = rows.filter(pk=row.pk).update(
-                    status=jobs.Job.Status.QUEUED, attempt=0, finished_at=None, error_code="", error_message=""
-                )
-                if changed:
-                    jobs.wake(row)
-                    n_queued += 1
-    return n_queued
+    return sum(jobs.reopen(row) for rows in unended for row in rows.order_by("pk"))
 
 
 def sweep_refunds(*, days: int = 30) -> int:

@@ -297,6 +297,8 @@ def _next_attempt(run: PayoutRun, payout: Payout) -> None:
 def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None = None) -> None:
     if run is not None:
         run.lock()
+    if Payout.objects.filter(pk=payout.pk, status=Payout.Status.REFUSED).exists():
+        recoveries.lock(payout.currency)  # before the payout's row, as everywhere
     locked = Payout.objects.select_for_update().get(pk=payout.pk)
     if locked.transfer_id is not None:
         return  # a webhook was faster, or another attempt
@@ -309,6 +311,9 @@ def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None
     if locked.status == Payout.Status.REFUSED:
         logger.error("A refused payout was sent after all payout=%s transfer=%s", locked.pk, transfer.id)
         _book_intent(locked, key=f"payout:{locked.pk}:intent-again")
+        recoveries.net(
+            parties=[locked.party_id], currency=locked.currency
+        )  # what it was sent beyond what is payable, it owes
     locked.status, locked.transfer_id, locked.sent_at = Payout.Status.SENT, transfer.id, now
     locked.save(update_fields=["status", "transfer_id", "sent_at"])
     ledger.post(

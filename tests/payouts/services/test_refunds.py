@@ -63,7 +63,8 @@ def order_of(version: Any, *, buyer: Any = None, price: int = 100, **offer: Any)
 
 
 def run(refund: Refund) -> Refund:
-    """As the task does."""
+    """As the task does, once the pause after a failure is over."""
+    Refund.objects.filter(pk=refund.pk).update(due_at=timezone.now())
     try:
         with jobs.claimed(Refund, refund.pk) as held:
             if held:
@@ -662,6 +663,29 @@ def test_a_definite_refusal_puts_everything_back(
     assert check_books().findings == []
 
 
+def test_a_refund_that_was_made_after_its_refusal_is_booked_anew(
+    told: Told, staff: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a worker that was suspended in the middle of its call and woke when its successor had been refused."""
+    payment = sell(order_of(PublishedVersionFactory()))
+    told.answers = [gateway.StripeRefused("balance_insufficient", "Not enough.", 400)]
+    refund = run(back(payment, 40 * DOLLAR, staff))
+    assert refund.state == "refused"
+    assert payment.charge_id is not None
+    made = refund_answer(payment.charge_id, 4_000, str(refund.pk))
+    monkeypatch.setattr(gateway, "get_refund", lambda identifier: made)
+
+    for _ in range(2):
+        refunds.refresh_refund(made.id)
+
+    assert list(Refund.objects.order_by("pk").values_list("state", "reason")) == [
+        ("refused", "goodwill"),
+        ("sent", "at_stripe"),
+    ]
+    assert ledger.balances(prefix="refunding") == {}
+    assert check_books().findings == []
+
+
 def test_when_stripe_refuses_us_and_not_the_refund_the_intent_stays(told: Told, staff: User) -> None:
     refund = back(sell(order_of(PublishedVersionFactory())), DOLLAR, staff)
     told.answers = [gateway.StripeRefused("api_key_expired", "Expired API key", 401)]
@@ -673,8 +697,8 @@ def test_when_stripe_refuses_us_and_not_the_refund_the_intent_stays(told: Told, 
 
 def test_what_stripe_was_silent_about_for_long_is_queued_again(told: Told, staff: User) -> None:
     refund = back(sell(order_of(PublishedVersionFactory())), DOLLAR, staff)
-    told.answers = [TIMEOUT] * 3 * jobs.MAX_ATTEMPTS
-    for _ in range(jobs.MAX_ATTEMPTS):
+    told.answers = [TIMEOUT] * 3 * jobs.MAX_FAILURES
+    for _ in range(jobs.MAX_FAILURES):
         with pytest.raises(attempts.StillUncertain):
             run(refund)
     assert refund.status == "failed"
