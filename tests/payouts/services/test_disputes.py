@@ -200,7 +200,7 @@ def test_a_stolen_card_that_buys_its_own_upload_is_not_paid_out_before_the_dispu
     """The hold of a new payee outlasts the weeks until the card's owner looks at the bill."""
     stripe.onboard(mallory)
     payment = paid_with(stripe, "4242424242424242", {mallory: 1}, price=5_000, upfront_bps=9_000, pool_bps=0)
-    for day in range(4, 29, 6):
+    for day in (6, 12, 18, 24):
         stripe.advance(days=6)
         clock.advance(timedelta(days=6))
         settle_funds()

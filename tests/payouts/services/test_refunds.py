@@ -572,6 +572,7 @@ def test_the_applications_own_role_may_do_all_of_it_and_no_more(
                 with pytest.raises(ProgrammingError, match="permission denied"), transaction.atomic():
                     cursor.execute(statement)
         cursor.execute("RESET ROLE")
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
         for table in ("clawback", "clawbackundo", "clawbackline", "reclaim", "writeoff", "refund", "movement"):
             for statement in (f"DELETE FROM payouts_{table}", f"TRUNCATE payouts_{table} CASCADE"):  # noqa: S608
                 with pytest.raises(IntegrityError, match="is refused"), transaction.atomic():
