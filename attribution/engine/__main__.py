@@ -278,8 +278,9 @@ def run_evaluate(task: Task, given: argparse.Namespace) -> int:
 def _scored(task: Task, name: str, given: argparse.Namespace, copies: bool) -> Scored:
     method = METHODS[name]
     with _timed() as seconds, _bar(name) as told:
-        scores = method.score(task, progress=told).cpu().numpy()
+        found: Estimate = method.estimate(task, progress=told)
         took = seconds()
+    scores = found.scores.cpu().numpy()
     write_array(given.out / f"scores-{name}.npy", scores)
     own = unmarked = None
     if given.mislabelled and given.self_influence:
@@ -288,7 +289,7 @@ def _scored(task: Task, name: str, given: argparse.Namespace, copies: bool) -> S
     if copies:
         with _bar(f"{name}, copies unmarked") as told:
             unmarked = scores_without_copies(task, method, progress=told)
-    return Scored(name, scores, method.CALIBRATED, took, own, unmarked)
+    return Scored(name, scores, found.is_calibrated, took, own, unmarked)
 
 
 def _named_scores(text: str) -> tuple[str, np.ndarray[Any, Any]]:

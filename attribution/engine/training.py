@@ -158,6 +158,7 @@ class Program:
             if task.recipe.optimizer == "sgd" and not any(options["momentum"] for options, _ in self._options.values()):
                 self.fields = ()
         self.needs: dict[tuple[int, int], _Needs] = {}  # by (runs, questions): see `plan_reverse`
+        self._check_rates()
         self._check_loss_shapes()
         check_losses(self.module, task)
 
@@ -433,6 +434,16 @@ class Program:
             if buffers:
                 return torch.vmap(one, randomness="same")(parameters, buffers)
             return torch.vmap(lambda p: one(p, {})[0], randomness="same")(parameters), {}
+
+    def _check_rates(self) -> None:
+        for name, (_, rates) in self._options.items():
+            most = torch.finfo(self._trained[name].dtype).max
+            step, rate = max(enumerate(rates), key=lambda pair: pair[1])
+            if rate > most:
+                raise EngineError(
+                    f"{rate:g} at step {step} is more than {name} can hold ({most:g}); lower the learning rate",
+                    pointer="/recipe/learning_rate",
+                )
 
     def _check_loss_shapes(self) -> None:
         state = self.blank()
