@@ -199,7 +199,7 @@ def build_shortlist(
     directions = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, :d]  # (K, d)
     n_list = int(2 ** np.clip(round(np.log2(max(len(everyone), 1)) / 2), 0, 16))  # about √n lists of about √n vectors
     n_list = min(n_list, max(1, len(sample) // 40))
-    lists = faiss.index_factory(d, f"IVF{n_list},{specs[kind]}", faiss.METRIC_INNER_PRODUCT)
+    lists: Any = faiss.index_factory(d, f"IVF{n_list},{specs[kind]}", faiss.METRIC_INNER_PRODUCT)
     lists.cp.niter, lists.cp.seed = 10, seed + 1
     if kind == "pq":
         lists.pq.cp.niter, lists.pq.cp.seed, lists.pq.cp.max_points_per_centroid = 10, seed + 1, 64
