@@ -8,31 +8,42 @@ recorded training with the weights of all records outside S at 0. Written over s
 (sort the permutation form by size). The second part sums to 0 over i at every size, so both ends are replayed, the total
 is exact, and there is no gap left to spread: counting is the zeroth order of (1) and everything else a deviation from it.
 
-The surrogate. At masks S ~ t the metagradient g_i = ∂f/∂w_i answers for all records at once. Averaged over masks of like
-size, ψ_i(u) = Σ_m A_m(u) g_i(S_m) with t = u^1.5, it predicts f(S) ≈ F(u) + Σ_i (s_i − t) ψ_i(u). Its sum overshoots
-the total; but only deviations from its mean are used, and those are right to a few per cent where training is smooth.
-A kept record's slope is taken at weight 1, a dropped one's at 0; weighting them 1/2t and 1/2(1 − t), a trapezoid in
-the record's own weight, is a second surrogate, ψ'_i, that enters by its difference from the first.
+The surrogate. With all records at one weight t, the metagradient ψ_i(t) = ∂f/∂w_i at w = (t, …, t) answers for all records
+at once, and along this diagonal nothing is random: ∫ ψ_i dt is the game's Aumann–Shapley value (1974), whose sum is
+f(all) − f(none) exactly. Eight nodes of a golden-ratio sequence in u, t = u^1.5, with straight lines between them, are within
+0.003 in TV of thirty-two. It differs from Shapley's value by a few points of the pool where training is smooth, less than hundreds of
+metagradients at random sets, whose sum overshoots by half or more: a slope at weight 0 is steeper than the step to 1.
 
-The correction. Plain replays at masks that no metagradient has seen give, in units of their noise σ(u),
+Where equal weights change nothing, because Adam or the normalizer "weight" divides them out, the surrogate is taken at
+random sets S ~ t instead, averaged over those of like size: ψ_i(u) = Σ_m A_m(u) g_i(S_m). A kept record's slope is then at weight 1,
+a dropped one's at 0; weighting them 1/2t and 1/2(1 − t), a trapezoid in the record's own weight, is a second
+surrogate, ψ'_i, that enters by its difference from the first.
 
-    f(S) = F(u) + b Σ_i (s_i − t) ψ_i(u) + c Σ_i (s_i − t) (ψ'_i − ψ_i)(u) + Σ_i (s_i − t) d_i(u) + σ(u) ε           (2)
+The correction. Plain replays at random sets, in antithetic twins, give in units of their noise σ(u)
 
-with normal priors: F smooth, b around 1, c around 0, d_i(u) = cluster effect + record effect, smooth in u. Their variances
-are chosen by the error on left-out pairs, from none to so wide that at every size (2) is KernelSHAP's regression. Then
+    f(S) = F(u) + Σ_i (s_i − t) (b ψ_i + c (ψ'_i − ψ_i) + d_i)(u) + σ(u) ε                                          (2)
+
+with normal priors: F smooth, b(u) around 1, c around 0 (without ψ', none), d_i(u) = cluster effect + record effect, smooth in u. Half of
+the twins are tilted: half of the clusters are kept more often, in the twin the other half. Their variances are averaged over a
+grid by the probability of the replays, a step wider costing 3 nats: a few replays move nothing without evidence, and with more and
+more the priors lose their say, so that φ tends to (1) whatever the surrogate (regression-adjusted Monte Carlo, Witter et al. 2025,
+arXiv:2506.11849). Then
 
     φ_i = (f(all) − f(none)) / n + mean over sizes of (b ψ_i + c (ψ'_i − ψ_i) + d_i − the same averaged over i).
 
-This is regression-adjusted Monte Carlo (Witter et al. 2025, arXiv:2506.11849) with a shrunken regression: with
-more and more replays the priors lose their say and φ tends to (1) whatever the surrogate; with few, what replays do
-not contradict is the surrogate's word. The reliability, from replays kept apart, says how good that word was. Nothing here looks at owners or groups: a record's value is the same
-to the bit however accounts are split. Shapley 1953; Owen 1972; Lundberg & Lee 2017; Faithful Group Shapley, 2505.19013.
+The intervals. Draws of the queries (folds, with replacement; Student's t, as folds are few), of metagradients at random sets
+(pairs, with replacement), and of what the replays leave open about b, c and d: the posterior of (2), mixed over its priors. So the
+surrogate's error is in the interval as far as replays have not ruled it out, which redrawing the replays alone would not show.
+
+The reliability asks of every pair of twins what the other replays say of it. Nothing here looks at owners or groups: a record's value
+is the same to the bit however accounts are split. Shapley 1953; Aumann & Shapley 1974; Owen 1972; Lundberg & Lee 2017;
+Faithful Group Shapley, arXiv:2505.19013.
 """
 
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,15 +66,37 @@ Array = NDArray[np.float64]
 
 POWER = 1.5  # t = u^1.5 for uniform u: small sets hold most of the value of a small dataset, and most of the noise
 MAX_FOLDS = 10
+FEW_FOLDS = 4  # of queries, where the budget is small
+SMALL_BUDGET = 160.0
+NODES = (
+    8,
+    13,
+)  # on the diagonal, for a small budget and for others; golden-ratio sequences are most even at these lengths
 MAX_CLUSTERS = 64
 CLUSTER_SIZE = 12
 SKETCH = 64
-TILT = 0.5  # of a cluster's chance to be kept, up or down
+TILT = 0.8  # of a cluster's chance to be kept, up or down
+TILTED_SIZES = (0.3, 0.9)  # in u: a few records, or all but a few, leave clusters little to be tilted
 PROBE_TOGGLES = 0.05  # of the records, for the regime
 ROUND_FLOPS = 6e10  # about 30 s of small batched products on one core of 2020
 MAX_GRADIENT_RATIO = 8.0  # a metagradient longer than this times its neighbours' median is scaled down to it
 N_REPLICATES = 400
-KINDS = ("ends", "values", "gradients", "folds", "toggles", "probes")
+REPLICATE_BLOCK = 50  # so that replicates of a million records need not be held at once
+EVIDENCE_LIMIT = 512  # replays that the choice of priors looks at
+STUDENT = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+)  # 97.5 % points of Student's t at 1..9 degrees of freedom
+GOLDEN = 0.6180339887498949
+KINDS = ("ends", "folds", "path", "gradients", "values", "toggles", "probes")
+REVERSE = ("folds", "path", "gradients")  # the metagradients
 
 
 @dataclass(frozen=True)
@@ -86,6 +119,10 @@ class Plan:
     n_fold: int
     clusters: tuple[int, ...]  # (n_player,): similar records, by gradient; never by account
     rounds: tuple[Round, ...]
+    diagonal: bool = False  # metagradients at equal weights t of all records, not at random sets alone
+
+    def count(self, kind: str) -> int:
+        return max((r.items[kind][1] for r in self.rounds), default=0)
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -217,28 +254,40 @@ def plan_shares(
 ) -> Plan:
     """Decide what to measure for about `budget` run equivalents; trains once, to find similar records.
 
-    A third of the budget goes to metagradients, a quarter to plain replays, a fifth to metagradients by fold of queries, the
-    rest to the reliability. Masks are numbered so that any first part of the rounds is a balanced sample by itself. Each kind
-    needs a few, so a plan takes about 100 run equivalents even where less is asked; `run_equivalents` says how many.
+    First the diagonal: a few metagradients, some of them by fold of queries. Then replays, a third of them tilted over
+    clusters, and where the budget allows it metagradients at random sets. Masks are numbered so that any first part of the
+    rounds is a balanced sample by itself. Each kind needs a few, so a plan takes about 60 run equivalents even where less
+    is asked; `run_equivalents` says how many.
     """
     if not budget >= 40:
         raise EngineError(f"{budget}: at least 40 run equivalents, or nothing can be measured", pointer="/budget")
     players, known = Players.of(task), cost(task)
     n, ratio = len(players.records), known.metagradient_ratio
-    n_fold = min(task.n_query, MAX_FOLDS)
+    small = budget < SMALL_BUDGET
+    diagonal = _has_diagonal(task)
+    n_fold = min(task.n_query, FEW_FOLDS if small else MAX_FOLDS)
     fold_ratio = _fold_ratio(known, n_fold)
-    folds = min(24, max(4, _even(0.2 * budget / fold_ratio)))
-    toggles = min(128, max(24, _even(0.16 * budget)))
-    gradients = max(4, _even(0.36 * budget / ratio))
-    probes = min(gradients, 16)
-    values = max(16, _even(budget - 3 - folds * fold_ratio - toggles - gradients * ratio - probes))
-    counts = {"ends": 2, "values": values, "gradients": gradients, "folds": folds, "toggles": toggles, "probes": probes}
+    folds = max(3, min(6 if diagonal else 24, round(0.15 * budget / fold_ratio)))
+    path = NODES[not small] - folds if diagonal else 0
+    toggles = max(16, min(128, _even(0.25 * budget)))
+    gradients = 0 if diagonal else max(4, _even(0.36 * budget / ratio))
+    probes = min(6 if small else 16, (folds + path) if diagonal else gradients)
+    values = max(4, _even(budget - 3 - folds * fold_ratio - toggles - (gradients + path) * ratio - probes))
+    counts = {
+        "ends": 2,
+        "folds": folds,
+        "path": path,
+        "gradients": gradients,
+        "values": values,
+        "toggles": toggles,
+        "probes": probes,
+    }
     if n == 1:
         counts = dict.fromkeys(KINDS, 0) | {"ends": 2}
     spent = _run_equivalents(counts, known, fold_ratio)
     if n_rounds is None:
         n_rounds = math.ceil(spent * known.run_flops / ROUND_FLOPS)
-    n_rounds = max(1, min(n_rounds, counts["folds"] or 1, counts["gradients"] // 2 or 1))
+    n_rounds = max(1, min(n_rounds, counts["values"] // 2, counts["toggles"] // 4))
     rounds = tuple(
         Round(
             r,
@@ -258,7 +307,18 @@ def plan_shares(
         n_fold=n_fold,
         clusters=tuple(_clusters(task, players, progress).tolist()),
         rounds=rounds,
+        diagonal=diagonal,
     )
+
+
+def _has_diagonal(task: Task) -> bool:
+    """Whether a record of weight t teaches less than one of weight 1.
+
+    It does where the step is the gradient's multiple. Adam divides by the gradient's own size and the normalizer "weight" by
+    the weights', so with equal weights of all records almost nothing depends on t; there the surrogate is taken at random sets.
+    """
+    recipe = task.require_recipe()
+    return recipe.optimizer == "sgd" and recipe.normalizer == "batch"
 
 
 def run_round(task: Task, plan: Plan, index: int, *, progress: Progress | None = None) -> RoundResult:
@@ -270,16 +330,13 @@ def run_round(task: Task, plan: Plan, index: int, *, progress: Progress | None =
     masks = Masks(plan)
     arrays: dict[str, NDArray[np.float32]] = {}
     items = plan.rounds[index].items
-    report = _Stages(
-        progress, [2.0 * (b - a) if kind in ("gradients", "folds") else b - a for kind, (a, b) in items.items()]
-    )
+    report = _Stages(progress, [2.0 * (b - a) if kind in REVERSE else b - a for kind, (a, b) in items.items()])
     for stage, (kind, (start, stop)) in enumerate(items.items()):
         if start == stop:
             continue
-        S = torch.from_numpy(np.stack([masks.mask(kind, j) for j in range(start, stop)]))
-        W = players.weights(S.float())
+        W = players.weights(torch.from_numpy(np.stack([masks.weights(kind, j) for j in range(start, stop)])))
         told = report.stage(stage)
-        if kind in ("gradients", "folds"):
+        if kind in REVERSE:
             Q = fold_weights(task.n_query, plan.n_fold if kind == "folds" else 1)
             f, g = metagradients(task, W, query_weights=Q, program=program, progress=told)
             summed = players.summed(g)  # (G, R, n_player)
@@ -314,34 +371,24 @@ def merge_rounds(
     players = Players.of(task)
 
     values = np.zeros(task.n_train)
-    estimate = division.solve(evidence.once)
-    total = estimate.total
-    phi = division.value(estimate, division.summed(np.arange(plan.n_player), plan.n_player))
+    total, phi = division.total, division.values
     values[players.records.numpy()] = phi
-    drawn = [division.solve(draw) for draw in evidence.bootstrap(seed_of("bootstrap", plan.seed))]
-    totals = np.array([solution.total for solution in drawn])
-    total_low, total_high = _interval(_centred(totals, total, evidence.inflation))
-    reliability, slope = _reliability(division, estimate)
+    partitions = [
+        Partition(name, ids, players, division)
+        for name, ids in ({"": task.owners} | {name: ids.long() for name, ids in task.groups.items()}).items()
+    ]
+    totals = []
+    for drawn_totals, drawn in division.replicates(seed_of("replicates", plan.seed)):
+        totals.append(drawn_totals)
+        for partition in partitions:
+            partition.add(drawn, drawn_totals)
+    total_low, total_high = _interval(np.concatenate(totals))
+    reliability, slope = division.reliability()
     counted = total_low <= 0 <= total_high
     trust = 0.0 if counted else reliability
 
-    partitions = {"": task.owners} | {name: ids.long() for name, ids in task.groups.items()}
-    owners: list[Share] = []
-    groups: dict[str, list[Share]] = {}
-    replicates = np.zeros((0, 0))
-    for name, ids in partitions.items():
-        members, position = torch.unique(ids, return_inverse=True)
-        of_player = position[players.records].numpy()
-        summed = division.summed(of_player, len(members))
-        shares = np.array([division.value(solution, summed) for solution in drawn]) / totals[:, None]  # (R, n_member)
-        # Summed from the records' own values, so that splitting an account splits its sum and nothing else.
-        sums: Array = np.bincount(of_player, phi, len(members)).astype(np.float64)
-        shares = _centred(shares, sums / total if total else 0.0, evidence.inflation)
-        table = _table(members.numpy(), summed.counts, sums, total, shares, trust)
-        if name:
-            groups[name] = table
-        else:
-            owners, replicates = table, shares
+    owners, replicates = partitions[0].table(trust)
+    groups = {partition.name: partition.table(trust)[0] for partition in partitions[1:]}
 
     done = [plan.rounds[r.index].items for r in results]
     counts = {kind: sum(items[kind][1] - items[kind][0] for items in done) for kind in KINDS}
@@ -367,7 +414,7 @@ def merge_rounds(
         regime="smooth" if agreement >= 0.5 else "chaotic",
         run_equivalents=_run_equivalents(counts, known, fold_ratio),
         stopping=stopping,
-        details=division.details(estimate) | {"counts": counts, "n_player": plan.n_player},
+        details=division.details() | {"counts": counts, "n_player": plan.n_player},
     )
 
 
@@ -387,11 +434,26 @@ class Masks:
     def size(self, kind: str, number: int) -> int:
         offset = np.random.Generator(np.random.PCG64(seed_of(self.plan.seed, kind))).random()
         # Of the few fold masks each has a size of its own.
-        u = (offset + (number if kind == "folds" else number // 2) * 0.6180339887498949) % 1.0
+        u = (offset + (number if kind == "folds" else number // 2) * GOLDEN) % 1.0
+        if kind == "toggles":
+            u = TILTED_SIZES[0] + (TILTED_SIZES[1] - TILTED_SIZES[0]) * u
         return min(self.n - 1, 1 + int((self.n - 1) * u**POWER))
 
     def size_probability(self, sizes: NDArray[np.int64]) -> Array:
         return self.edges[sizes] - self.edges[sizes - 1]
+
+    def node(self, kind: str, number: int) -> float:
+        """u of a metagradient on the diagonal: those by fold and the others are parts of one sequence."""
+        offset = np.random.Generator(np.random.PCG64(seed_of(self.plan.seed, "path"))).random()
+        return float((offset + (number + (self.plan.count("folds") if kind == "path" else 0)) * GOLDEN) % 1.0)
+
+    def weights(self, kind: str, number: int) -> NDArray[np.float32]:
+        """(n,), what a run is trained with: 0 or 1, or the same t for all records on the diagonal."""
+        if self.plan.diagonal and kind in ("folds", "path"):
+            return np.full(self.n, self.node(kind, number) ** POWER, np.float32)
+        if self.plan.diagonal and kind == "probes":
+            return self._probe_of_diagonal(number)
+        return self.mask(kind, number).astype(np.float32)
 
     def mask(self, kind: str, number: int) -> NDArray[np.bool_]:
         if kind == "ends":
@@ -418,21 +480,30 @@ class Masks:
         return by_cluster[np.argsort((rank + rng.random(self.n)) / sizes[labels], kind="stable")]
 
     def _tilted(self, rng: np.random.Generator, k: int, antithetic: bool) -> NDArray[np.bool_]:
-        """About k records; those of one random half of the clusters are kept more often, in its twin the other half's.
+        """k records; those of one random half of the clusters are kept more often, in its twin the other half's.
 
         Whole clusters are not dropped: what the last records of a kind are worth is another question than the records'
-        values answer, and its answer would drown theirs.
+        values answer, and its answer would drown theirs. Twins are of one size, so that their difference is free of F.
         """
         order, uniform = rng.permutation(self.clusters.max() + 1), rng.random(self.n)
         reached = np.cumsum(np.bincount(self.clusters)[order])
         favoured = np.isin(self.clusters, order[reached <= self.n / 2]) ^ antithetic
         t = k / self.n
         tilt = min(TILT, (1 - t) / t)
-        mask = uniform < t * np.where(favoured, 1 + tilt, 1 - tilt)
-        first = int(np.argmin(uniform))
-        mask[first] = True  # neither nobody nor everybody
-        mask[int(np.argmax(uniform))] &= not mask.all()
+        mask = np.zeros(self.n, bool)
+        mask[np.argsort(uniform / np.where(favoured, 1 + tilt, 1 - tilt + 1e-9), kind="stable")[:k]] = True
         return mask
+
+    def _probe_of_diagonal(self, number: int) -> NDArray[np.float32]:
+        """The weights of that node, half of a few random records at 1 and the other half at 0."""
+        kind, place = (
+            ("folds", number) if number < self.plan.count("folds") else ("path", number - self.plan.count("folds"))
+        )
+        weights = self.weights(kind, place)
+        rng = np.random.Generator(np.random.PCG64(seed_of(self.plan.seed, "probes", number)))
+        toggled = rng.permutation(self.n)[: max(2, round(PROBE_TOGGLES * self.n))]
+        weights[toggled] = np.arange(len(toggled)) % 2
+        return weights
 
     def _probe(self, number: int) -> NDArray[np.bool_]:
         """The metagradient's mask of that number with a few random records toggled."""
@@ -450,360 +521,513 @@ def fold_weights(n_query: int, n_fold: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Multiplicities of one bootstrap replicate; all ones is the estimate itself."""
-
-    values: Array
-    gradients: Array
-    folds: Array
-
-
-@dataclass(frozen=True)
 class Evidence:
     """All that was measured, in double precision."""
 
     plan: Plan
-    value_masks: NDArray[np.bool_]  # (M_v, n)
+    value_masks: NDArray[np.bool_]  # (M_v, n), of "values", then of "toggles"
     values: Array  # (M_v, n_fold): f by fold
-    gradient_masks: NDArray[np.bool_]  # (M_g, n), of "gradients", then of "folds"
+    n_value: int  # how many of M_v are of "values"
+    node_u: Array  # (D,), of "folds", then of "path", if they are on the diagonal
+    nodes: Array  # (D, n): metagradients there
+    gradient_masks: NDArray[np.bool_]  # (M_g, n), of "gradients", then of "folds" unless those are on the diagonal
     gradients: Array  # (M_g, n)
-    gradient_values: Array  # (M_g,)
     n_plain: int  # how many of M_g are of "gradients"
+    fold_u: Array  # (M_f,)
     fold_gradients: Array  # (n_fold, M_f, n)
     ends: Array  # (2, n_fold): f(all), f(none)
-    toggle_masks: NDArray[np.bool_]
-    toggles: Array  # (M_t,)
-    probe_masks: NDArray[np.bool_]
-    probes: Array  # (M_p,)
+    moved: Array  # (M_p, n): what the probes changed of the weights
+    said: Array  # (M_p, n): the metagradients there
+    did: Array  # (M_p,): what it did to f
+    probe_t: Array  # (M_p,)
     fold_sizes: Array  # (n_fold,)
 
     @classmethod
     def of(cls, plan: Plan, results: Sequence[RoundResult]) -> "Evidence":
-        masks = Masks(plan)
+        masks, n = Masks(plan), plan.n_player
         numbers = {kind: [j for r in results for j in range(*plan.rounds[r.index].items[kind])] for kind in KINDS}
 
         def stacked(kind: str, axis: int = 0) -> Array:
             parts = [r.arrays[kind] for r in results if kind in r.arrays]
             return np.concatenate(parts, axis).astype(np.float64) if parts else np.zeros((0, 0))
 
-        def sets(kind: str) -> NDArray[np.bool_]:
-            return np.array([masks.mask(kind, j) for j in numbers[kind]], dtype=bool).reshape(-1, plan.n_player)
+        def weights(kind: str) -> Array:
+            return np.array([masks.weights(kind, j) for j in numbers[kind]], np.float64).reshape(-1, n)
 
         ends = stacked("ends")
-        Q = fold_weights(ends.shape[1], plan.n_fold).numpy()
+        n_query = ends.shape[1]
+        Q = fold_weights(n_query, plan.n_fold).numpy()
         sizes = (Q > 0).sum(1).astype(np.float64)
-        share = sizes / sizes.sum()
-        fold_gradients = stacked("folds", 1) if numbers["folds"] else np.zeros((plan.n_fold, 0, plan.n_player))
-        plain = stacked("gradients").reshape(-1, plan.n_player)
-        values = stacked("values").reshape(-1, ends.shape[1])
 
         def mean(kind: str) -> Array:
-            return stacked(kind).reshape(-1, ends.shape[1]).mean(1)
+            return stacked(kind).reshape(-1, n_query).mean(1)
 
+        fold_gradients = stacked("folds", 1) if numbers["folds"] else np.zeros((plan.n_fold, 0, n))
+        by_fold = np.einsum("g,gmn->mn", sizes / sizes.sum(), fold_gradients)
+        plain, path = (stacked(kind).reshape(-1, n) for kind in ("gradients", "path"))
+        W_folds, W_gradients = weights("folds"), weights("gradients")
+        if plan.diagonal:
+            node_u = np.array([masks.node(kind, j) for kind in ("folds", "path") for j in numbers[kind]])
+            fold_u = node_u[: len(W_folds)]
+            nodes, gradient_masks, gradients = np.concatenate([by_fold, path]), W_gradients > 0, plain
+        else:
+            node_u, fold_u = np.zeros(0), W_folds.mean(1) ** (1 / POWER)
+            nodes, gradients = np.zeros((0, n)), np.concatenate([plain, by_fold])
+            gradient_masks = np.concatenate([W_gradients, W_folds]) > 0
+
+        # What the probes started from: the first nodes of the diagonal, or the first random sets.
+        before, said, was = W_gradients, plain, mean("gradients.values") if len(plain) else np.zeros(0)
+        if plan.diagonal and len(nodes):
+            before, said = np.concatenate([W_folds, weights("path")]), nodes
+            was = np.concatenate([mean("folds.values"), mean("path.values")])
+            place = {("folds", j): row for row, j in enumerate(numbers["folds"])}
+            place |= {("path", j): len(W_folds) + row for row, j in enumerate(numbers["path"])}
+            first = plan.count("folds")
+            rows = [place.get(("folds", j) if j < first else ("path", j - first), -1) for j in numbers["probes"]]
+        else:
+            rows = [j if j < len(plain) else -1 for j in numbers["probes"]]
+        kept = [number for number, row in enumerate(rows) if row >= 0]
+        at = np.array([rows[number] for number in kept], np.int64)
+        probed = weights("probes")[kept]
+        values = np.concatenate([stacked(kind).reshape(-1, n_query) for kind in ("values", "toggles")])
         return cls(
             plan=plan,
-            value_masks=sets("values"),
+            value_masks=np.concatenate([weights("values"), weights("toggles")]) > 0,
             values=values @ Q.T,
-            gradient_masks=np.concatenate([sets("gradients"), sets("folds")]),
-            gradients=np.concatenate([plain, np.einsum("g,gmn->mn", share, fold_gradients)]),
-            gradient_values=np.concatenate([mean("gradients.values"), mean("folds.values")]),
+            n_value=len(numbers["values"]),
+            node_u=node_u,
+            nodes=nodes,
+            gradient_masks=gradient_masks,
+            gradients=gradients,
             n_plain=len(plain),
+            fold_u=fold_u,
             fold_gradients=fold_gradients,
             ends=ends @ Q.T,
-            toggle_masks=sets("toggles"),
-            toggles=mean("toggles"),
-            probe_masks=sets("probes"),
-            probes=mean("probes"),
+            moved=probed - before[at],
+            said=said[at],
+            did=(mean("probes")[kept] - was[at]) if kept else np.zeros(0),
+            probe_t=before[at].mean(1),
             fold_sizes=sizes,
         )
 
-    @property
-    def inflation(self) -> float:
-        """The bootstrap of n_fold folds knows their variance up to (n_fold − 1) / n_fold."""
-        return math.sqrt(self.plan.n_fold / max(self.plan.n_fold - 1, 1))
-
-    @property
-    def once(self) -> Draw:
-        return Draw(np.ones(len(self.values)), np.ones(len(self.gradients)), np.ones(self.plan.n_fold))
-
-    def bootstrap(self, seed: int) -> list[Draw]:
-        """Pairs of masks (those by fold are single), and folds of queries, drawn with replacement."""
-        rng = np.random.Generator(np.random.PCG64(seed))
-
-        def pairs(n: int) -> Array:
-            return (
-                np.repeat(rng.multinomial(n // 2, np.full(n // 2, 2 / n)), 2).astype(np.float64) if n else np.zeros(0)
-            )
-
-        def singles(n: int) -> Array:
-            return rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) if n else np.zeros(0)
-
-        G = self.plan.n_fold
-        return [
-            Draw(
-                pairs(len(self.values)),
-                np.concatenate([pairs(self.n_plain), singles(len(self.gradients) - self.n_plain)]),
-                rng.multinomial(G, np.full(G, 1 / G)).astype(np.float64),
-            )
-            for _ in range(N_REPLICATES)
-        ]
-
     def agreement(self) -> float:
         """Correlation of what toggling a few records did with what the metagradient said it would do."""
-        m = len(self.probes)
-        if m < 4:
+        if len(self.did) < 4:
             return 0.0
-        before = self.gradient_masks[: self.n_plain][:m]
-        moved = self.probe_masks.astype(np.float64) - before
-        said = (moved * self.gradients[:m]).sum(1)
-        did = self.probes - self.gradient_values[:m]
-        scale = np.sqrt(before.mean(1))  # effects at small sizes are larger: no single mask should decide
-        said, did = said * scale, did * scale
+        scale = np.sqrt(self.probe_t)  # effects at small sizes are larger: no single probe should decide
+        said, did = (self.moved * self.said).sum(1) * scale, self.did * scale
         if not (np.isfinite(said).all() and said.any() and did.any()):
             return 0.0
         return float((said @ did) / math.sqrt((said @ said) * (did @ did)))
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Equation (2) solved for one draw, still as weights of what was measured, so that any partition can be summed."""
+class Prior:
+    """Variances of (2)'s unknowns, in units of the noise's where no other is said."""
 
-    total: float
-    slopes: Array  # (b, c)
-    dual: Array  # (M_v,): what each replay adds to the effects and to F
-    mean: Array  # (M_g,): ∫A_m
-    fold_mean: Array  # (M_f,)
-    fold_shift: Array  # (n_fold,): what the draw of queries changes
-    none: float  # f(none)
-
-
-@dataclass(frozen=True)
-class Summed:
-    """The columns of (2), centred over records and summed over the members of a partition."""
-
-    counts: Array  # (n_member,)
-    surrogates: list[Array]  # (M_g, n_member) for each slope
-    folds: Array  # (n_fold, M_f, n_member)
-    effects: Array  # (M_v, n_member): clusters and records, by their prior variances
+    clusters: float
+    records: float
+    slope: float  # of b around 1
+    own: float  # of c
+    noise: float
 
 
 class Division:
-    """Equation (2): everything is linear in the metagradients, so a bootstrap draw only mixes small matrices."""
+    """Equation (2), solved by records. Owners come last, in `Partition`."""
 
-    BANDWIDTH = 0.08  # of the smoother over u
+    BANDWIDTH = 0.08  # of the smoother over u of metagradients at random sets
     REACH = 0.3  # over u, of an effect d(u): half of its prior variance is common to all sizes
-    SLOPE_VARIANCE = 0.25  # of b around 1
-    CLUSTER_GRID = (0.0, 0.1, 1.0, 10.0)  # prior variance of the cluster effects, over the noise's
-    RECORD_GRID = (0.1, 1.0, 10.0)  # of the record effects: never 0, or few replays could not contradict the surrogate
+    SLOPE_GRID = (0.003, 0.03, 0.3, 3.0)  # of b(u) around 1
+    CLUSTER_GRID = (0.0, 0.1, 1.0, 10.0)
+    RECORD_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # never 0, or few replays could not contradict the surrogate
     OWN_GRID = (0.0, 0.05, 0.5)  # of c around 0
+    NOISE_GRID = (0.1, 0.3, 1.0)  # of what is noise without effects, that which stays noise with them
+    STEP_ODDS = 3.0  # nats that the replays must give for each step to a wider prior
     CURVE_REACH = 0.1  # over u, of F
+    PAIR_VARIANCE = 100.0  # of what tilted twins have in common: only their difference is looked at
 
     def __init__(self, evidence: Evidence) -> None:
         self.e, self.n = evidence, evidence.plan.n_player
+        self.weights = evidence.fold_sizes / evidence.fold_sizes.sum()
+        ends = evidence.ends @ self.weights
+        self.total = float(ends[0] - ends[1])
         self.alone = self.n == 1
         if self.alone:
+            self.values = np.array([self.total])
             return
-        n, plan = self.n, evidence.plan
+        n = self.n
         S = evidence.value_masks.astype(np.float64)
         t = S.mean(1)
         self.u = t ** (1 / POWER)
         centred = S - t[:, None]  # (M_v, n)
-
-        G = evidence.gradient_masks.astype(np.float64)
-        tg = G.mean(1, keepdims=True)
-        own = G / (2 * tg) + (1 - G) / (2 * (1 - tg)) - 1
-        ug = tg[:, 0] ** (1 / POWER)
-        self.u_gradient, uf = ug, ug[evidence.n_plain :]
-        tamed = _tamed(evidence.gradients, ug)
-        self.surrogates = [tamed, tamed * own]  # (M_g, n) each
-        self.cross = [centred @ source.T for source in self.surrogates]  # (M_v, M_g) each
-        self.fold_cross = np.einsum("vn,gmn->gvm", centred, evidence.fold_gradients)  # (n_fold, M_v, M_f)
+        self._lay_out_surrogates(centred)
 
         # The integral over sizes: every size, or 2,048 of them where there are more.
         k = np.unique(np.linspace(1, n - 1, min(n - 1, 2048)).round().astype(np.int64))
         self.grid_weight = np.gradient(k.astype(np.float64)) if len(k) > 1 else np.ones(1)
         self.grid_weight /= self.grid_weight.sum()
         grid_t = k / n
-        grid_u = grid_t ** (1 / POWER)
-        self.near = _kernel(self.u, ug, self.BANDWIDTH)
-        self.near_grid = _kernel(grid_u, ug, self.BANDWIDTH)
-        # Few masks show how queries differ, and their own noise is in that difference already: they are not redrawn.
-        self.at_fold = _normalised(_kernel(self.u, uf, self.BANDWIDTH))
-        self.fold_mean = self.grid_weight @ _normalised(_kernel(grid_u, uf, self.BANDWIDTH))
+        self.grid_u = grid_t ** (1 / POWER)
 
-        self.share = evidence.fold_sizes / evidence.fold_sizes.sum()
-        y, x = self._observed(evidence.once, self.share)
-        scale = max(abs(float((evidence.ends @ self.share) @ [1, -1])), 1e-300)
+        y = evidence.values @ self.weights - ends[1] - self.total * self.u  # beyond the line between both ends
+        x = self._predicted(np.ones(len(evidence.gradients)))
+        scale = max(abs(self.total), 1e-300)
         self.Kf = scale**2 * self._curve_kernel(self.u)
-        self.scale_f = scale**2
-        self.log_variance = np.array([0.0, 0.0, 2 * math.log(0.03 * scale)])
-        for _ in range(2):  # the noise's profile and the fit that shows it
-            self.noise = self.noise_at(self.u)
-            self.log_variance = _log_variance(self.u, self._left_out(y, x, (0.0, 0.0, 0.0)) * self.noise)
-        self.noise = self.noise_at(self.u)
+        self.common_pair = np.zeros((len(y), len(y)))
+        tilted = np.arange(evidence.n_value, len(y))
+        self.common_pair[np.ix_(tilted, tilted)] = self.PAIR_VARIANCE * (tilted[:, None] // 2 == tilted[None] // 2)
+        self.log_variance = np.array([2 * math.log(0.03 * scale)])
+        for _ in range(3):  # the noise's profile and the fit that shows it
+            self.noise = self._noise_at(self.u)
+            residual = self._left_out(y / self.noise - x[:, 0] / self.noise, self._covariance(x, None)) * self.noise
+            twins = residual.reshape(-1, 2)  # their difference: what both miss is F's, and no noise
+            self.log_variance = _log_variance(self.u[::2], (twins[:, 0] - twins[:, 1]) / math.sqrt(2))
+        self.noise = self._noise_at(self.u)
 
         # Effects in units of the noise: z has length about 1 at every size.
-        self.onehot = np.eye(max(plan.clusters) + 1)[list(plan.clusters)]  # (n, C)
+        clusters = np.array(evidence.plan.clusters)
+        self.onehot = np.eye(clusters.max() + 1)[clusters]  # (n, C)
         self.z = centred / np.sqrt(n * t * (1 - t))[:, None]
-        clustered = self.z @ self.onehot  # (M_v, C)
-        common = self._common(self.u)
-        Kc, Kr = clustered @ clustered.T, self.z @ self.z.T
+        self.z_clustered = self.z @ self.onehot  # (M_v, C)
+        Kc, Kr = self.z_clustered @ self.z_clustered.T, self.z @ self.z.T
         self.scale_c, self.scale_r = (max(np.trace(K) / len(K), 1e-12) for K in (Kc, Kr))
+        common = self._common(self.u, self.u)
         self.Kc, self.Kr = common * Kc / self.scale_c, common * Kr / self.scale_r
-        self.reach = (self.grid_weight * self.noise_at(grid_u) / np.sqrt(n * grid_t * (1 - grid_t))) @ self._common(
-            grid_u
-        )
-        self.prior = self._choose_prior(y, x)
+        self.reach_at = self.grid_weight * self._noise_at(self.grid_u) / np.sqrt(n * grid_t * (1 - grid_t))  # (grid,)
+        self.reach = self.reach_at @ self._common(self.grid_u, self.u)  # (M_v,)
 
-    def noise_at(self, u: Array) -> Array:
+        self.x = x / self.noise[:, None]
+        self.y = y / self.noise
+        self.priors, self.credence = self._weigh_priors()
+        self.inverses = [np.linalg.inv(self._covariance(x, prior)) for prior in self.priors]
+        self.values = self._values(self.weights[None], np.ones((1, len(evidence.gradients))))[1][0]
+
+    def _lay_out_surrogates(self, centred: Array) -> None:
+        """Rows of metagradients; a surrogate at size u is a mixture of them, `_mixtures(u)`."""
+        e = self.e
+        parts = []
+        if e.plan.diagonal:
+            parts.append(_tamed(e.nodes, e.node_u))
+        self.u_gradient = np.zeros(0)
+        if len(e.gradients):
+            G = e.gradient_masks.astype(np.float64)
+            tg = G.mean(1, keepdims=True)
+            self.u_gradient = tg[:, 0] ** (1 / POWER)
+            own = G / (2 * tg) + (1 - G) / (2 * (1 - tg)) - 1
+            tamed = _tamed(e.gradients, self.u_gradient)
+            parts += [tamed, tamed * own]
+        self.rows = np.concatenate(parts)  # (M_r, n)
+        self.rows -= self.rows.mean(1, keepdims=True)
+        self.folds = e.fold_gradients - e.fold_gradients.mean(2, keepdims=True)
+        self.cross = centred @ self.rows.T  # (M_v, M_r)
+        if len(e.fold_u):
+            cross = np.einsum("vn,gmn->gvm", centred, self.folds)  # (n_fold, M_v, M_f)
+            self.fold_predicted = (self._fold_mixture(self.u) * cross).sum(2)  # (n_fold, M_v)
+
+    def _mixtures(self, u: Array, multiplicity: Array) -> tuple[Array, Array]:
+        """Weights (len(u), M_r) of ψ(u), and of the second surrogate less the first."""
+        K = _normalised(_kernel(u, self.u_gradient, self.BANDWIDTH) * multiplicity) if len(multiplicity) else None
+        if not self.e.plan.diagonal:
+            assert K is not None
+            return np.hstack([K, 0 * K]), np.hstack([0 * K, K])
+        along = _interpolation(u, self.e.node_u)
+        if K is None:
+            return along, 0 * along
+        return np.hstack([along, 0 * K, 0 * K]), np.hstack([-along, K, K])
+
+    def _fold_mixture(self, u: Array) -> Array:
+        """Weights (len(u), M_f). Few metagradients show how queries differ; they are not redrawn."""
+        if self.e.plan.diagonal:
+            return _interpolation(u, self.e.fold_u)
+        return _normalised(_kernel(u, self.e.fold_u, self.BANDWIDTH))
+
+    def _noise_at(self, u: Array) -> Array:
         """Standard deviation of f(S) at sets of one size, beyond the surrogate."""
         return np.exp(0.5 * np.polyval(self.log_variance, u))
 
-    def _common(self, u: Array) -> Array:
-        """Prior correlation of an effect at sizes u with itself at the measured sizes, (len(u), M_v)."""
-        return 0.5 + 0.5 * np.exp(-0.5 * ((u[:, None] - self.u[None]) / self.REACH) ** 2)
-
-    def _observed(self, draw: Draw, weights: Array) -> tuple[Array, Array]:
-        """f(S) beyond the line between both ends, (M_v,), and the surrogates' predictions, (M_v, 2), of one draw."""
-        f_all, f_none = self.e.ends @ weights
-        y = self.e.values @ weights - f_none - (f_all - f_none) * self.u
-        A = _normalised(self.near * draw.gradients)
-        x = np.stack([(A * cross).sum(1) for cross in self.cross], 1)
-        if len(self.e.fold_gradients[0]):
-            x[:, 0] += np.einsum("g,vm,gvm->v", weights - self.share, self.at_fold, self.fold_cross)
-        return y, x
-
-    def summed(self, member: NDArray[np.int64], n_member: int) -> Summed:
-        """Sum over members; `member` is (n,). Centring first makes every column sum to 0 over all members."""
-        order = np.argsort(member, kind="stable")
-        present, starts = np.unique(member[order], return_index=True)
-
-        def reduce(X: Array) -> Array:
-            out = np.zeros((*X.shape[:-1], n_member))
-            if X.size:
-                X = X - X.mean(-1, keepdims=True)
-                out[..., present] = np.add.reduceat(X[..., order], starts, -1)
-            return out
-
-        counts = np.bincount(member, minlength=n_member).astype(np.float64)
-        if self.alone:
-            none = np.zeros((0, n_member))
-            return Summed(counts, [], none[None], none)
-        a_c, a_r, _ = self.prior
-        effects = (a_c / self.scale_c) * (self.z @ self.onehot) @ self.onehot.T + (a_r / self.scale_r) * self.z
-        return Summed(
-            counts, [reduce(source) for source in self.surrogates], reduce(self.e.fold_gradients), reduce(effects)
-        )
-
-    def value(self, solution: Solution, summed: Summed) -> Array:
-        """φ of every member, (n_member,); they sum to f(all) − f(none)."""
-        phi = solution.total * summed.counts / self.n
-        if self.alone:
-            return phi
-        for slope, source in zip(solution.slopes, summed.surrogates, strict=True):
-            phi = phi + slope * (solution.mean @ source)
-        shift = np.einsum("g,m,gmo->o", solution.fold_shift, solution.fold_mean, summed.folds)
-        return phi + solution.slopes[0] * shift + (solution.dual * self.reach) @ summed.effects
-
-    def solve(self, draw: Draw) -> Solution:
-        weights = draw.folds * self.e.fold_sizes
-        weights = weights / weights.sum()
-        ends = self.e.ends @ weights
-        total = float(ends[0] - ends[1])
-        if self.alone:
-            none = np.zeros(0)
-            return Solution(total, none, none, none, none, none, float(ends[1]))
-        y, x = self._observed(draw, weights)
-        used = draw.values > 0
-        noise = self.noise[used]
-        x_used = x[used] / noise[:, None]
-        K = self._prior_kernel(x_used, self.prior, used)
-        alpha = np.linalg.solve(K + np.diag(1 / draw.values[used]), y[used] / noise - x_used[:, 0])
-        dual = np.zeros(len(y))
-        dual[used] = alpha
-        slopes = np.array([self.SLOPE_VARIANCE, self.prior[2]]) * (x_used.T @ alpha)
-        slopes[0] += 1
-        return Solution(
-            total=total,
-            slopes=slopes,
-            dual=dual,
-            mean=self.grid_weight @ _normalised(self.near_grid * draw.gradients),
-            fold_mean=self.fold_mean,
-            fold_shift=weights - self.share,
-            none=float(ends[1]),
-        )
-
-    def curve(self, solution: Solution, u: Array) -> Array:
-        """F(u): the mean of f at sets of each size."""
-        return solution.none + solution.total * u + self.scale_f * self._curve_kernel(u) @ (solution.dual / self.noise)
-
-    def beyond_counting(self, solution: Solution, masks: NDArray[np.bool_]) -> Array:
-        """What the records' values at these sets' sizes say of f(S) − F, (M,). Their mean over sizes is φ."""
-        S = masks.astype(np.float64)
-        t = S.mean(1)
-        u = t ** (1 / POWER)
-        centred = S - t[:, None]
-        near = _normalised(_kernel(u, self.u_gradient, self.BANDWIDTH))
-        predicted = sum(
-            slope * (near * (centred @ source.T)).sum(1)
-            for slope, source in zip(solution.slopes, self.surrogates, strict=True)
-        )
-        z = centred / np.sqrt(self.n * t * (1 - t))[:, None]
-        a_c, a_r, _ = self.prior
-        onehot = self.onehot
-        covariance = a_c / self.scale_c * (z @ onehot) @ (self.z @ onehot).T + a_r / self.scale_r * z @ self.z.T
-        return predicted + self.noise_at(u) * ((covariance * self._common(u)) @ solution.dual)
+    def _common(self, u: Array, of: Array) -> Array:
+        """Prior correlation of an effect at sizes u with itself at others, (len(u), len(of))."""
+        return 0.5 + 0.5 * np.exp(-0.5 * ((u[:, None] - of[None]) / self.REACH) ** 2)
 
     def _curve_kernel(self, u: Array) -> Array:
         """Prior covariance of F, beyond the line between its known ends, with itself at the measured sizes."""
         gap = (u[:, None] - self.u[None]) / self.CURVE_REACH
         return np.exp(-0.5 * gap**2) * _bridge(u)[:, None] * _bridge(self.u)[None]
 
-    def _prior_kernel(self, x: Array, prior: tuple[float, float, float], used: NDArray[np.bool_]) -> Array:
-        """Covariance of f(S) at the used masks, in units of the noise: of F, of the slopes, and of the effects."""
-        block, noise = np.ix_(used, used), self.noise[used]
-        a_c, a_r, own = prior
-        K = self.Kf[block] / np.outer(noise, noise) + self.SLOPE_VARIANCE * np.outer(x[:, 0], x[:, 0])
-        if own:
-            K += own * np.outer(x[:, 1], x[:, 1])
-        if a_c:
-            K += a_c * self.Kc[block]
-        if a_r:
-            K += a_r * self.Kr[block]
+    def _predicted(self, multiplicity: Array) -> Array:
+        """What the surrogates say of f(S) beyond its mean at each size, (M_v, 2)."""
+        return np.stack([(A * self.cross).sum(1) for A in self._mixtures(self.u, multiplicity)], 1)
+
+    def _covariance(self, x: Array, prior: Prior | None) -> Array:
+        """Of f(S) − the surrogate at the measured masks, in units of the noise; without effects if no prior is given."""
+        x = x / self.noise[:, None]
+        K = self.Kf / np.outer(self.noise, self.noise) + self.common_pair
+        K += (prior.slope if prior else 0.1) * self._common(self.u, self.u) * np.outer(x[:, 0], x[:, 0])
+        if prior:
+            K += prior.own * np.outer(x[:, 1], x[:, 1]) + prior.clusters * self.Kc + prior.records * self.Kr
+        K[np.diag_indices_from(K)] += prior.noise if prior else 1.0
         return K
 
-    def _left_out(self, y: Array, x: Array, prior: tuple[float, float, float], slope: float = 1.0) -> Array:
+    def _left_out(self, r: Array, K: Array) -> Array:
         """Errors of predicting each pair of masks from all others, in units of the noise, in closed form.
 
-        With P the inverse of the covariance, what a pair's own data do not explain is P_pair⁻¹ (P y)_pair. Pairs are
-        left out whole: a mask's antithetic twin has the same size and would give F away.
+        With P the inverse of the covariance, what a pair's own data do not explain is P_pair⁻¹ (P r)_pair. Pairs are
+        left out whole: a mask's twin has the same size and would give F away.
         """
-        x = x / self.noise[:, None]
-        K = self._prior_kernel(x * slope, prior, np.ones(len(y), bool))
-        P = np.linalg.inv(K + np.eye(len(y)))
-        m = len(y) // 2
-        Py = (P @ (y / self.noise - slope * x[:, 0])).reshape(m, 2, 1)
+        P = np.linalg.inv(K)
+        m = len(r) // 2
         pairs = P.reshape(m, 2, m, 2)[np.arange(m), :, np.arange(m), :]  # (m, 2, 2)
-        return np.linalg.solve(pairs, Py).reshape(-1)
+        return np.linalg.solve(pairs, (P @ r).reshape(m, 2, 1)).reshape(-1)
 
-    def _choose_prior(self, y: Array, x: Array) -> tuple[float, float, float]:
-        """The prior variances that predict held-out pairs of masks best."""
-        losses = {
-            prior: float((self._left_out(y, x, prior) ** 2).mean())
-            for prior in itertools.product(self.CLUSTER_GRID, self.RECORD_GRID, self.OWN_GRID)
-        }
-        best = min(losses, key=losses.__getitem__)
-        self.explained = 1 - losses[best] / float((self._left_out(y, x, (0.0, 0.0, 0.0), slope=0.0) ** 2).mean())
-        return best
+    def _weigh_priors(self) -> tuple[list[Prior], Array]:
+        """The prior variances that explain the replays, each with its posterior probability.
 
-    def details(self, solution: Solution) -> dict[str, Any]:
+        An average over all that are plausible, not the best one alone: from few replays the best is often the narrowest,
+        and intervals would forget that it was chosen.
+        """
+        # The pairs of "values" and of "toggles" alternate in this subset as they do in the whole.
+        pairs = np.unique(np.linspace(0, len(self.y) // 2 - 1, min(len(self.y), EVIDENCE_LIMIT) // 2).astype(int))
+        some = np.stack([2 * pairs, 2 * pairs + 1], 1).reshape(-1)
+        block = np.ix_(some, some)
+        r = (self.y - self.x[:, 0])[some]
+        own_grid = self.OWN_GRID if np.any(self.x[:, 1]) else (0.0,)
+        found = []
+        base = (self.Kf / np.outer(self.noise, self.noise) + self.common_pair)[block]
+        first = self._common(self.u[some], self.u[some]) * np.outer(self.x[some, 0], self.x[some, 0])
+        second = np.outer(self.x[some, 1], self.x[some, 1])
+        Kc, Kr = self.Kc[block], self.Kr[block]
+        grids = (self.CLUSTER_GRID, self.RECORD_GRID, self.SLOPE_GRID, own_grid)
+        for clusters, records, slope, own, noise in itertools.product(*grids, self.NOISE_GRID):
+            K = base + slope * first + own * second + noise * (clusters * Kc + records * Kr)
+            K[np.diag_indices_from(K)] += noise
+            L = np.linalg.cholesky(K)
+            half = np.linalg.solve(L, r)
+            evidence = -0.5 * float(half @ half) - float(np.log(np.diag(L)).sum())
+            steps = sum(grid.index(v) for grid, v in zip(grids, (clusters, records, slope, own), strict=True))
+            evidence -= self.STEP_ODDS * steps
+            found.append((evidence, Prior(noise * clusters, noise * records, slope, own, noise)))
+        best = max(evidence for evidence, _ in found)
+        plausible = [(math.exp(evidence - best), prior) for evidence, prior in found if evidence > best - 6]
+        plausible = sorted(plausible, key=lambda one: -one[0])[:16]
+        credence = np.array([weight for weight, _ in plausible])
+        return [prior for _, prior in plausible], credence / credence.sum()
+
+    def _values(self, weights: Array, multiplicity: Array) -> tuple[Array, Array]:
+        """Totals (R,) and records' values (R, n) for R draws of queries (R, n_fold) and of metagradients (R, M_g)."""
+        redrawn = multiplicity if multiplicity.size and np.ptp(multiplicity) else multiplicity[:1]
+        ends = weights @ self.e.ends.T  # (R, 2)
+        totals = ends[:, 0] - ends[:, 1]
+        y = weights @ self.e.values.T - ends[:, 1:] - totals[:, None] * self.u  # (R, M_v)
+        surrogate = np.stack([self._predicted(m)[:, 0] for m in redrawn])  # (R or 1, M_v)
+        if len(self.e.fold_u):
+            surrogate = surrogate + (weights - self.weights) @ self.fold_predicted
+        r = ((y - surrogate) / self.noise).T  # (M_v, R)
+        on_clusters, on_records, on_slope, on_own = 0.0 * r, 0.0 * r, 0.0 * r, 0.0 * r
+        for credence, prior, inverse in zip(self.credence, self.priors, self.inverses, strict=True):
+            alpha = credence * (inverse @ r)  # (M_v, R)
+            on_clusters += prior.clusters * alpha
+            on_records += prior.records * alpha
+            on_slope += prior.slope * alpha
+            on_own += prior.own * alpha
+        slopes = 1 + self._slope(on_slope)  # (R, grid)
+        phi = totals[:, None] / self.n + self._effects(on_clusters, on_records)
+        mixtures = [self._mixtures(self.grid_u, m) for m in redrawn]
+        if len(mixtures) == 1:
+            mixed = (self.grid_weight * slopes) @ mixtures[0][0]
+            mixed += np.outer(self.x[:, 1] @ on_own, self.grid_weight @ mixtures[0][1])
+        else:
+            mixed = np.stack([(self.grid_weight * b) @ A for b, (A, _) in zip(slopes, mixtures, strict=True)])
+            own = np.stack([self.grid_weight @ B for _, B in mixtures])
+            mixed += (self.x[:, 1] @ on_own)[:, None] * own
+        phi += mixed @ self.rows
+        if len(self.e.fold_u):
+            at = (self.grid_weight * slopes) @ self._fold_mixture(self.grid_u)  # (R, M_f)
+            by_fold = (weights - self.weights)[:, :, None] * at[:, None]  # (R, n_fold, M_f)
+            phi += by_fold.reshape(len(phi), -1) @ self.folds.reshape(-1, self.n)
+        return totals, phi
+
+    def _slope(self, on_slope: Array) -> Array:
+        """b(u) − 1 at every size of the integral, (R, grid)."""
+        return (self._common(self.grid_u, self.u) @ (self.x[:, :1] * on_slope)).T
+
+    def _effects(self, on_clusters: Array, on_records: Array) -> Array:
+        """Records' values (R, n), centred, of effects that are these combinations (M_v, R) of the replays."""
+        clusters = (self.reach[:, None] * on_clusters).T @ self.z_clustered / self.scale_c  # (R, C)
+        effects = clusters @ self.onehot.T + (self.reach[:, None] * on_records).T @ self.z / self.scale_r
+        return np.asarray(effects - effects.mean(1, keepdims=True))
+
+    def replicates(self, seed: int) -> Iterator[tuple[Array, Array]]:
+        """Blocks of draws: totals (R,) and values (R, n), as likely as the estimate given what was measured.
+
+        Queries are redrawn by folds and metagradients at random sets by pairs (a bootstrap); what replays leave open is drawn
+        from the posterior of (2), by simulating replays of drawn effects and subtracting the estimate from the simulation
+        (Matheron's rule). Few folds know their own spread badly: Student's t.
+        """
+        e, G = self.e, self.e.plan.n_fold
+        rng = np.random.Generator(np.random.PCG64(seed))
+        degrees = max(G - 1, 1)
+        wider = math.sqrt(G / degrees) * (STUDENT[degrees - 1] if degrees <= len(STUDENT) else 2.2) / 1.96
+        for _ in range(N_REPLICATES // REPLICATE_BLOCK):
+            drawn = rng.multinomial(G, np.full(G, 1 / G), REPLICATE_BLOCK) * e.fold_sizes
+            drawn = drawn / drawn.sum(1, keepdims=True)
+            weights = self.weights + wider * (drawn - self.weights)
+            if self.alone:
+                ends = weights @ e.ends.T
+                totals = ends[:, 0] - ends[:, 1]
+                yield totals, totals[:, None]
+                continue
+            totals, phi = self._values(weights, self._redrawn(rng))
+            yield totals, phi + self._unexplained(rng)
+
+    def _redrawn(self, rng: np.random.Generator) -> Array:
+        """(R, M_g): multiplicities of pairs of metagradients at random sets (those by fold are single)."""
+        m, plain = len(self.e.gradients), self.e.n_plain
+        if m == 0:
+            return np.ones((REPLICATE_BLOCK, 0))
+        pairs = rng.multinomial(plain // 2, np.full(plain // 2, 2 / plain), REPLICATE_BLOCK) if plain else None
+        single = rng.multinomial(m - plain, np.full(m - plain, 1 / (m - plain)), REPLICATE_BLOCK) if m > plain else None
+        parts = ([] if pairs is None else [np.repeat(pairs, 2, 1)]) + ([] if single is None else [single])
+        return np.concatenate(parts, 1).astype(np.float64)
+
+    def _unexplained(self, rng: np.random.Generator) -> Array:
+        """(R, n): drawn effects less what the regression makes of their replays."""
+        R, m = REPLICATE_BLOCK, len(self.y)
+        along, at_grid = self._basis()
+        basis = self.reach_at @ at_grid  # (B,)
+        out = np.zeros((R, self.n))
+        chosen = rng.choice(len(self.priors), R, p=self.credence)
+        curve = np.linalg.cholesky(self.Kf + 1e-9 * np.trace(self.Kf) / m * np.eye(m)) / self.noise[:, None]
+        first, second = (
+            A @ self.rows for A in self._mixtures(self.grid_u, np.ones(len(self.e.gradients)))
+        )  # (grid, n)
+        for number in np.unique(chosen):
+            prior, inverse = self.priors[number], self.inverses[number]
+            rows = np.flatnonzero(chosen == number)
+            slope = rng.standard_normal((len(rows), along.shape[1])) * math.sqrt(prior.slope)
+            own = rng.standard_normal(len(rows)) * math.sqrt(prior.own)
+            # Effects of each record and cluster as coefficients over u, (R, ·, B).
+            on_c = rng.standard_normal((len(rows), self.onehot.shape[1], along.shape[1]))
+            on_c *= math.sqrt(prior.clusters / self.scale_c)
+            on_r = rng.standard_normal((len(rows), self.n, along.shape[1])) * math.sqrt(prior.records / self.scale_r)
+            pair = rng.standard_normal((len(rows), m)) * math.sqrt(prior.noise)
+            y = pair + rng.standard_normal((len(rows), m)) @ curve.T
+            y += (slope @ along.T) * self.x[:, 0] + np.outer(own, self.x[:, 1])
+            twins = rng.standard_normal((len(rows), m // 2)).repeat(2, 1)
+            y += twins * np.sqrt(np.diag(self.common_pair))
+            y += np.einsum("vc,rcb,vb->rv", self.z_clustered, on_c, along, optimize=True)
+            y += np.einsum("vn,rnb,vb->rv", self.z, on_r, along, optimize=True)
+            effects = (on_c @ basis) @ self.onehot.T + on_r @ basis
+            alpha = inverse @ y.T
+            slope = slope @ at_grid.T - self._slope(prior.slope * alpha)  # (rows, grid)
+            own -= prior.own * (self.x[:, 1] @ alpha)
+            out[rows] = effects - effects.mean(1, keepdims=True)
+            out[rows] += (self.grid_weight * slope) @ first + np.outer(own, self.grid_weight @ second)
+            out[rows] -= self._effects(prior.clusters * alpha, prior.records * alpha)
+        return out
+
+    def _basis(self) -> tuple[Array, Array]:
+        """Functions of u, as many as matter, whose random combinations have the covariance of `_common`.
+
+        Returns:
+            Their values at the replays, (M_v, B), and at every size of the integral, (grid, B).
+        """
+        at = np.linspace(0, 1, 33)
+        size, vectors = np.linalg.eigh(self._common(at, at))
+        kept = size > 1e-4 * size[-1]
+        functions = vectors[:, kept] * np.sqrt(size[kept])  # (33, B)
+        return _interpolation(self.u, at) @ functions, _interpolation(self.grid_u, at) @ functions
+
+    def reliability(self) -> tuple[float, float]:
+        """λ: the slope of what toggling records did on what all other replays and the metagradients say it does.
+
+        Twins have one size and differ in who is kept: most of all where half of the clusters are kept more often, in the
+        twin the other half. Their difference is predicted without them, so whatever depends on the number of records alone, all
+        that counting knows, cancels, and no replay is asked about itself.
+        """
+        if self.alone or len(self.y) < 4:
+            return 0.0, 0.0
+        r = self.y - self.x[:, 0]
+        x = self.x * self.noise[:, None]
+        left_out = sum(
+            credence * self._left_out(r, self._covariance(x, prior))
+            for credence, prior in zip(self.credence, self.priors, strict=True)
+        )
+        happened = self.y[::2] - self.y[1::2]
+        said = happened - (left_out[::2] - left_out[1::2])
+        spread = float(said @ said)
+        slope = float(said @ happened) / spread if spread > 0 else 0.0
+        self.explained = 1 - float(((happened - said) ** 2).sum()) / max(float(happened @ happened), 1e-300)
+        return min(1.0, max(0.0, slope)), slope
+
+    def details(self) -> dict[str, Any]:
         if self.alone:
             return {}
+        best = self.priors[0]
         return {
-            "slopes": solution.slopes.tolist(),
-            "prior": list(self.prior),
-            "explained": self.explained,  # of the variance of f(S) at sets of one size, left out
+            "surrogate": "diagonal" if self.e.plan.diagonal else "random sets",
+            "prior": asdict(best),
+            "explained": getattr(self, "explained", None),  # of the variance between twins, left out
         }
+
+
+class Partition:
+    """Members who own records: values and their draws, summed."""
+
+    def __init__(self, name: str, ids: Tensor, players: Players, division: Division) -> None:
+        self.name, self.division = name, division
+        members, position = torch.unique(ids, return_inverse=True)
+        self.members = members.numpy()
+        of_player = position[players.records].numpy()
+        self.counts = np.bincount(of_player, minlength=len(members)).astype(np.float64)
+        self.sums: Array = np.bincount(of_player, division.values, len(members)).astype(np.float64)
+        self.order = np.argsort(of_player, kind="stable")
+        self.present, self.starts = np.unique(of_player[self.order], return_index=True)
+        self.drawn: list[Array] = []
+
+    def add(self, drawn: Array, totals: Array) -> None:
+        """A block of draws: values (R, n), totals (R,)."""
+        shares = np.zeros((len(drawn), len(self.members)))
+        shares[:, self.present] = np.add.reduceat(drawn[:, self.order], self.starts, 1) / totals[:, None]
+        self.drawn.append(shares)
+
+    def table(self, trust: float) -> tuple[list[Share], Array]:
+        """Every member's share, and the draws (R, n_member), moved to have the estimate as their mean."""
+        total = self.division.total
+        point = self.sums / total if total else np.zeros_like(self.sums)
+        drawn = np.concatenate(self.drawn)
+        drawn = drawn + point - drawn.mean(0)
+        count = self.counts / self.counts.sum()
+        blended = np.maximum(trust * point + (1 - trust) * count, 0)
+        paid = blended / blended.sum()
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        return [
+            Share(
+                owner=int(self.members[j]),
+                share=float(point[j]),
+                low=float(low[j]),
+                high=float(high[j]),
+                paid_share=float(paid[j]),
+                count_share=float(count[j]),
+                n_records=int(self.counts[j]),
+                value=float(self.sums[j]),
+            )
+            for j in range(len(self.members))
+        ], drawn
+
+
+def _interpolation(at: Array, of: Array) -> Array:
+    """Weights (len(at), len(of)) of the straight lines between points `of`; constant beyond the outermost."""
+    order = np.argsort(of, kind="stable")
+    points = of[order]
+    right = np.clip(np.searchsorted(points, at), 1, max(len(of) - 1, 1))
+    weights = np.zeros((len(at), len(of)))
+    rows = np.arange(len(at))
+    if len(of) == 1:
+        return np.ones_like(weights)
+    part = np.clip((at - points[right - 1]) / np.maximum(points[right] - points[right - 1], 1e-300), 0, 1)
+    weights[rows, order[right - 1]] += 1 - part
+    weights[rows, order[right]] += part
+    return weights
 
 
 def _bridge(u: Array) -> Array:
@@ -812,52 +1036,13 @@ def _bridge(u: Array) -> Array:
 
 
 def _log_variance(u: Array, residual: Array) -> Array:
-    """Coefficients of log variance, quadratic in u; the mean of log χ²₁ is −1.27."""
+    """Coefficients of log variance, a polynomial in u; the mean of log χ²₁ is −1.27."""
     squares = residual**2
-    coefficients = np.polyfit(u, np.log(squares + 1e-6 * squares.mean() + 1e-300), 2)
-    coefficients[-1] += 1.27
+    degree = min(2, len(u) // 8)
+    log = np.log(squares + 0.01 * squares.mean() + 1e-300)  # the few that happen to be near 0 must not decide
+    coefficients = np.polyfit(u, log, degree)
+    coefficients[-1] += math.log(squares.mean() / np.exp(np.polyval(coefficients, u)).mean() + 1e-300)
     return coefficients
-
-
-def _reliability(division: Division, solution: Solution) -> tuple[float, float]:
-    """λ: the slope of what tilting clusters did on what the values say it does, both beyond what counting says.
-
-    Over pairs of replays that no other number uses: in one, half of the clusters are kept more often, in its twin the other
-    half. The twins' difference is compared, in which whatever depends on the number of records alone cancels.
-    """
-    e = division.e
-    if division.alone or len(e.toggles) < 4:
-        return 0.0, 0.0
-    u = e.toggle_masks.mean(1) ** (1 / POWER)
-    happened = e.toggles - division.curve(solution, u)
-    predicted = division.beyond_counting(solution, e.toggle_masks)
-    x, y = predicted[::2] - predicted[1::2], happened[::2] - happened[1::2]
-    precision = division.noise_at(u[::2]) ** -2
-    spread = float((precision * x * x).sum())
-    slope = float((precision * x * y).sum()) / spread if spread > 0 else 0.0
-    return min(1.0, max(0.0, slope)), slope
-
-
-def _table(ids: NDArray[np.int64], counts: Array, phi: Array, total: float, drawn: Array, trust: float) -> list[Share]:
-    """Shares of one partition; `drawn` is (R, n_member)."""
-    count = counts / counts.sum()
-    point = phi / total if total else np.zeros_like(phi)
-    blended = np.maximum(trust * point + (1 - trust) * count, 0)
-    paid = blended / blended.sum()
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return [
-        Share(
-            owner=int(ids[j]),
-            share=float(point[j]),
-            low=float(low[j]),
-            high=float(high[j]),
-            paid_share=float(paid[j]),
-            count_share=float(count[j]),
-            n_records=int(counts[j]),
-            value=float(phi[j]),
-        )
-        for j in range(len(ids))
-    ]
 
 
 def _kernel(at: Array, of: Array, width: float) -> Array:
@@ -923,14 +1108,10 @@ def _interval(drawn: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _centred(drawn: Array, point: Array | float, inflation: float) -> Array:
-    return point + (drawn - drawn.mean(0)) * inflation
-
-
 def _run_equivalents(counts: dict[str, int], known: Cost, fold_ratio: float) -> float:
     """FLOPs of everything, the run that found the clusters included, over those of one unbatched run."""
     plain = 1 + counts["ends"] + counts["values"] + counts["toggles"] + counts["probes"]
-    return plain + counts["gradients"] * known.metagradient_ratio + counts["folds"] * fold_ratio
+    return plain + (counts["path"] + counts["gradients"]) * known.metagradient_ratio + counts["folds"] * fold_ratio
 
 
 def _fold_ratio(known: Cost, n_fold: int) -> float:
@@ -946,8 +1127,8 @@ def _cut(kind: str, count: int, part: int, parts: int) -> int:
     """Where a part of `count` items begins: between pairs; the two ends stay together in the first part."""
     if part == 0 or part == parts or kind == "ends":
         return count if part else 0
-    step = 1 if kind == "folds" else 2
-    return min(count, step * round(count * part / parts / step))
+    step = 2 if kind in ("values", "gradients", "toggles") else 1
+    return min(count, step * math.ceil(count * part / parts / step))
 
 
 def _check_plan(task: Task, plan: Plan) -> None:

@@ -14,7 +14,6 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -177,7 +176,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in given.world:
         task = make_task(WORLDS[name], seed=given.seed)
-        print(f"{name}, seed {given.seed}: loop differs from the engine's replays by {check(task):.1e} at most", flush=True)
+        print(
+            f"{name}, seed {given.seed}: loop differs from the engine's replays by {check(task):.1e} at most",
+            flush=True,
+        )
         truth = measure(task, target=given.target / 100, max_pairs=given.max_pairs)
         count = np.bincount(task.owners.numpy()) / task.n_train
         print(

