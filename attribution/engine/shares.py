@@ -707,18 +707,23 @@ class Division:
         e = self.e
         parts = []
         if e.plan.diagonal:
-            parts.append(_tamed(e.nodes, e.node_u))
+            tamed, factor = _tamed(e.nodes, e.node_u)
+            parts.append(tamed)
+            by_fold = factor[: len(e.fold_u)]
         self.u_gradient = np.zeros(0)
         if len(e.gradients):
             G = e.gradient_masks.astype(np.float64)
             tg = G.mean(1, keepdims=True)
             self.u_gradient = tg[:, 0] ** (1 / POWER)
             own = G / (2 * tg) + (1 - G) / (2 * (1 - tg)) - 1
-            tamed = _tamed(e.gradients, self.u_gradient)
+            tamed, factor = _tamed(e.gradients, self.u_gradient)
             parts += [tamed, tamed * own]
+            if not e.plan.diagonal:
+                by_fold = factor[e.n_plain :]
         self.rows = np.concatenate(parts)  # (M_r, n)
         self.rows -= self.rows.mean(1, keepdims=True)
-        self.folds = e.fold_gradients - e.fold_gradients.mean(2, keepdims=True)
+        folds = np.where(np.isfinite(e.fold_gradients), e.fold_gradients, 0) * by_fold[:, None]
+        self.folds = folds - folds.mean(2, keepdims=True)
         self.cross = centred @ self.rows.T  # (M_v, M_r)
         if len(e.fold_u):
             cross = np.einsum("vn,gmn->gvm", centred, self.folds)  # (n_fold, M_v, M_f)
@@ -1055,15 +1060,18 @@ def _normalised(weights: Array) -> Array:
     return weights / weights.sum(1, keepdims=True)
 
 
-def _tamed(gradients: Array, u: Array) -> Array:
+def _tamed(gradients: Array, u: Array) -> tuple[Array, Array]:
     """Scale a metagradient far longer than those at neighbouring sizes down to a multiple of their median length.
 
     Where training is chaotic a few derivatives explode. Any surrogate leaves (2) unbiased; a wild one leaves it noisy.
+
+    Returns:
+        The metagradients (M, n), and what each was multiplied by, (M,).
     """
     length = np.linalg.norm(np.where(np.isfinite(gradients), gradients, 0), axis=1)
     usual = np.array([np.median(length[np.argsort(np.abs(u - at), kind="stable")[:9]]) for at in u])
     factor = np.minimum(1, MAX_GRADIENT_RATIO * usual / np.maximum(length, 1e-300))
-    return np.where(np.isfinite(gradients), gradients, 0) * factor[:, None]
+    return np.where(np.isfinite(gradients), gradients, 0) * factor[:, None], factor
 
 
 def _clusters(task: Task, players: Players, progress: Progress | None) -> NDArray[np.int64]:

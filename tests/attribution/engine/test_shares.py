@@ -2,16 +2,20 @@ import itertools
 import json
 from dataclasses import replace
 from math import comb
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from attribution.engine import EngineError, TensorRecords, epoch_order, replay_values
 from attribution.engine.shares import (
     Masks,
+    Partition,
     Plan,
     Players,
+    Round,
     RoundResult,
     fold_weights,
     merge_rounds,
@@ -223,3 +227,96 @@ def test_folds_average_to_the_mean_over_queries():
 
     sizes = (Q > 0).sum(1)
     assert torch.allclose((sizes[:, None] * Q).sum(0) / 11, torch.full((11,), 1 / 11, dtype=torch.float64))
+
+
+def test_a_small_budget_divides_far_better_than_counting(make_task):
+    """Ten records, all 1,024 subsets retrained, 64 run equivalents."""
+    task = make_task(n_train=10, n_query=60, batch=10, epochs=6, learning_rate=0.05)
+    truth = enumerated(task)
+
+    result = merge_rounds(task, *measured(task, budget=64))
+
+    shares, true = result.values / result.total, truth / truth.sum()
+    assert np.abs(shares - true).sum() < 0.4 * np.abs(0.1 - true).sum()
+    assert [o.low <= share <= o.high for o, share in zip(result.owners, true, strict=True)] == [True] * 10
+    assert result.run_equivalents < 80
+
+
+def test_records_that_do_harm_have_negative_values(make_task):
+    clean = make_task(n_train=24, n_query=60, batch=8, epochs=6, learning_rate=0.05)
+    x, y = clean.train[torch.arange(24)]
+    wrong = torch.arange(24) < 6
+    task = replace(clean, train=TensorRecords(x, torch.where(wrong, (y + 1) % 3, y)), owner=wrong.long())
+
+    result = merge_rounds(task, *measured(task, budget=120))
+
+    assert result.owners[1].share < 0
+    assert result.owners[1].value == pytest.approx(result.values[:6].sum())
+    assert result.owners[0].share > 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "surrogate"),
+    [
+        ({"options": {"momentum": 0.9, "weight_decay": 0.01}, "clip_norm": 0.1}, "diagonal"),
+        ({"optimizer": "adam", "options": {}, "learning_rate": 0.02}, "random sets"),
+        ({"optimizer": "adamw", "options": {"weight_decay": 0.1}, "learning_rate": 0.02}, "random sets"),
+        ({"normalizer": "weight"}, "random sets"),
+    ],
+)
+def test_every_recipe_is_divided_to_the_exact_total(make_task, recipe, surrogate):
+    """Batches of two: at small sets the first batches are fully masked."""
+    task = make_task(n_train=10, n_query=20, batch=2, epochs=2, **recipe)
+
+    result = merge_rounds(task, *measured(task, budget=60))
+
+    ends = replay_values(task, torch.tensor([[1.0] * 10, [0.0] * 10]))
+    assert result.details["surrogate"] == surrogate
+    assert np.isfinite(result.values).all() and np.isfinite(result.replicates).all()
+    assert result.values.sum() == pytest.approx(float(ends[0] - ends[1]), rel=1e-5)
+    assert result.replicates.sum(1) == pytest.approx(1)
+
+
+def test_the_number_of_owners_costs_nothing(make_task):
+    alone = make_task(n_train=30, n_query=10)
+    together = replace(alone, owner=torch.zeros(30, dtype=torch.int64))
+    flops, results = [], []
+    for task in (alone, together):
+        with FlopCounterMode(display=False) as counter:
+            results.append(merge_rounds(task, *measured(task, budget=60)))
+        flops.append(counter.get_total_flops())
+
+    assert flops[0] == flops[1] > 0
+    assert [len(r.owners) for r in results] == [30, 1]
+    assert results[0].run_equivalents == results[1].run_equivalents
+    assert np.array_equal(results[0].values, results[1].values)
+
+
+def test_ten_thousand_members_are_summed_in_one_pass():
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.permutation(np.concatenate([np.arange(10_000), rng.integers(0, 10_000, 2_000)])))
+    players = Players(torch.arange(12_000), torch.arange(12_000))
+    drawn = rng.standard_normal((5, 12_000))
+    partition = Partition("", ids, players, SimpleNamespace(values=drawn[0], total=float(drawn[0].sum())))
+
+    partition.add(drawn, drawn.sum(1))
+
+    assert len(partition.drawn[0][0]) == 10_000
+    expected = [np.bincount(ids.numpy(), row) / row.sum() for row in drawn]
+    assert partition.drawn[0] == pytest.approx(np.array(expected))
+
+
+def test_twins_are_of_one_size_and_a_node_weighs_all_records_alike():
+    rounds = (Round(0, {"folds": (0, 3), "path": (0, 5)}),)
+    plan = Plan("", 3, 1.0, 1.0, 30, 2, tuple(j % 7 for j in range(30)), rounds, diagonal=True)
+    masks = Masks(plan)
+
+    tilted = np.array([masks.mask("toggles", j) for j in range(40)])
+    assert (tilted[::2].sum(1) == tilted[1::2].sum(1)).all()
+    assert (tilted[::2] != tilted[1::2]).any(1).all()
+    nodes = [masks.weights(kind, j) for kind, n in (("folds", 3), ("path", 5)) for j in range(n)]
+    assert all(np.ptp(w) == 0 and 0 <= w[0] < 1 for w in nodes)
+    u = np.sort([float(w[0]) ** (2 / 3) for w in nodes])
+    assert np.diff(u).max() < 0.25  # eight in a golden-ratio sequence leave no wide gap
+    moved = masks.weights("probes", 6) != masks.weights("path", 3)
+    assert 0 < moved.sum() <= 2
