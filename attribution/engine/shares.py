@@ -23,11 +23,10 @@ The correction. Plain replays at random sets, in antithetic twins, give in units
 
     f(S) = F(u) + Σ_i (s_i − t) (b ψ_i + c (ψ'_i − ψ_i) + d_i)(u) + σ(u) ε                                          (2)
 
-with normal priors: F smooth, b(u) around 1, c around 0 (without ψ', none), d_i(u) = cluster effect + record effect, smooth in u. Half of
-the twins are tilted: half of the clusters are kept more often, in the twin the other half. Their variances are averaged over a
-grid by the probability of the replays, a step wider costing 3 nats: a few replays move nothing without evidence, and with more and
-more the priors lose their say, so that φ tends to (1) whatever the surrogate (regression-adjusted Monte Carlo, Witter et al. 2025,
-arXiv:2506.11849). Then
+with normal priors: F smooth, b(u) around 1, c around 0 (without ψ', none), d_i(u) = cluster effect + record effect, smooth in u. Their
+variances are averaged over a grid by the probability of the replays, a step wider costing 3 nats: a few replays move nothing
+without evidence, and with more and more the priors lose their say, so that φ tends to (1) whatever the surrogate
+(regression-adjusted Monte Carlo, Witter et al. 2025, arXiv:2506.11849). Then
 
     φ_i = (f(all) − f(none)) / n + mean over sizes of (b ψ_i + c (ψ'_i − ψ_i) + d_i − the same averaged over i).
 
@@ -35,7 +34,8 @@ The intervals. Draws of the queries (folds, with replacement; Student's t, as fo
 (pairs, with replacement), and of what the replays leave open about b, c and d: the posterior of (2), mixed over its priors. So the
 surrogate's error is in the interval as far as replays have not ruled it out, which redrawing the replays alone would not show.
 
-The reliability asks of every pair of twins what the other replays say of it. Nothing here looks at owners or groups: a record's value
+The reliability comes from tilted twins, in which half of the clusters are kept more often, in the other twin the other half. They
+are predicted and teach (2) nothing: what is true of heavily tilted sets is not what Shapley's value asks about. Nothing here looks at owners or groups: a record's value
 is the same to the bit however accounts are split. Shapley 1953; Aumann & Shapley 1974; Owen 1972; Lundberg & Lee 2017;
 Faithful Group Shapley, arXiv:2505.19013.
 """
@@ -254,8 +254,8 @@ def plan_shares(
 ) -> Plan:
     """Decide what to measure for about `budget` run equivalents; trains once, to find similar records.
 
-    First the diagonal: a few metagradients, some of them by fold of queries. Then replays, a third of them tilted over
-    clusters, and where the budget allows it metagradients at random sets. Masks are numbered so that any first part of the
+    First the diagonal: a few metagradients, some of them by fold of queries. Then replays, a quarter of the budget tilted over
+    clusters and kept apart for the reliability, and where the budget allows it metagradients at random sets. Masks are numbered so that any first part of the
     rounds is a balanced sample by itself. Each kind needs a few, so a plan takes about 60 run equivalents even where less
     is asked; `run_equivalents` says how many.
     """
@@ -644,7 +644,7 @@ class Division:
     NOISE_GRID = (0.1, 0.3, 1.0)  # of what is noise without effects, that which stays noise with them
     STEP_ODDS = 3.0  # nats that the replays must give for each step to a wider prior
     CURVE_REACH = 0.1  # over u, of F
-    PAIR_VARIANCE = 100.0  # of what tilted twins have in common: only their difference is looked at
+    APART = 1e6  # the variance of tilted replays in (2): they are predicted, and teach nothing
 
     def __init__(self, evidence: Evidence) -> None:
         self.e, self.n = evidence, evidence.plan.n_player
@@ -673,9 +673,7 @@ class Division:
         x = self._predicted(np.ones(len(evidence.gradients)))
         scale = max(abs(self.total), 1e-300)
         self.Kf = scale**2 * self._curve_kernel(self.u)
-        self.common_pair = np.zeros((len(y), len(y)))
-        tilted = np.arange(evidence.n_value, len(y))
-        self.common_pair[np.ix_(tilted, tilted)] = self.PAIR_VARIANCE * (tilted[:, None] // 2 == tilted[None] // 2)
+        self.kept_apart = np.where(np.arange(len(y)) < evidence.n_value, 0.0, self.APART)
         self.log_variance = np.array([2 * math.log(0.03 * scale)])
         for _ in range(3):  # the noise's profile and the fit that shows it
             self.noise = self._noise_at(self.u)
@@ -690,7 +688,7 @@ class Division:
         self.z = centred / np.sqrt(n * t * (1 - t))[:, None]
         self.z_clustered = self.z @ self.onehot  # (M_v, C)
         Kc, Kr = self.z_clustered @ self.z_clustered.T, self.z @ self.z.T
-        self.scale_c, self.scale_r = (max(np.trace(K) / len(K), 1e-12) for K in (Kc, Kr))
+        self.scale_c, self.scale_r = (max(float(np.diag(K)[: evidence.n_value].mean()), 1e-12) for K in (Kc, Kr))
         common = self._common(self.u, self.u)
         self.Kc, self.Kr = common * Kc / self.scale_c, common * Kr / self.scale_r
         self.reach_at = self.grid_weight * self._noise_at(self.grid_u) / np.sqrt(n * grid_t * (1 - grid_t))  # (grid,)
@@ -766,11 +764,11 @@ class Division:
     def _covariance(self, x: Array, prior: Prior | None) -> Array:
         """Of f(S) − the surrogate at the measured masks, in units of the noise; without effects if no prior is given."""
         x = x / self.noise[:, None]
-        K = self.Kf / np.outer(self.noise, self.noise) + self.common_pair
+        K = self.Kf / np.outer(self.noise, self.noise)
         K += (prior.slope if prior else 0.1) * self._common(self.u, self.u) * np.outer(x[:, 0], x[:, 0])
         if prior:
             K += prior.own * np.outer(x[:, 1], x[:, 1]) + prior.clusters * self.Kc + prior.records * self.Kr
-        K[np.diag_indices_from(K)] += prior.noise if prior else 1.0
+        K[np.diag_indices_from(K)] += self.kept_apart + (prior.noise if prior else 1.0)
         return K
 
     def _left_out(self, r: Array, K: Array) -> Array:
@@ -790,14 +788,14 @@ class Division:
         An average over all that are plausible, not the best one alone: from few replays the best is often the narrowest,
         and intervals would forget that it was chosen.
         """
-        # The pairs of "values" and of "toggles" alternate in this subset as they do in the whole.
-        pairs = np.unique(np.linspace(0, len(self.y) // 2 - 1, min(len(self.y), EVIDENCE_LIMIT) // 2).astype(int))
+        m = self.e.n_value // 2
+        pairs = np.unique(np.linspace(0, m - 1, min(m, EVIDENCE_LIMIT // 2)).astype(int))
         some = np.stack([2 * pairs, 2 * pairs + 1], 1).reshape(-1)
         block = np.ix_(some, some)
         r = (self.y - self.x[:, 0])[some]
         own_grid = self.OWN_GRID if np.any(self.x[:, 1]) else (0.0,)
         found = []
-        base = (self.Kf / np.outer(self.noise, self.noise) + self.common_pair)[block]
+        base = (self.Kf / np.outer(self.noise, self.noise))[block]
         first = self._common(self.u[some], self.u[some]) * np.outer(self.x[some, 0], self.x[some, 0])
         second = np.outer(self.x[some, 1], self.x[some, 1])
         Kc, Kr = self.Kc[block], self.Kr[block]
@@ -914,11 +912,9 @@ class Division:
             on_c = rng.standard_normal((len(rows), self.onehot.shape[1], along.shape[1]))
             on_c *= math.sqrt(prior.clusters / self.scale_c)
             on_r = rng.standard_normal((len(rows), self.n, along.shape[1])) * math.sqrt(prior.records / self.scale_r)
-            pair = rng.standard_normal((len(rows), m)) * math.sqrt(prior.noise)
+            pair = rng.standard_normal((len(rows), m)) * np.sqrt(prior.noise + self.kept_apart)
             y = pair + rng.standard_normal((len(rows), m)) @ curve.T
             y += (slope @ along.T) * self.x[:, 0] + np.outer(own, self.x[:, 1])
-            twins = rng.standard_normal((len(rows), m // 2)).repeat(2, 1)
-            y += twins * np.sqrt(np.diag(self.common_pair))
             y += np.einsum("vc,rcb,vb->rv", self.z_clustered, on_c, along, optimize=True)
             y += np.einsum("vn,rnb,vb->rv", self.z, on_r, along, optimize=True)
             effects = (on_c @ basis) @ self.onehot.T + on_r @ basis
@@ -943,13 +939,12 @@ class Division:
         return _interpolation(self.u, at) @ functions, _interpolation(self.grid_u, at) @ functions
 
     def reliability(self) -> tuple[float, float]:
-        """λ: the slope of what toggling records did on what all other replays and the metagradients say it does.
+        """λ: the slope of what tilting clusters did on what the other replays and the metagradients say it does.
 
-        Twins have one size and differ in who is kept: most of all where half of the clusters are kept more often, in the
-        twin the other half. Their difference is predicted without them, so whatever depends on the number of records alone, all
-        that counting knows, cancels, and no replay is asked about itself.
+        Over pairs of replays that no value is learned from. Twins have one size, so that in their difference whatever depends
+        on the number of records alone, all that counting knows, cancels.
         """
-        if self.alone or len(self.y) < 4:
+        if self.alone or len(self.y) - self.e.n_value < 4:
             return 0.0, 0.0
         r = self.y - self.x[:, 0]
         x = self.x * self.noise[:, None]
@@ -957,8 +952,9 @@ class Division:
             credence * self._left_out(r, self._covariance(x, prior))
             for credence, prior in zip(self.credence, self.priors, strict=True)
         )
-        happened = self.y[::2] - self.y[1::2]
-        said = happened - (left_out[::2] - left_out[1::2])
+        y, error = self.y[self.e.n_value :], np.asarray(left_out)[self.e.n_value :]
+        happened = y[::2] - y[1::2]
+        said = happened - (error[::2] - error[1::2])
         spread = float(said @ said)
         slope = float(said @ happened) / spread if spread > 0 else 0.0
         self.explained = 1 - float(((happened - said) ** 2).sum()) / max(float(happened @ happened), 1e-300)
