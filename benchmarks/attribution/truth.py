@@ -2,7 +2,7 @@
 
 A record's increment is f(prefix with it) − f(prefix without it); its mean over permutations is its Shapley value, without bias
 and with the right total for every single permutation (Castro, Gómez & Tejada 2009). The standard error is that of the mean over
-pairs of a permutation and its reverse. A pair is 2 · (n − 1) runs: 398 of the tenth of a second that one run takes alone,
+pairs of a permutation and its reverse. A pair is 2 · (n − 1) runs,
 so they are trained side by side by a loop written for the two models here, which must and does equal the engine's
 `replay_values` (`python -m benchmarks.attribution.truth WORLD` checks it before it starts).
 
