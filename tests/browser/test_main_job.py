@@ -195,10 +195,15 @@ def test_the_essential_path_needs_no_javascript(story: Story, chromium: Browser,
     bob.press("Show the example")
     bob.sees("What becomes of $50.00")
     bob.press("Publish the offer")
-
-    bob.page.get_by_label("Your full name").fill("Bob B.")
-    bob.press("License for $50.00")
-    bob.sees("Pay at Stripe")
+    bob.sees("What others see and pay.")
+    dataset = bob.page.url
     bob.page.locator("summary", has_text="bob").click()
     bob.press("Sign out")
     assert bob.page.get_by_role("link", name="Sign in").is_visible()
+
+    carol = Visitor(chromium, story.url, java_script_enabled=False, **PHONE)
+    sign_up(carol, "carol")
+    carol.page.goto(dataset)
+    carol.page.get_by_label("Your full name").fill("Carol C.")
+    carol.press("License for $50.00")
+    carol.sees("Pay at Stripe")
