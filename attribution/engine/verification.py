@@ -6,10 +6,11 @@ in another order, so a small drift
 
     drift = ‖claimed − replayed‖ / ‖replayed − start‖        over all floating-point weights (and moments, over their norm)
 
-is allowed, and how small is measured on the very stretch of training, not guessed: the drift between replays that differ in
-nothing but the order of sums (`reordering`: a batched replay; weights at the start off by a unit in the last place), and the
-drift that leaving out one record makes (`left_out`: the least of several). The tolerance is 10 · reordering, and never more
-than left_out / 10: where training is too chaotic to tell the two apart, only equal bits match.
+is allowed in these, while integers and booleans are not rounded: any difference there is a mismatch. How small is measured on
+the very stretch of training, not guessed: the drift between replays that differ in nothing but the order of sums (`reordering`:
+a batched replay; weights at the start off by a unit in the last place), and the drift that leaving out one record makes
+(`left_out`: the least of four records, evenly spaced among those of the stretch, and so no bound for the others). The tolerance
+is 10 · reordering, and never more than left_out / 10: where training is too chaotic to tell the two apart, only equal bits match.
 
 Segments. Checkpoints with optimizer state cut the training into m segments, each of which must lead from its own start to
 its own end: the first starts at the recipe's initial state, the last ends at the disclosed weights. k of them are drawn by the
@@ -17,8 +18,10 @@ verifier's seed and a digest of the checkpoints, so after these are fixed. If c 
 
     P(miss) = C(m − c, k) / C(m, k)        (hypergeometric)
 
-What a trainer may hide inside the tolerance adds up over the segments to Σ tolerance · ‖end − start‖; as each tolerance is at
-most a tenth of what one record does in its segment, the sum is at most a tenth of what leaving out a record everywhere does.
+What a trainer may hide inside the tolerance adds up over the segments to Σ tolerance · ‖end − start‖. Segments that were not drawn
+are counted with the widest tolerance that was measured on the drawn ones, which is a guess where they differ. Each tolerance is at
+most a tenth of what the least of four sampled records does in its segment; a record that does less than these, a tenth of it or
+below, can be left out unseen there, so the sum is no bound on what one record does.
 
 Related work: Proof-of-Training-Data (Choi et al. 2023, arXiv:2307.00682) on seeds fixed in advance; "Proof-of-Learning is
 currently more broken than you think" (Fang et al. 2023, arXiv:2208.03567) on what a tolerance that nobody measured lets
@@ -40,7 +43,7 @@ import torch
 from torch import Tensor
 
 from attribution.engine.architectures import load_state
-from attribution.engine.errors import EngineError
+from attribution.engine.errors import EngineError, TrainingDiverged
 from attribution.engine.task import Recipe, Task, epoch_order, initial_state_from_seed, seed_of
 from attribution.engine.training import Program, Progress, State, Tensors, environment, preserved_generator
 
@@ -82,7 +85,7 @@ class Tolerance:
 
     drift: float
     reordering: float  # the largest of the replays that differ in the order of sums
-    left_out: float  # the least of several replays without one record
+    left_out: float  # the least of four replays, each without one of four sampled records; others may do less
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Segment:
     last: int
     matches: bool
     end: Compared
-    tolerance: Tolerance | None  # None: equal to the bit, and not the one that was measured anyway
+    tolerance: Tolerance | None  # None: equal to the bit, and not the one that was measured anyway; or cut short
+    finding: str = ""  # what cut the replay short, if anything did; then nothing was compared
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,8 @@ class Draw:
     rarest_record: int  # the used record that is in the fewest segments,
     record_segments: int  # in so many,
     record_probability: float  # and the probability that none of them is drawn
-    hidden_drift: float  # what all tolerances together let a trainer move, as a fraction of ‖final − initial‖
-    hidden_of_left_out: float  # the same, as a fraction of what leaving out a record in every segment moves
+    hidden_drift: float  # the widest measured tolerance, in every segment, as a fraction of ‖final − initial‖
+    hidden_of_left_out: float  # a tolerance at most, as a fraction of what the least of four sampled records moves
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,13 @@ def measure_tolerance(program: Program, start: State, truth: Tensors, tell: "Tel
         start: one run's state.
         truth: the replayed tensors at the end of the stretch.
     """
+    try:
+        return _measured_tolerance(program, start, truth, tell)
+    except TrainingDiverged:  # one rounding more, or one record less, and this training explodes: only equal bits match
+        return Tolerance(drift=0.0, reordering=math.inf, left_out=math.inf)
+
+
+def _measured_tolerance(program: Program, start: State, truth: Tensors, tell: "Tell") -> Tolerance:
     begin, last = start.tensors(), start.step + tell.length
     ones = torch.ones(1, program.task.n_train)
     # As one of three runs at once, products are summed in another order.
@@ -219,7 +230,10 @@ def measure_tolerance(program: Program, start: State, truth: Tensors, tell: "Tel
 def drifts(
     claim: Mapping[str, Tensor], truth: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> tuple[float, float]:
-    """(drift of the model's weights, drift of the optimizer's moments); dimensionless, infinite where a number is not finite."""
+    """(drift of the model's weights, drift of the optimizer's moments); dimensionless, infinite where a number is not finite.
+
+    Of floating-point tensors alone; what is not rounded must be equal (`_compare`) and measures no tolerance.
+    """
     return _drift(claim, truth, start, "model."), _drift(claim, truth, {}, "optimizer.")
 
 
@@ -265,7 +279,9 @@ def _verify_whole(
                 differences += more
     compared = [found[index] for index in range(len(given))]
     tolerance = measure_tolerance(program, start, truth, tell)
-    matches = origin.finding == "" and all(c.is_bit_equal or c.worst <= tolerance.drift for c in compared)
+    false = {c.step for c in compared if not (c.is_bit_equal or c.worst <= tolerance.drift)}
+    differences.sort(key=lambda d: d.step not in false)  # those behind the verdict are named first
+    matches = origin.finding == "" and not false
     return _report(program, compared, differences, tolerance, origin, None, matches=matches, replayed="Replayed")
 
 
@@ -286,6 +302,7 @@ def _verify_segments(
     tell = Tell(progress, sum(lengths[number] for number in drawn) * (1 + RUNS_PER_TOLERANCE))
 
     differences = _outside_the_draw(program, given, initial)
+    within: list[Difference] = []  # the tolerance; what is behind the verdict is named first
     segments: list[Segment] = []
     tolerances: list[Tolerance] = []
     is_honest = not differences and origin.finding == ""
@@ -294,20 +311,27 @@ def _verify_segments(
         tell.length = last - first
         begin, end = chain[first].load(initial), chain[last].load(initial)
         start = program.restored(first, begin)
-        truth = _run(program, start, torch.ones(1, program.task.n_train), last, tell).tensors()
+        try:
+            truth = _run(program, start, torch.ones(1, program.task.n_train), last, tell).tensors()
+        except (TrainingDiverged, IndexError) as error:  # no honest training has gone on from there
+            if not first and isinstance(error, IndexError):
+                raise  # the model's own, whatever was disclosed
+            cut = Compared(last, False, math.inf, math.inf)
+            segments.append(Segment(first, last, False, cut, None, _cut_short(first, begin, error)))
+            continue
         compared, more = _compare(last, end, truth, begin)
         tolerance = None
         if not compared.is_bit_equal or not tolerances:  # one is measured whatever happens: it says what could hide
             tolerance = measure_tolerance(program, start, truth, tell)
             tolerances.append(tolerance)
         matches = compared.is_bit_equal or (tolerance is not None and compared.worst <= tolerance.drift)
-        differences += more
+        (within if matches else differences).extend(more)
         segments.append(Segment(first, last, matches, compared, tolerance))
 
-    widest = max(tolerances, key=lambda t: t.drift)
+    widest = max(tolerances, key=lambda t: t.drift, default=Tolerance(0.0, 0.0, 0.0))
     moved = [_distance(chain[first].load(initial), chain[last].load(initial)) for first, last in cuts]
     whole = _distance(initial, chain[program.recipe.n_step].load(initial))
-    record, within = _rarest_record(program.recipe, cuts)
+    record, appearances = _rarest_record(program.recipe, cuts)
     draw = Draw(
         seed=seed,
         commitment=commitment,
@@ -315,9 +339,9 @@ def _verify_segments(
         segments=segments,
         miss=_misses(lengths, len(drawn)),
         rarest_record=record,
-        record_segments=within,
-        record_probability=miss_probability(len(cuts), within, len(drawn)),
-        hidden_drift=widest.drift * sum(moved) / whole if whole else 0.0,
+        record_segments=appearances,
+        record_probability=miss_probability(len(cuts), appearances, len(drawn)),
+        hidden_drift=widest.drift * sum(moved) / whole if whole and widest.drift else 0.0,
         hidden_of_left_out=max((t.drift / t.left_out for t in tolerances if t.left_out), default=0.0),
     )
     n_replayed = sum(lengths[number] for number in drawn)
@@ -328,13 +352,29 @@ def _verify_segments(
     return _report(
         program,
         [segment.end for segment in segments],
-        differences,
+        differences + within,
         widest,
         origin,
         draw,
         matches=is_honest and all(segment.matches for segment in segments),
         replayed=replayed,
     )
+
+
+def _cut_short(first: int, begin: Tensors, error: TrainingDiverged | IndexError) -> str:
+    """Why a segment's replay was cut short, and which of its first numbers may be the cause."""
+    off = {
+        name: int((~torch.isfinite(t)).sum())
+        for name, t in sorted(begin.items())
+        if t.is_floating_point() and not bool(torch.isfinite(t).all())
+    }
+    where = f"the checkpoint after step {first}" if first else "the initial state"
+    cause = next(
+        (f": {name} has {n:,} of {begin[name].numel():,} numbers that are not finite" for name, n in off.items()), ""
+    )
+    if isinstance(error, IndexError):  # an integer was altered that the model uses as an index
+        return f"the replay from {where} breaks off: {error}"
+    return f"the replay from {where} diverges at step {error.step}{cause}"
 
 
 @dataclass(frozen=True)
@@ -448,9 +488,17 @@ def _is_same_draw(given: Tensor, drawn: Tensor) -> bool:
 
 
 def _compare(step: int, claim: Tensors, replayed: Tensors, start: Tensors) -> tuple[Compared, list[Difference]]:
+    """Where tensors differ, those that training does not round (integers, booleans) first: there no difference is allowed."""
     truth = {name: tensor for name, tensor in replayed.items() if name in claim}
-    found = [d for name in sorted(truth) if (d := _difference(step, name, claim[name], truth[name]))]
-    return Compared(step, not found, *drifts(claim, truth, start)), found
+    names = sorted(truth, key=lambda name: (truth[name].is_floating_point(), name))
+    found = [d for name in names if (d := _difference(step, name, claim[name], truth[name]))]
+    weights, moments = drifts(claim, truth, start)
+    exact = [d.tensor for d in found if not truth[d.tensor].is_floating_point()]
+    if any(name.startswith("model.") for name in exact):
+        weights = math.inf
+    if any(name.startswith("optimizer.") for name in exact):
+        moments = math.inf
+    return Compared(step, not found, weights, moments), found
 
 
 def _drift(claim: Mapping[str, Tensor], truth: Mapping[str, Tensor], start: Mapping[str, Tensor], part: str) -> float:
@@ -461,7 +509,7 @@ def _drift(claim: Mapping[str, Tensor], truth: Mapping[str, Tensor], start: Mapp
         before = start[name].double() if name in start else torch.zeros_like(tensor, dtype=torch.float64)
         off += (claim[name].double() - tensor.double()).square().sum().item()
         moved += (tensor.double() - before).square().sum().item()
-    if not math.isfinite(off):
+    if not math.isfinite(off + moved):
         return math.inf
     if off == 0:
         return 0.0
@@ -539,7 +587,7 @@ def _report(
 ) -> VerificationReport:
     return VerificationReport(
         matches=matches,
-        is_bit_equal=not differences,
+        is_bit_equal=not differences and all(c.is_bit_equal for c in compared),
         n_step=program.recipe.n_step,
         checkpoints=compared,
         differences=differences[:10],
@@ -570,12 +618,15 @@ def _summary(
     many = f"all {n} checkpoints" if draw is None else f"all {n} ends"
     those = f"{what} is" if n == 1 else f"{many} are"
     unseen = "" if draw is None else f" {_unseen(draw)}"
+    cut = next((s for s in draw.segments if s.finding), None) if draw else None
+    if cut:
+        return f"{replayed}, and not reproduced: between steps {cut.first} and {cut.last}, {cut.finding}."
     if not differences:
         return f"{replayed}, and {those} equal to the bit.{unseen}"
     worst = max(c.worst for c in compared)
     behind = (
         f"rounding alone moves this training by {tolerance.reordering:.1e} of the way it went, "
-        f"leaving out one record by {tolerance.left_out:.1e} or more"
+        f"leaving out one of four sampled records by {tolerance.left_out:.1e} or more"
     )
     if matches:
         return f"{replayed}, and {those} within {worst:.1e}, of {tolerance.drift:.1e} allowed: {behind}.{unseen}"
@@ -611,8 +662,9 @@ def _caveats(origin: Origin, draw: Draw | None) -> list[str]:
         said.append("No public seed is stated for the initial state: training on other records could hide in it.")
     if draw:
         said.append(
-            f"The tolerances of all {draw.n_segment} segments together leave {draw.hidden_drift:.1e} of the way the weights went "
-            f"to whoever would hide something in them, {draw.hidden_of_left_out:.1e} of what leaving out one record in every "
-            "segment moves."
+            f"With the widest tolerance that was measured on a drawn segment counted for each of the {draw.n_segment}, "
+            f"{draw.hidden_drift:.1e} of the way the weights went is left to whoever would hide something. A tolerance is "
+            f"{draw.hidden_of_left_out:.1e} or less of what the least of four sampled records moves in its segment; a record "
+            "that was not sampled may move less, and undrawn segments may need other tolerances."
         )
     return said

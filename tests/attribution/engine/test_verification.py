@@ -1,10 +1,18 @@
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from attribution.engine import EngineError, TensorRecords, epoch_order, initial_state_from_seed, train
+from attribution.engine import (
+    EngineError,
+    TensorRecords,
+    TrainingDiverged,
+    epoch_order,
+    initial_state_from_seed,
+    train,
+)
 from attribution.engine.training import Program, preserved_generator, save_state
 from attribution.engine.verification import draw_segments, verify
 
@@ -102,6 +110,50 @@ def test_bad_evidence_is_refused(disclosed, tmp_path):
     ):
         with pytest.raises(EngineError, match=message):
             verify(disclosed, checkpoints=checkpoints)
+
+
+class Permuted(torch.nn.Module):
+    """Integers and booleans that decide what the weights act on, and no float in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("perm", torch.tensor([2, 0, 3, 1]))
+        self.register_buffer("keep", torch.tensor([True, True, False, True]))
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x[..., self.perm] * self.keep)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("segments", [None, 5])
+@pytest.mark.parametrize("name", ["model.perm", "model.keep"])
+def test_an_integer_or_boolean_is_never_within_a_tolerance(make_task, tmp_path, name, segments, rounded):
+    """The last checkpoint differs in one such number alone, or besides roundings that are allowed."""
+    task = make_task(build=Permuted, n_train=30, batch=6)
+    checkpoints = chain(task, tmp_path)
+    assert verify(task, checkpoints=checkpoints, segments=segments, seed=0).is_bit_equal
+    (_, path) = checkpoints[-1]
+    altered = load_file(path)
+    if rounded:
+        altered = {n: torch.nextafter(t, t + 1) if t.is_floating_point() else t for n, t in altered.items()}
+        save_state(altered, path)
+        assert verify(task, checkpoints=checkpoints, segments=segments, seed=0).matches
+    altered[name][-1] = 2 if name == "model.perm" else False
+    save_state(altered, path)
+
+    report = verify(task, checkpoints=checkpoints, segments=segments, seed=0)
+
+    assert not report.matches and not report.is_bit_equal
+    assert report.checkpoints[-1].weights_drift == float("inf")
+    assert (report.differences[0].step, report.differences[0].tensor, report.differences[0].n_different) == (
+        15,
+        name,
+        1,
+    )
+    assert f"{name} differs in 1 of 4" in report.summary
+    if segments:
+        assert [(s.first, s.last) for s in report.draw.segments if not s.matches] == [(12, 15)]
 
 
 # --- segments
@@ -222,6 +274,61 @@ def test_an_altered_checkpoint_falsifies_the_segments_on_both_sides_of_it(told, 
 
     assert not report.matches
     assert [(s.first, s.last) for s in report.draw.segments if not s.matches] == [(3, 6), (6, 9)]
+
+
+@pytest.mark.parametrize("tensor", ["model.0.bias", "optimizer.2.weight.momentum_buffer"])
+def test_a_checkpoint_from_which_the_replay_diverges_is_a_mismatch_not_bad_input(told, tmp_path, tensor):
+    checkpoints = chain(told, tmp_path)
+    (_, path) = checkpoints[1]
+    altered = load_file(path)
+    altered[tensor].view(-1)[0] = float("inf")
+    save_state(altered, path)
+
+    report = verify(told, checkpoints=checkpoints, segments=5, seed=0)
+
+    assert not report.matches and not report.is_bit_equal
+    assert [(s.first, s.last) for s in report.draw.segments if not s.matches] == [(3, 6), (6, 9)]
+    assert "the replay from the checkpoint after step 6 diverges" in report.summary
+    assert f"{tensor} has 1 of" in report.summary and "learning rate" not in report.summary
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["draw"]["segments"][2]["finding"]
+    single = next(s for s in range(99) if draw_segments(5, 1, s, report.draw.commitment) == [2])
+    assert not verify(told, checkpoints=checkpoints, segments=1, seed=single).matches  # with nothing else to go by
+
+
+def test_an_altered_index_that_the_model_cannot_use_is_a_mismatch(make_task, tmp_path):
+    task = make_task(build=Permuted, n_train=30, batch=6)
+    checkpoints = chain(task, tmp_path)
+    (_, path) = checkpoints[1]
+    altered = load_file(path)
+    altered["model.perm"][0] = 99
+    save_state(altered, path)
+
+    report = verify(task, checkpoints=checkpoints, segments=5, seed=0)
+
+    assert [(s.first, s.last) for s in report.draw.segments if not s.matches] == [(3, 6), (6, 9)]
+    assert "the replay from the checkpoint after step 6 breaks off: index 99" in report.summary
+
+
+def test_a_recipe_that_diverges_from_its_own_start_is_bad_input(told, tmp_path):
+    checkpoints = chain(told, tmp_path)
+    wild = replace(told, recipe=replace(told.recipe, learning_rate=1e30))
+
+    with pytest.raises(TrainingDiverged, match="lower the learning rate"):
+        verify(wild, checkpoints=checkpoints)
+
+
+def test_the_bound_on_what_hides_is_stated_of_sampled_records_and_drawn_segments(told, tmp_path):
+    """A record that was not sampled may do less than the four, and the report does not deny it."""
+    checkpoints = chain(told, tmp_path)
+    for _, path in checkpoints:
+        save_state(
+            {n: torch.nextafter(t, t + 1) if t.is_floating_point() else t for n, t in load_file(path).items()}, path
+        )
+
+    report = verify(told, checkpoints=checkpoints, segments=2, seed=7)
+
+    assert "one of four sampled records" in report.summary
+    assert any("least of four sampled records" in line and "widest tolerance" in line for line in report.caveats)
 
 
 def test_weights_spliced_in_from_another_training_are_one_false_segment(told, tmp_path):
