@@ -2,7 +2,16 @@
 
 from attribution.engine.errors import EngineError, TrainingDiverged
 from attribution.engine.meter import Meter, meter_callback
-from attribution.engine.task import Batch, Recipe, Records, Task, TensorRecords, epoch_order, initial_state_from_seed
+from attribution.engine.task import (
+    Batch,
+    Recipe,
+    Records,
+    Task,
+    TensorRecords,
+    epoch_order,
+    initial_state_from_seed,
+    without_copies,
+)
 from attribution.engine.training import TrainedRun, metagradients, replay_values, train
 
 __all__ = [
@@ -21,4 +30,5 @@ __all__ = [
     "meter_callback",
     "replay_values",
     "train",
+    "without_copies",
 ]

@@ -71,6 +71,18 @@ def epoch_order(n_records: int, batch: int, epochs: int, seed: int) -> Tensor:
     return order.reshape(epochs * rows, batch)
 
 
+def without_copies(order: Tensor, copy_of: Tensor) -> Tensor:
+    """The order, (n_step, batch) int64, with the slots of copies left empty: training sees each class of copies once an epoch.
+
+    Empty slots are -1 and stay where they are, so the draw of `epoch_order` is the same whoever uploads copies of what.
+
+    Args:
+        copy_of: (n_train,) the record that stands for each record's class, as `Task.copy_of`.
+    """
+    is_copy = copy_of != torch.arange(len(copy_of))
+    return torch.where((order >= 0) & is_copy[order.clamp_min(0)], -1, order)
+
+
 def initial_state_from_seed(build: Callable[[], nn.Module], seed: int) -> dict[str, Tensor]:
     """The state that `build()` has when torch's generator is seeded with the public seed, and nothing else is."""
     with torch.random.fork_rng(devices=[]):
@@ -96,7 +108,9 @@ class Recipe:
     normalizer: str = "batch"
     clip_norm: float | None = None
     seed: int = 0
-    order_seed: int | None = None  # where stated, `verify` checks that `order` is epoch_order's by this public seed
+    order_seed: int | None = (
+        None  # where stated, `verify` checks that `order` is epoch_order's by it, or without_copies of that
+    )
     initial_seed: int | None = None  # where stated, that `initial_state` is initial_state_from_seed's
 
     def __post_init__(self) -> None:

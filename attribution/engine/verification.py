@@ -44,7 +44,7 @@ from torch import Tensor
 
 from attribution.engine.architectures import load_state
 from attribution.engine.errors import EngineError, TrainingDiverged
-from attribution.engine.task import Recipe, Task, epoch_order, initial_state_from_seed, seed_of
+from attribution.engine.task import Recipe, Task, epoch_order, initial_state_from_seed, seed_of, without_copies
 from attribution.engine.training import Program, Progress, State, Tensors, environment, preserved_generator
 
 REORDERING_FACTOR = 10.0
@@ -132,6 +132,7 @@ class Origin:
     order: bool | None
     initial_state: bool | None
     finding: str = ""  # what contradicts a stated seed, and where
+    rule: str = ""  # that gives the order: "epoch_order", or "without_copies" of it; empty where none does
 
 
 @dataclass(frozen=True)
@@ -458,27 +459,32 @@ def _rarest_record(recipe: Recipe, cuts: Sequence[tuple[int, int]]) -> tuple[int
 
 
 def _origin(task: Task) -> Origin:
-    """Recompute what a stated public seed must give."""
+    """Recompute what a stated public seed must give; of an order, by either of two rules."""
     recipe = task.require_recipe()
     order = initial = None
-    finding = ""
+    finding = rule = ""
     if recipe.order_seed is not None:
         epochs = math.ceil(recipe.n_step / math.ceil(task.n_train / recipe.batch))
-        expected = epoch_order(task.n_train, recipe.batch, epochs, recipe.order_seed)[: recipe.n_step]
-        order = torch.equal(expected, recipe.order)
+        drawn = epoch_order(task.n_train, recipe.batch, epochs, recipe.order_seed)[: recipe.n_step]
+        rules = {"epoch_order": drawn, "without_copies": without_copies(drawn, task.representative)}
+        rule = next((name for name, expected in rules.items() if torch.equal(expected, recipe.order)), "")
+        order = rule != ""
         if not order:
+            nearest = min(rules, key=lambda name: int((rules[name] != recipe.order).sum()))
+            expected = rules[nearest]
             step, slot = (expected != recipe.order).nonzero()[0].tolist()
+            with_or_without = ", with or without copies" if nearest == "without_copies" else ""
             finding = (
-                f"The order is not epoch_order's by seed {recipe.order_seed}: step {step}, slot {slot} has record "
+                f"The order is not epoch_order's by seed {recipe.order_seed}{with_or_without}: step {step}, slot {slot} has record "
                 f"{int(recipe.order[step, slot])}, not {int(expected[step, slot])}."
             )
     if recipe.initial_seed is not None:
-        drawn = initial_state_from_seed(task.model, recipe.initial_seed)
-        off = [name for name, tensor in recipe.initial_state.items() if not _is_same_draw(tensor, drawn[name])]
+        state = initial_state_from_seed(task.model, recipe.initial_seed)
+        off = [name for name, tensor in recipe.initial_state.items() if not _is_same_draw(tensor, state[name])]
         initial = not off
         if off and not finding:
             finding = f"The initial state is not the one of seed {recipe.initial_seed}: {off[0]} differs."
-    return Origin(order, initial, finding)
+    return Origin(order, initial, finding, rule)
 
 
 def _is_same_draw(given: Tensor, drawn: Tensor) -> bool:
@@ -658,6 +664,11 @@ def _caveats(origin: Origin, draw: Draw | None) -> list[str]:
     said = []
     if origin.order is None:
         said.append("No seed is stated for the order: whoever trained may have chosen it, record by record.")
+    if origin.rule == "without_copies":
+        said.append(
+            "The order is epoch_order's with the slots of copies left empty (without_copies). Which records are copies is the "
+            "task's word: one that is wrongly called a copy was not trained on."
+        )
     if origin.initial_state is None:
         said.append("No public seed is stated for the initial state: training on other records could hide in it.")
     if draw:

@@ -26,7 +26,16 @@ from torch.nn.functional import cross_entropy
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from attribution.engine import Batch, Recipe, Task, TensorRecords, epoch_order, initial_state_from_seed, train  # noqa: E402
+from attribution.engine import (  # noqa: E402
+    Batch,
+    Recipe,
+    Task,
+    TensorRecords,
+    epoch_order,
+    initial_state_from_seed,
+    train,
+    without_copies,
+)
 from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds, plan_shares, run_round  # noqa: E402
 
 N_OWNER, N_EACH, N_QUERY = 10, 24, 360
@@ -158,11 +167,10 @@ def puppets_found(world: World) -> Pair:
 
 
 def puppets_not_trained_on(world: World) -> Pair:
-    """As before, but training skips the slots of copies, as it would if the order named each class once."""
+    """As before, but training skips the slots of copies: the order names each class once."""
     honest, copied = puppets_found(world)
     order = epoch_order(len(copied.owner), BATCH, EPOCHS, world.seed)
-    order[order >= len(world.owner)] = -1
-    return honest, replace(copied, order=order)
+    return honest, replace(copied, order=without_copies(order, torch.from_numpy(copied.copy_of)))
 
 
 def puppets_with_noise(world: World) -> Pair:

@@ -12,6 +12,7 @@ from attribution.engine import (
     epoch_order,
     initial_state_from_seed,
     train,
+    without_copies,
 )
 from attribution.engine.training import Program, preserved_generator, save_state
 from attribution.engine.verification import draw_segments, verify
@@ -356,6 +357,40 @@ def test_an_order_or_a_start_that_its_seed_does_not_give_is_a_mismatch(told, tmp
 
         assert not report.matches and words in report.summary
         assert report.is_bit_equal  # the weights are the training's; it is the origin that is not
+
+
+def test_an_order_that_names_each_class_of_copies_once_follows_from_its_seed(told, tmp_path):
+    copy_of = torch.arange(30)
+    copy_of[[20, 25]] = 5
+    order = without_copies(told.recipe.order, copy_of)
+    skipped = replace(told, copy_of=copy_of, recipe=replace(told.recipe, order=order))
+    assert {5, 20, 25} & set(order.flatten().tolist()) == {5}
+
+    report = verify(skipped, checkpoints=chain(skipped, tmp_path / "skipped"), segments=2, seed=0)
+
+    assert report.matches and report.origin.order is True and report.origin.rule == "without_copies"
+    assert any("slots of copies left empty" in line for line in report.caveats)
+    trained_on = replace(told, copy_of=copy_of)
+    report = verify(trained_on, checkpoints=chain(trained_on, tmp_path / "both"), segments=2, seed=0)
+    assert report.matches and report.origin.rule == "epoch_order"
+    assert not any("slots of copies" in line for line in report.caveats)
+
+
+def test_no_slot_but_a_copys_may_be_empty(told, tmp_path):
+    """Half of the copies skipped, a record skipped that is no copy, and all copies skipped where none are stated."""
+    copy_of = torch.arange(30)
+    copy_of[[20, 25]] = 5
+    drawn = told.recipe.order
+    half = torch.where(drawn == 20, -1, drawn)
+    more = torch.where(drawn == 7, -1, without_copies(drawn, copy_of))
+    for order, of in ((half, copy_of), (more, copy_of), (without_copies(drawn, copy_of), None)):
+        lie = replace(told, copy_of=of, recipe=replace(told.recipe, order=order))
+
+        report = verify(lie, checkpoints=chain(lie, tmp_path / str(len(list(tmp_path.iterdir())))), segments=1, seed=0)
+
+        assert not report.matches and report.origin.rule == ""
+        assert "The order is not epoch_order's by seed 0" in report.summary
+    assert "has record -1, not" in report.summary
 
 
 def test_without_public_seeds_the_report_says_what_could_hide(make_task, tmp_path):
