@@ -20,8 +20,8 @@ verifier's seed and a digest of the checkpoints, so after these are fixed. If c 
 
 What a trainer may hide inside the tolerance adds up over the segments to Σ tolerance · ‖end − start‖. Segments that were not drawn
 are counted with the widest tolerance that was measured on the drawn ones, which is a guess where they differ. Each tolerance is at
-most a tenth of what the least of four sampled records does in its segment; a record that does less than these, a tenth of it or
-below, can be left out unseen there, so the sum is no bound on what one record does.
+most a tenth of what the least of four sampled records does in its segment. A record that was not sampled and does less than the
+tolerance can be left out unseen there, so the sum bounds no single record's effect.
 
 Related work: Proof-of-Training-Data (Choi et al. 2023, arXiv:2307.00682) on seeds fixed in advance; "Proof-of-Learning is
 currently more broken than you think" (Fang et al. 2023, arXiv:2208.03567) on what a tolerance that nobody measured lets
