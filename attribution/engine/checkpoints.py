@@ -106,20 +106,24 @@ def last_state(task: Task, program: Program, progress: Progress | None = None) -
 
 
 def load_checkpoint(program: Program, number: int) -> State:
-    """One of the task's checkpoints as a state of one run.
+    """One of the task's checkpoints as a state of one run: `read_state`, whose errors point to the checkpoint."""
+    step, path = program.task.checkpoints[number]
+    return read_state(program, Path(path), step, pointer=f"/checkpoints/{number}")
+
+
+def read_state(program: Program, path: Path, step: int, *, pointer: str) -> State:
+    """The state of one run after `step` steps, from a checkpoint file.
 
     The file holds `model.NAME` for every parameter and buffer, and may hold `optimizer.NAME.FIELD`. A tied weight may be
     there under each of its names, if they agree; a buffer that the model does not save may be missing.
 
     Raises:
-        EngineError: it cannot be read, lacks a tensor, has another shape or holds NaN; the pointer names the checkpoint.
+        EngineError: it cannot be read, lacks a tensor, has another shape or holds NaN.
     """
-    step, path = program.task.checkpoints[number]
-    pointer = f"/checkpoints/{number}"
     blank = program.blank()
     expected = {name: t for name, t in blank.tensors().items() if name.startswith("model.")}
     try:
-        found = load_state(Path(path), pointer=pointer)
+        found = load_state(path, pointer=pointer)
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror or error}", pointer=pointer) from error
     saved = {f"model.{name}": t for name, t in program.module.model.state_dict().items()}

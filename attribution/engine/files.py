@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,24 +18,32 @@ from safetensors import SafetensorError
 def written_whole(path: Path) -> Iterator[Path]:
     """Hand out a temporary name beside `path`; it gets the real one once all bytes are on the disk.
 
-    A reader never sees a half-written file, whatever stops the writer; what was at `path` before stays until then.
+    A reader never sees a half-written file, whatever stops the writer; what was at `path` before stays until then. No two
+    writers share a temporary name, so that neither takes away what the other is writing.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to; safetensors' own error is turned into one. It may pass,
             as a refused input does not.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # or the new name may reach the disk before the bytes
         partial.replace(path)
+        _sync_folder(path.parent)  # or the new name may be forgotten with the power
     except (OSError, SafetensorError) as error:
         number, why = (error.errno, error.strerror or error) if isinstance(error, OSError) else (errno.EIO, error)
         advice = f"cannot be written ({why}); free some space or choose another folder, then run it again"
         raise OSError(number, advice, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
@@ -48,6 +57,14 @@ class _OnlyWrite:
 
     def __init__(self, file: BinaryIO) -> None:
         self.write = file.write
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:

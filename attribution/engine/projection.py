@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attribution.engine.errors import EngineError
-from attribution.engine.gradients import BLOCK_BYTES
-from attribution.engine.task import Batch, PerRecord, Records, Task, seed_of
-from attribution.engine.training import preserved_generator
+from attribution.engine.gradients import BLOCK_BYTES, named_gradients
+from attribution.engine.task import Batch, PerRecord, Records, Task, TensorRecords, seed_of
+from attribution.engine.training import Program, State, Tensors, preserved_generator
 
 WIDTH = 1024
 N_PROBE = 3  # records on which the hooks are checked against torch.func
@@ -101,6 +101,7 @@ def sketch(gradients: Mapping[str, Tensor], by: Mapping[str, Hash]) -> Tensor:
 class Projector:
     """Projected gradients at one state of a task, of the training loss or of the measurement, in eval mode.
 
+    The state holds every parameter by the first of its names, and the buffers; one that the model does not save may be missing.
     `unhooked[of_loss]` names the parameters that torch.func differentiates, after `prepare` or the first `gradients`.
     """
 
@@ -108,10 +109,12 @@ class Projector:
         if width < 2 or width & (width - 1):
             raise EngineError(f"{width} is not a power of two, 2 or more", pointer="/width")
         self.task, self.width, self.seed = task, width, seed
-        with preserved_generator():
-            self.model = task.model()
-        self.model.load_state_dict(dict(state))
-        self.model.eval()
+        self.program = Program(task)
+        self.model = self.program.module.model.eval()
+        saved = self.model.state_dict()
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:  # a tied weight comes once
+            if name in state or name in saved:
+                tensor.data = state[name].clone()
         self.trained = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.model.requires_grad_(False)  # no weight's gradient is formed by autograd
         self.by = hashes(self.trained, width, seed)
@@ -212,19 +215,13 @@ class Projector:
                 found[name].append(sketch({name: g[None]}, self.by))
         return {name: torch.cat(rows) for name, rows in found.items()}
 
-    def _differentiated(self, batch: Batch, names: list[str], of_loss: bool) -> dict[str, Tensor]:
+    def _differentiated(self, batch: Batch, names: list[str], of_loss: bool) -> Tensors:
         """Gradients of some parameters by torch.func, {name: (B, *shape)}."""
-        whole = _Whole(self.model, self._objective(of_loss))
-        fixed = {n: t for n, t in [*self.model.named_parameters(), *self.model.named_buffers()] if n not in names}
-
-        def one(parameters: dict[str, Tensor], *record: Tensor) -> Tensor:
-            tensors = {f"model.{n}": t for n, t in (parameters | fixed).items()}
-            return torch.func.functional_call(whole, tensors, (tuple(part[None] for part in record),))[0]
-
-        with preserved_generator():
-            return torch.func.vmap(torch.func.grad(one), in_dims=(None, *[0] * len(batch)), randomness="different")(
-                {n: self.trained[n] for n in names}, *batch
-            )
+        parameters = {n: self.trained[n][None] for n in names}
+        fixed: Tensors = {n: p for n, p in self.model.named_parameters() if n not in parameters}
+        buffers = {n: b[None] for n, b in self.model.named_buffers()}
+        state = State(0, parameters, buffers, {}, fixed)
+        return named_gradients(self.program, state, TensorRecords(*batch), torch.arange(len(batch[0])), of_loss=of_loss)
 
     def _hooked(
         self,
@@ -260,17 +257,6 @@ class Projector:
         if not one_by_one and "" not in sums:
             sums[""] = _Sum(n, self.width, next(iter(self.trained.values())).dtype)
         return {name: total.whole() for name, total in sums.items()}, bytes_held
-
-
-class _Whole(nn.Module):
-    """One module whose forward is the task's loss or measurement, for functional_call."""
-
-    def __init__(self, model: nn.Module, objective: PerRecord) -> None:
-        super().__init__()
-        self.model, self._objective = model, objective
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._objective(self.model, batch)
 
 
 class _Sum:

@@ -28,7 +28,8 @@ import torch
 from numpy.typing import NDArray
 
 from attribution.engine.errors import EngineError
-from attribution.engine.store import Store, write_whole
+from attribution.engine.files import write_bytes
+from attribution.engine.store import Store
 from attribution.engine.task import Task
 from attribution.engine.training import Progress
 
@@ -239,6 +240,11 @@ def open_shortlist(store: Store) -> Shortlist | None:
     return Shortlist(faiss.deserialize_index(np.frombuffer(content, np.uint8)), report)
 
 
+def drop_shortlist(store: Store) -> None:
+    """Let `search` be exact until another shortlist is built."""
+    (store.folder / REPORT).unlink(missing_ok=True)
+
+
 def _choose(found: Shortlist, store: Store, queries: Array, players: Array | None) -> None:
     """The least lists and candidates that reach TARGET on every other query; the rest say what recall that gives."""
     k = min(RECALL_AT, found.index.ntotal)
@@ -292,9 +298,9 @@ def _linear(directions: Array) -> Any:
 def _write(found: Shortlist, folder: Path) -> None:
     content = faiss.serialize_index(found.index).tobytes()
     (folder / REPORT).unlink(missing_ok=True)
-    write_whole(folder / INDEX, content)
+    write_bytes(folder / INDEX, content)
     found.report["sha256"] = hashlib.sha256(content).hexdigest()
-    write_whole(folder / REPORT, (json.dumps(found.report, indent=2) + "\n").encode())
+    write_bytes(folder / REPORT, (json.dumps(found.report, indent=2) + "\n").encode())
 
 
 def _check_k(k: int, n: int) -> None:

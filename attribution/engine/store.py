@@ -29,11 +29,12 @@ from safetensors.numpy import save
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from attribution.engine.architectures import load_state
+from attribution.engine.checkpoints import load_checkpoint, read_state
 from attribution.engine.errors import EngineError
+from attribution.engine.files import write_bytes
 from attribution.engine.projection import WIDTH, Projector
 from attribution.engine.task import Batch, Task
-from attribution.engine.training import Progress, environment, preserved_generator, train
+from attribution.engine.training import Program, Progress, State, Tensors, environment, train
 
 FORMAT = 1
 SHARD_RECORDS = 8192
@@ -159,7 +160,7 @@ class Store:
                 f"holds {len(self)} records, the task has {task.n_train}; run `index` again, which adds what is new",
                 pointer=str(self.folder),
             )
-        state = _model_state(task, load_state(self.folder / STATE, pointer=STATE), STATE)
+        state = _of_model(read_state(Program(task), self.folder / STATE, 0, pointer=str(self.folder / STATE)))
         is_same = state_digest(state) == self.settings.state
         if is_same and task.checkpoints:
             is_same = state_digest(final_state(task)) == self.settings.state
@@ -190,12 +191,16 @@ def build_store(
 
     Raises:
         EngineError: `folder` has a store of another state, of other settings or of other records, or another process
-            builds there; or the disk is full, in which case finished shards stay and the next call goes on from them.
+            builds there; or the shards will not fit the disk.
+        OSError: a file cannot be written; finished shards stay, and the next call goes on from them.
     """
     if shard_records < 1:
         raise EngineError(f"{shard_records} is not 1 or more", pointer="/shard_records")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
+        for pattern in ("shard-*", STATE, MANIFEST):
+            for left in folder.glob(f"{pattern}.*.partial"):  # of a build that was killed
+                left.unlink()
         state = final_state(task)
         settings = Settings(state_digest(state), width, seed, shard_records)
         projector = Projector(task, state, width=width, seed=seed)
@@ -206,7 +211,7 @@ def build_store(
         if todo:
             (folder / MANIFEST).unlink(missing_ok=True)  # from here until the end nobody may take this for a store
             _check_room(folder, sum(stop - start for start, stop in todo) * (width + 4))
-            write_whole(folder / STATE, save_tensors({f"model.{n}": t.contiguous().clone() for n, t in state.items()}))
+            write_bytes(folder / STATE, save_tensors({f"model.{n}": t for n, t in state.items()}))
         made, done, total = [], 0, sum(stop - start for start, stop in todo)
         for start, stop in todo:
             made.append(_make_shard(task, projector, folder, settings, start, stop, _after(progress, done, total)))
@@ -217,34 +222,23 @@ def build_store(
     return Store.open(folder, is_checked=False)  # kept shards were checked, the others have just been written
 
 
-def final_state(task: Task) -> dict[str, Tensor]:
-    """The model's state after the last step: the task's last checkpoint, or else trained by the recipe."""
+def final_state(task: Task) -> Tensors:
+    """The model's state after the last step: the task's last checkpoint, or else trained by the recipe.
+
+    Every parameter and every buffer once, by the first of its names.
+
+    Raises:
+        EngineError: a checkpoint that cannot be read or is of another model.
+    """
     if not task.checkpoints:
-        return train(task).model_state()
+        return _of_model(train(task).state)
     number = len(task.checkpoints) - 1
-    path, pointer = Path(task.checkpoints[number][1]), f"/checkpoints/{number}"
-    if not path.is_file():
-        raise EngineError(f"{path.name} is not a file", pointer=pointer)
-    return _model_state(task, load_state(path, pointer=pointer), pointer)
+    return _of_model(load_checkpoint(Program(task), number))
 
 
-def _model_state(task: Task, found: Mapping[str, Tensor], pointer: str) -> dict[str, Tensor]:
-    """The model's own tensors of a checkpoint, `model.NAME`, which must be those that the task builds."""
-    with preserved_generator():
-        expected = task.model().state_dict()
-    state = {n.removeprefix("model."): t for n, t in found.items() if n.startswith("model.")}
-    for name, tensor in expected.items():
-        if name not in state:
-            raise EngineError(f"lacks the tensor 'model.{name}'", pointer=pointer)
-        if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-            raise EngineError(
-                f"'model.{name}' is {tuple(state[name].shape)} {state[name].dtype}, the model has "
-                f"{tuple(tensor.shape)} {tensor.dtype}",
-                pointer=pointer,
-            )
-    if extra := sorted(set(state) - set(expected)):
-        raise EngineError(f"has the tensor 'model.{extra[0]}', which the model does not", pointer=pointer)
-    return state
+def _of_model(state: State) -> Tensors:
+    """Every parameter and buffer once, by the model's own names, whichever of a tied weight's names a file had."""
+    return {name.removeprefix("model."): t for name, t in state.tensors().items() if name.startswith("model.")}
 
 
 def compressed(z: Array) -> tuple[Vectors, Array]:
@@ -336,7 +330,7 @@ def _keep_shard(
     sha256 = _content_digest(said, vectors, scales)
     # One metadata key: the order of several is not fixed by the format's writer.
     header = json.dumps(said | {"sha256": sha256}, sort_keys=True)
-    write_whole(folder / _name(start), save({"vectors": vectors, "scales": scales}, metadata={"residual": header}))
+    write_bytes(folder / _name(start), save({"vectors": vectors, "scales": scales}, metadata={"residual": header}))
     return Shard(_name(start), start, stop, records, sha256)
 
 
@@ -348,24 +342,7 @@ def _write_manifest(folder: Path, settings: Settings, shards: list[Shard], n_par
         "shards": [asdict(shard) for shard in shards],
         "environment": environment(),
     }
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all, and on the disk before its name is."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise EngineError(
-            f"could not be written ({error.strerror}); what was finished is kept, so make room and run `index` again",
-            pointer=str(path),
-        ) from error
+    write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _check_room(folder: Path, needed: int) -> None:

@@ -244,6 +244,7 @@ task, out = sys.argv[1:]
 assert main(["train", task, "--out", out + "/before"]) == 0
 resource.setrlimit(resource.RLIMIT_FSIZE, (256, resource.RLIM_INFINITY))  # no file may grow beyond
 commands = [["train"], ["score", "--method", "graddot"], ["shares", "--budget", "60"], ["evaluate", "--method", "graddot"]]
+commands += [["index", "--width", "64"]]
 print(json.dumps([main([name, task, "--out", f"{out}/{name}", *rest]) for name, *rest in commands]))
 """
 
@@ -260,10 +261,14 @@ def test_a_full_disk_is_said_by_every_command_and_leaves_nothing_that_looks_whol
     )
 
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == [2, 2, 2, 2]
-    assert ran.stderr.count("free some space") == 4
+    assert json.loads(ran.stdout) == [2, 2, 2, 2, 2]
+    assert ran.stderr.count("free some space") == 5
     assert "Traceback" not in ran.stderr
-    left = [path.name for name in ("train", "score", "shares", "evaluate") for path in (tmp_path / name).rglob("*.*")]
+    left = [
+        path.name
+        for name in ("train", "score", "shares", "evaluate", "index")
+        for path in (tmp_path / name).rglob("*.*")
+    ]
     assert left == []
     assert (tmp_path / "before" / "report.json").exists()
 
@@ -283,6 +288,33 @@ def test_what_was_there_stays_whole_when_writing_its_successor_fails(tmp_path):
 
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_take_away_what_the_other_is_writing(tmp_path):
+    path = tmp_path / "values"
+
+    with written_whole(path) as first:
+        first.write_text("first")
+        with written_whole(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_name_is_on_the_disk_before_the_writer_goes_on(tmp_path, monkeypatch):
+    synced = []
+
+    def noting(handle):
+        is_folder = os.path.samestat(os.fstat(handle), tmp_path.stat())
+        synced.append((is_folder, (tmp_path / "values").exists()))
+
+    monkeypatch.setattr(os, "fsync", noting)
+    with written_whole(tmp_path / "values") as partial:
+        partial.write_text("whole")
+
+    assert synced == [(False, False), (True, True)]
 
 
 def test_a_digest_of_arrays_sees_names_shapes_types_and_every_bit():

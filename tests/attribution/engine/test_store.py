@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
 
-from attribution.engine import EngineError, TensorRecords
+from attribution.engine import EngineError, Recipe, Task, TensorRecords, epoch_order, initial_state_from_seed
 from attribution.engine import store as store_module
+from attribution.engine.estimators import graddot
 from attribution.engine.projection import Projector
+from attribution.engine.search import search
 from attribution.engine.store import Store, build_store, compressed, final_state
 from attribution.engine.training import train
 
@@ -177,7 +181,7 @@ def test_a_disk_that_fills_up_leaves_no_half_shard_and_says_what_to_do(elsewhere
         _, error = limited.communicate()
 
     assert limited.returncode == 1
-    assert "could not be written (File too large); what was finished is kept" in error
+    assert "cannot be written (File too large); free some space or choose another folder, then run it again" in error
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["state.safetensors"]
     assert len(build_store(make_world(), tmp_path / "out", width=1024, shard_records=64)) == 256
 
@@ -295,10 +299,77 @@ def test_queries_of_another_task_are_refused(task, tmp_path):
         Store.open(tmp_path)
 
 
+class Tied(nn.Module):
+    """Next tokens (B, 4) -> (B, 7, 4): an output layer that is the embedding, and a mask that is made and not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.frozen, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.token.weight
+        self.frozen.requires_grad_(False)
+        self.register_buffer("mask", torch.ones(4, 4).tril(), persistent=False)
+        self.register_buffer("gain", torch.full((1,), 0.5))
+
+    def forward(self, x):
+        h = self.token(x)
+        return self.head(h + self.gain * self.frozen(self.mask / self.mask.sum(1, keepdim=True) @ h)).transpose(1, 2)
+
+
+def next_tokens(model, batch):
+    return cross_entropy(model(batch[0][:, :-1]), batch[0][:, 1:], reduction="none").mean(1)
+
+
+@pytest.fixture
+def tied_task():
+    tokens = TensorRecords(torch.randint(7, (18, 5), generator=torch.Generator().manual_seed(0)))
+    recipe = Recipe(
+        optimizer="sgd",
+        learning_rate=0.5,
+        order=epoch_order(18, 6, 2, 0),
+        initial_state=initial_state_from_seed(Tied, 0),
+    )
+    return Task(model=Tied, loss=next_tokens, measurement=next_tokens, train=tokens, queries=tokens, recipe=recipe)
+
+
+def test_a_tied_weight_and_a_buffer_that_is_not_saved_are_stored_and_searched(tied_task, tmp_path):
+    n_step = tied_task.recipe.n_step
+    done = train(tied_task, checkpoint_steps=[n_step], checkpoint_dir=tmp_path / "checkpoints")
+    own = load_file(done.checkpoints[0][1])
+    assert "model.head.weight" not in own and "model.mask" in own
+    as_torch_saves = {n: t for n, t in own.items() if n.startswith("model.") and n != "model.mask"}
+    save_file(as_torch_saves | {"model.head.weight": own["model.token.weight"].clone()}, tmp_path / "torch.safetensors")
+    tasks = {
+        "trained": tied_task,
+        "own": replace(tied_task, checkpoints=done.checkpoints),
+        "own, no recipe": replace(tied_task, checkpoints=done.checkpoints, recipe=None),
+        "torch's": replace(tied_task, checkpoints=[(n_step, tmp_path / "torch.safetensors")], recipe=None),
+    }
+
+    truth = graddot.score(tied_task, state=done.state).numpy()
+    for name, task in tasks.items():
+        store = build(task, tmp_path / name)
+        found = store.vectors(np.arange(18)) @ store.query_vectors(task, torch.arange(18)).T
+        np.testing.assert_allclose(found, truth, atol=0.02 * np.abs(truth).max())
+        moved = search(task, Store.open(tmp_path / name), [3], k=1).queries[0]
+        assert moved.helpful[0][0] == found[:, 3].argmax()
+    assert content(tmp_path / "own") == content(tmp_path / "trained") == content(tmp_path / "torch's")
+
+
+def test_what_a_killed_build_was_writing_is_cleared_and_other_files_stay(task, tmp_path):
+    left = [tmp_path / f"{name}.0123.partial" for name in ("shard-000000000008.safetensors", "state.safetensors")]
+    others = tmp_path / "search.json.0123.partial"
+    for path in (*left, others):
+        path.write_bytes(b"half")
+
+    build(task, tmp_path)
+
+    assert list(tmp_path.glob("*.partial")) == [others]
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, r"/checkpoints/0: lacks the tensor 'model\.0\.weight'"),
+        ({}, r"/checkpoints/0: lacks 'model\.0\.weight'; it has nothing"),
         ({"model.0.weight": torch.zeros(2, 2)}, r"/checkpoints/0: 'model\.0\.weight' is \(2, 2\) torch\.float32"),
     ],
 )
@@ -306,5 +377,5 @@ def test_a_checkpoint_of_another_model_is_refused(task, tmp_path, tensors, messa
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(EngineError, match=message):
         final_state(replace(task, checkpoints=[(1, tmp_path / "other.safetensors")]))
-    with pytest.raises(EngineError, match=r"/checkpoints/0: none\.safetensors is not a file"):
+    with pytest.raises(EngineError, match=r"/checkpoints/0: .*none\.safetensors cannot be read: No such file"):
         final_state(replace(task, checkpoints=[(1, tmp_path / "none.safetensors")]))
