@@ -7,6 +7,7 @@ The task file's folder goes on `sys.path`; `make_task()` returns a Task. Results
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import secrets
@@ -34,7 +35,9 @@ from attribution.engine.search import (
     N_JUDGES,
     RECALL_AT,
     SHORTLIST_FROM,
+    Shortlist,
     build_shortlist,
+    drop_shortlist,
     open_shortlist,
     players,
     search,
@@ -114,10 +117,12 @@ def run_train(task: Task, given: argparse.Namespace) -> int:
 
 
 def run_score(task: Task, given: argparse.Namespace) -> int:
+    """The report comes last and names, by SHA-256, the scores.npy it is of and the task's checkpoints."""
     method = METHODS[given.method]
     with _timed() as seconds, _bar(given.method) as told:
         found: Estimate = method.estimate(task, progress=told)
     scores = found.scores.numpy()
+    (given.out / "report.json").unlink(missing_ok=True)  # or a kill would leave it beside scores that it is not of
     write_array(given.out / "scores.npy", scores)
     _write_json(
         given.out / "report.json",
@@ -127,6 +132,8 @@ def run_score(task: Task, given: argparse.Namespace) -> int:
             "settings": found.settings,
             "calibrated": found.is_calibrated,
             "shape": list(scores.shape),
+            "sha256": _file_digest(given.out / "scores.npy"),
+            "checkpoints": [[step, Path(path).name, _file_digest(Path(path))] for step, path in task.checkpoints],
             "seconds": seconds(),
             "task": task.digest,
             "environment": environment(),
@@ -177,12 +184,12 @@ def run_index(task: Task, given: argparse.Namespace) -> int:
                 progress=told,
                 say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
             )
-        playing, shortlist = players(task), open_shortlist(store)
+        playing, shortlist = players(task), _kept_shortlist(store, given.kind)
         n_playing = len(store) if playing is None else len(playing)
         if shortlist is None and n_playing >= SHORTLIST_FROM and task.n_query > 1:
             with _bar("shortlist") as told:
                 queries = store.query_vectors(task, torch.arange(min(task.n_query, N_JUDGES)))
-                shortlist = build_shortlist(store, queries, kind=given.kind, players=playing, progress=told)
+                shortlist = build_shortlist(store, queries, kind=given.kind or "sq8", players=playing, progress=told)
     found = f", shortlist with recall@100 {shortlist.recall:.3f}" if shortlist else ""
     console.print(
         f"{len(store):,} records x {store.width} in {len(store.shards)} shards{found}, {seconds():.1f} s",
@@ -368,6 +375,17 @@ def _cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def _kept_shortlist(store: Store, kind: str | None) -> Shortlist | None:
+    """The shortlist that is there, if it is whole and of the kind asked for."""
+    try:
+        kept = open_shortlist(store)
+    except EngineError as error:  # it is made from the store, and can be made again
+        console.print(f"again: {error}", markup=False, highlight=False, soft_wrap=True)
+        drop_shortlist(store)
+        return None
+    return kept if kept is None or kind in (None, kept.report.get("kind")) else None
+
+
 def _kept_round(task: Task, folder: Path, index: int, plan: Any, told: Told) -> RoundResult:
     path = folder / f"round-{index:04d}.safetensors"
     if path.exists():
@@ -423,7 +441,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--shard-records", type=_positive(int), default=SHARD_RECORDS, help="per file: what a kill costs at most"
     )
-    sub.add_argument("--kind", choices=["sq8", "pq"], default="sq8", help="of the shortlist, for stores that need one")
+    sub.add_argument(
+        "--kind", choices=["sq8", "pq"], help="of the shortlist, for stores that need one: the one there is, or sq8"
+    )
     sub = command("search", run_search, "Say which records moved an output.")
     sub.add_argument("--query", type=int, nargs="+", required=True, metavar="N")
     sub.add_argument("--k", type=_positive(int), default=RECALL_AT, help="records on either side")
@@ -507,6 +527,11 @@ def _bar(name: str) -> Iterator[Told]:
 
 def _part(told: Told, index: int, parts: int) -> Told:
     return lambda done, total: told(int(1000 * (index + done / total)), 1000 * parts)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from attribution.engine import __main__ as command_line
 from attribution.engine.__main__ import main
 
 TASK = """
@@ -45,6 +47,10 @@ def task(tmp_path: Path) -> str:
     return f"{tmp_path}/task.py:make_task"
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def report(folder: Path, name: str):
     return json.loads((folder / name).read_text())
 
@@ -78,8 +84,24 @@ def test_score_writes_one_number_per_record_and_query(task, tmp_path, method, ca
     told = report(tmp_path, "report.json")
     assert told["calibrated"] is calibrated
     assert told["settings"]
+    assert (told["sha256"], told["checkpoints"]) == (sha256(tmp_path / "scores.npy"), [])
     if method in ("tracin", "trak", "ekfac"):
         assert set(told["settings"]["parameters"]) == {"weight", "bias"}
+
+
+def test_no_report_stays_beside_scores_that_it_is_not_of(task, tmp_path, monkeypatch):
+    command = ["score", task, "--out", str(tmp_path), "--method", "graddot"]
+    assert main(command) == 0
+
+    def killed(path, document):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "_write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+
+    assert (tmp_path / "scores.npy").exists()
+    assert not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.parametrize("method", ["graddot", "tracin", "trak", "ekfac"])
@@ -106,6 +128,9 @@ def make_neither():
     assert told["calibrated"] is False
     assert told["settings"]["run_equivalents"] == 0
     assert len(told["task"]) == 64
+    name = "step-00000006.safetensors"
+    assert told["checkpoints"] == [[6, name, sha256(tmp_path / name)]]
+    assert told["sha256"] == sha256(tmp_path / "scores.npy")
     assert np.isfinite(np.load(tmp_path / "scores.npy")).all()
 
     assert main(["score", f"{bare}:make_neither", "--out", str(tmp_path / "no"), "--method", method]) == 2

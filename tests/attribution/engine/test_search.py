@@ -227,3 +227,103 @@ def test_a_large_store_gets_its_shortlist_from_index(tmp_path, monkeypatch):
         a, b = (found["queries"][0][side] for found in (short, exact))
         assert [pair["record"] for pair in a] == [pair["record"] for pair in b]
         assert [pair["score"] for pair in a] == pytest.approx([pair["score"] for pair in b])
+
+
+def test_index_makes_a_damaged_shortlist_again_and_one_of_another_kind(tmp_path, monkeypatch, capfd):
+    (tmp_path / "task.py").write_text(TASK)
+    reference, out = f"{tmp_path}/task.py:make_task", tmp_path / "out"
+    monkeypatch.setattr(command_line, "SHORTLIST_FROM", 10)
+    monkeypatch.setattr(search_module, "DIRECTIONS", 4)
+    index = ["index", reference, "--out", str(out), "--width", "64"]
+    query = ["search", reference, "--out", str(out), "--query", "3", "--k", "5"]
+    path, report = out / "shortlist.faiss", out / "shortlist.json"
+
+    assert main(index) == 0
+    whole, made = path.read_bytes(), path.stat().st_mtime_ns
+    assert main(index) == 0
+    assert path.stat().st_mtime_ns == made
+
+    for harmed, content in ((path, whole[:-1]), (report, b"{}"), (report, b"[")):
+        harmed.write_bytes(content)
+        capfd.readouterr()
+        assert main(query) == 2
+        assert "run `index` again" in capfd.readouterr().err
+        assert main(index) == 0
+        assert path.read_bytes() == whole
+        assert main(query) == 0
+    capfd.readouterr()
+
+    class Kind:
+        built: list[str] = []
+
+    def noting(*given, kind, **more):
+        Kind.built.append(kind)
+        found = build_shortlist(*given, kind="sq8", **more)  # too few records to learn product quantization from
+        report.write_text(json.dumps(found.report | {"kind": kind}))
+        return found
+
+    monkeypatch.setattr(command_line, "build_shortlist", noting)
+    for more in (["--kind", "sq8"], ["--kind", "pq"], ["--kind", "pq"], [], ["--kind", "sq8"]):
+        assert main([*index, *more]) == 0
+    assert Kind.built == ["pq", "sq8"]
+
+    path.write_bytes(whole[:-1])
+    monkeypatch.setattr(command_line, "SHORTLIST_FROM", 100)  # none is needed: the damaged one is no longer in the way
+    assert main(index) == 0
+    assert main(query) == 0
+    assert json.loads((out / "search.json").read_text())["way"] == "exact"
+
+
+OUTSIDE = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from attribution.engine import Recipe, Task, TensorRecords, epoch_order, initial_state_from_seed
+
+
+class Scaled(nn.Module):
+    # a bare parameter, which no layer's hook sees
+    def __init__(self):
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = (x * self.scale)[:, None, None]
+        return self.layer(scaled_dot_product_attention(h, h, h)[:, 0, 0])
+
+
+def loss(model, batch):
+    found = cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return found / max(1, found.sum().item() * 0)
+
+
+def plain(model, batch):
+    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def make_task(loss=loss):
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    records = TensorRecords(x, torch.arange(12) % 3)
+    recipe = Recipe(
+        optimizer="sgd", learning_rate=0.5, order=epoch_order(12, 4, 2, 0), initial_state=initial_state_from_seed(Scaled, 0)
+    )
+    return Task(model=Scaled, loss=loss, measurement=plain, train=records, queries=records, recipe=recipe)
+
+
+def make_plain():
+    return make_task(plain)
+"""
+
+
+def test_index_says_as_score_does_what_cannot_be_mapped_over_records(tmp_path, capfd):
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    said = []
+    for command in (["score", "--method", "graddot"], ["index", "--width", "64"]):
+        name, *more = command
+        assert main([name, f"{tmp_path}/outside.py:make_task", "--out", str(tmp_path / name), *more]) == 2
+        said.append(capfd.readouterr().err.splitlines()[-1])
+    assert said[0] == said[1]
+    assert said[0].startswith("error: /loss: cannot be mapped over records: ")
+    assert "no .item()" in said[0]
+
+    assert main(["index", f"{tmp_path}/outside.py:make_plain", "--out", str(tmp_path / "out"), "--width", "64"]) == 0
