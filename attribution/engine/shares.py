@@ -32,7 +32,11 @@ without evidence, and with more and more the priors lose their say, so that φ t
 
 The intervals. Draws of the queries (folds, with replacement; Student's t, as folds are few), of metagradients at random sets
 (pairs, with replacement), and of what the replays leave open about b, c and d: the posterior of (2), mixed over its priors. So the
-surrogate's error is in the interval as far as replays have not ruled it out, which redrawing the replays alone would not show.
+surrogate's error is in the interval as far as replays have not ruled it out, which redrawing the replays alone would not show. One query
+alone cannot be redrawn: then nothing says how far its total is the kind's, and the count pays.
+
+The count also pays where the interval of the total touches or lies below 0. There φ / total is no division of anything: it
+flips every sign, and would pay the records that did the harm.
 
 The reliability comes from tilted twins, in which half of the clusters are kept more often, in the other twin the other half. They
 are predicted and teach (2) nothing: what is true of heavily tilted sets is not what Shapley's value asks about. Nothing here looks at owners or groups: a record's value
@@ -60,7 +64,16 @@ from attribution.engine.errors import EngineError
 from attribution.engine.files import arrays_digest, written_whole
 from attribution.engine.gradients import block_rows, record_gradients, sketched
 from attribution.engine.task import Task, seed_of
-from attribution.engine.training import Cost, Program, Progress, cost, metagradients, replay_values, train
+from attribution.engine.training import (
+    Cost,
+    Program,
+    Progress,
+    cost,
+    metagradients,
+    plan_reverse,
+    replay_values,
+    train,
+)
 
 Array = NDArray[np.float64]
 
@@ -81,6 +94,7 @@ PROBE_TOGGLES = 0.05  # of the records, for the regime
 ROUND_FLOPS = 6e10  # about 30 s of small batched products on one core of 2020
 MAX_GRADIENT_RATIO = 8.0  # a metagradient longer than this times its neighbours' median is scaled down to it
 N_REPLICATES = 400
+RESOLUTION = 1e-6  # of a measurement: values nearer to each other are one value, rounded
 REPLICATE_BLOCK = 50  # so that replicates of a million records need not be held at once
 EVIDENCE_LIMIT = 512  # replays that the choice of priors looks at
 STUDENT = (
@@ -95,6 +109,7 @@ STUDENT = (
     2.26,
 )  # 97.5 % points of Student's t at 1..9 degrees of freedom
 GOLDEN = 0.6180339887498949
+INTERVALS = "95 %, given these queries and this seed, queries bootstrapped"
 KINDS = ("ends", "folds", "path", "gradients", "values", "toggles", "probes")
 REVERSE = ("folds", "path", "gradients")  # the metagradients
 
@@ -183,7 +198,7 @@ class Share:
 
 @dataclass(frozen=True)
 class SharesResult:
-    """Values, shares and how far to trust them. Intervals are 95 %, given these queries and this seed."""
+    """Values, shares and how far to trust them. Intervals are 95 %, given these queries and this seed, queries bootstrapped."""
 
     values: Array  # (n_train,): raw, signed; a class of copies at its representative
     replicates: Array  # (R, n_owner), in the order of `owners`: shares
@@ -194,10 +209,11 @@ class SharesResult:
     total_high: float
     reliability: float
     reliability_slope: float
-    counted: bool  # the total's interval touches 0, so the count pays
-    agreement: float
-    regime: str
+    counted: bool  # the count pays: the total's interval touches or lies below 0, or there is one query alone
+    agreement: float | None  # None: too few probes, or nothing moved
+    regime: str  # smooth, chaotic or unknown
     run_equivalents: float
+    intervals: str  # what they promise
     stopping: dict[str, Any]
     details: dict[str, Any]
 
@@ -218,7 +234,7 @@ class SharesResult:
             "agreement": self.agreement,
             "run_equivalents": self.run_equivalents,
             "stopping": self.stopping,
-            "intervals": "95 %, given these queries and this seed",
+            "intervals": self.intervals,
             "details": self.details,
         }
 
@@ -261,12 +277,12 @@ def plan_shares(
     """
     if not budget >= 40:
         raise EngineError(f"{budget}: at least 40 run equivalents, or nothing can be measured", pointer="/budget")
-    players, known = Players.of(task), cost(task)
-    n, ratio = len(players.records), known.metagradient_ratio
+    players, reversing = Players.of(task), Reversing(task)
+    n, known = len(players.records), reversing.known
     small = budget < SMALL_BUDGET
     diagonal = _has_diagonal(task)
     n_fold = min(task.n_query, FEW_FOLDS if small else MAX_FOLDS)
-    fold_ratio = _fold_ratio(known, n_fold)
+    ratio, fold_ratio = reversing.ratio(1), reversing.ratio(n_fold)
     folds = max(3, min(6 if diagonal else 24, round(0.15 * budget / fold_ratio)))
     path = NODES[not small] - folds if diagonal else 0
     toggles = max(16, min(128, _even(0.25 * budget)))
@@ -284,8 +300,8 @@ def plan_shares(
     }
     if n == 1:
         counts = dict.fromkeys(KINDS, 0) | {"ends": 2}
-    spent = _run_equivalents(counts, known, fold_ratio)
     if n_rounds is None:
+        spent = _run_equivalents(counts, ratio, fold_ratio)
         n_rounds = math.ceil(spent * known.run_flops / ROUND_FLOPS)
     n_rounds = max(1, min(n_rounds, counts["values"] // 2, counts["toggles"] // 4))
     rounds = tuple(
@@ -302,7 +318,7 @@ def plan_shares(
         task_digest=task.digest,
         seed=seed,
         budget=float(budget),
-        run_equivalents=spent,
+        run_equivalents=reversing.run_equivalents(rounds, n_fold),
         n_player=n,
         n_fold=n_fold,
         clusters=tuple(_clusters(task, players, progress).tolist()),
@@ -354,7 +370,10 @@ def merge_rounds(
     *,
     target_width: float | None = None,
 ) -> SharesResult:
-    """Divide the value over records, owners and groups, from all rounds of a plan or from the first few."""
+    """Divide the value over records, owners and groups, from all rounds of a plan or from the first few.
+
+    The count pays (`counted`) if the interval of the total touches or lies below 0, or if there is but one query to tell it by.
+    """
     _check_plan(task, plan)
     results = sorted(rounds, key=lambda r: r.index)
     for number, result in enumerate(results):
@@ -384,7 +403,7 @@ def merge_rounds(
             partition.add(drawn, drawn_totals)
     total_low, total_high = _interval(np.concatenate(totals))
     reliability, slope = division.reliability()
-    counted = total_low <= 0 <= total_high
+    counted = total_low <= 0 or plan.n_fold == 1
     trust = 0.0 if counted else reliability
 
     owners, replicates = partitions[0].table(trust)
@@ -392,8 +411,6 @@ def merge_rounds(
 
     done = [plan.rounds[r.index].items for r in results]
     counts = {kind: sum(items[kind][1] - items[kind][0] for items in done) for kind in KINDS}
-    known = cost(task)
-    fold_ratio = _fold_ratio(known, plan.n_fold)
     width = max(o.high - o.low for o in owners)
     stopping: dict[str, Any] = {"rule": "budget", "budget": plan.budget, "rounds": len(results), "width": width}
     if target_width is not None:
@@ -411,8 +428,9 @@ def merge_rounds(
         reliability_slope=slope,
         counted=counted,
         agreement=agreement,
-        regime="smooth" if agreement >= 0.5 else "chaotic",
-        run_equivalents=_run_equivalents(counts, known, fold_ratio),
+        regime="unknown" if agreement is None else "smooth" if agreement >= 0.5 else "chaotic",
+        run_equivalents=Reversing(task).run_equivalents([plan.rounds[r.index] for r in results], plan.n_fold),
+        intervals=_promise(plan.n_fold, division),
         stopping=stopping,
         details=division.details() | {"counts": counts, "n_player": plan.n_player},
     )
@@ -610,12 +628,17 @@ class Evidence:
             fold_sizes=sizes,
         )
 
-    def agreement(self) -> float:
-        """Correlation of what toggling a few records did with what the metagradient said it would do."""
+    def agreement(self) -> float | None:
+        """Correlation of what toggling a few records did with what the metagradient said it would do.
+
+        None where that cannot be told: fewer than four probes, or nothing said and nothing done.
+        """
         if len(self.did) < 4:
-            return 0.0
+            return None
         scale = np.sqrt(self.probe_t)  # effects at small sizes are larger: no single probe should decide
         said, did = (self.moved * self.said).sum(1) * scale, self.did * scale
+        if not (said.any() or did.any()):
+            return None
         if not (np.isfinite(said).all() and said.any() and did.any()):
             return 0.0
         return float((said @ did) / math.sqrt((said @ said) * (did @ did)))
@@ -652,6 +675,12 @@ class Division:
         ends = evidence.ends @ self.weights
         self.total = float(ends[0] - ends[1])
         self.alone = self.n == 1
+        measured = np.concatenate([evidence.ends, evidence.values])
+        spread = float(np.ptp(measured, axis=0).max())
+        self.still = spread <= RESOLUTION * float(np.abs(measured).max())
+        if self.still:
+            self.total, self.values = 0.0, np.zeros(self.n)
+            return
         if self.alone:
             self.values = np.array([self.total])
             return
@@ -671,7 +700,7 @@ class Division:
 
         y = evidence.values @ self.weights - ends[1] - self.total * self.u  # beyond the line between both ends
         x = self._predicted(np.ones(len(evidence.gradients)))
-        scale = max(abs(self.total), 1e-300)
+        scale = abs(self.total) if abs(self.total) > 1e-4 * spread else spread
         self.Kf = scale**2 * self._curve_kernel(self.u)
         self.kept_apart = np.where(np.arange(len(y)) < evidence.n_value, 0.0, self.APART)
         self.log_variance = np.array([2 * math.log(0.03 * scale)])
@@ -679,7 +708,11 @@ class Division:
             self.noise = self._noise_at(self.u)
             residual = self._left_out(y / self.noise - x[:, 0] / self.noise, self._covariance(x, None)) * self.noise
             twins = residual.reshape(-1, 2)  # their difference: what both miss is F's, and no noise
-            self.log_variance = _log_variance(self.u[::2], (twins[:, 0] - twins[:, 1]) / math.sqrt(2))
+            difference = (twins[:, 0] - twins[:, 1]) / math.sqrt(2)
+            if np.abs(difference).max() <= 1e-7 * scale:  # every twin had its like's value: no noise to learn from
+                self.log_variance = np.array([2 * math.log(1e-4 * scale)])
+                break
+            self.log_variance = _log_variance(self.u[::2], difference)
         self.noise = self._noise_at(self.u)
 
         # Effects in units of the noise: z has length about 1 at every size.
@@ -874,6 +907,9 @@ class Division:
             drawn = rng.multinomial(G, np.full(G, 1 / G), REPLICATE_BLOCK) * e.fold_sizes
             drawn = drawn / drawn.sum(1, keepdims=True)
             weights = self.weights + wider * (drawn - self.weights)
+            if self.still:
+                yield np.zeros(REPLICATE_BLOCK), np.zeros((REPLICATE_BLOCK, self.n))
+                continue
             if self.alone:
                 ends = weights @ e.ends.T
                 totals = ends[:, 0] - ends[:, 1]
@@ -944,7 +980,7 @@ class Division:
         Over pairs of replays that no value is learned from. Twins have one size, so that in their difference whatever depends
         on the number of records alone, all that counting knows, cancels.
         """
-        if self.alone or len(self.y) - self.e.n_value < 4:
+        if self.still or self.alone or len(self.y) - self.e.n_value < 4:
             return 0.0, 0.0
         r = self.y - self.x[:, 0]
         x = self.x * self.noise[:, None]
@@ -961,7 +997,7 @@ class Division:
         return min(1.0, max(0.0, slope)), slope
 
     def details(self) -> dict[str, Any]:
-        if self.alone:
+        if self.still or self.alone:
             return {}
         best = self.priors[0]
         return {
@@ -986,21 +1022,25 @@ class Partition:
         self.drawn: list[Array] = []
 
     def add(self, drawn: Array, totals: Array) -> None:
-        """A block of draws: values (R, n), totals (R,)."""
+        """A block of draws: values (R, n), totals (R,). A total of exactly 0 is divided by count."""
         shares = np.zeros((len(drawn), len(self.members)))
-        shares[:, self.present] = np.add.reduceat(drawn[:, self.order], self.starts, 1) / totals[:, None]
+        sums = np.add.reduceat(drawn[:, self.order], self.starts, 1)
+        shares[:, self.present] = sums / np.where(totals, totals, 1)[:, None]
+        shares[totals == 0] = self.counts / self.counts.sum()
         self.drawn.append(shares)
 
     def table(self, trust: float) -> tuple[list[Share], Array]:
         """Every member's share, and the draws (R, n_member), moved to have the estimate as their mean."""
         total = self.division.total
-        point = self.sums / total if total else np.zeros_like(self.sums)
+        count = self.counts / self.counts.sum()
+        point = self.sums / total if total else count
         drawn = np.concatenate(self.drawn)
         drawn = drawn + point - drawn.mean(0)
-        count = self.counts / self.counts.sum()
         blended = np.maximum(trust * point + (1 - trust) * count, 0)
         paid = blended / blended.sum()
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        if self.division.still:
+            low, high = np.zeros_like(point), np.ones_like(point)
         return [
             Share(
                 owner=int(self.members[j]),
@@ -1112,15 +1152,56 @@ def _interval(drawn: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _run_equivalents(counts: dict[str, int], known: Cost, fold_ratio: float) -> float:
+def _run_equivalents(counts: dict[str, int], ratio: float, fold_ratio: float) -> float:
     """FLOPs of everything, the run that found the clusters included, over those of one unbatched run."""
     plain = 1 + counts["ends"] + counts["values"] + counts["toggles"] + counts["probes"]
-    return plain + (counts["path"] + counts["gradients"]) * known.metagradient_ratio + counts["folds"] * fold_ratio
+    return plain + (counts["path"] + counts["gradients"]) * ratio + counts["folds"] * fold_ratio
 
 
 def _fold_ratio(known: Cost, n_fold: int) -> float:
-    """Run equivalents of one metagradient for n_fold questions: they share the forward pass and its recomputation."""
+    """Run equivalents of one metagradient for n_fold questions, every state kept: they share the forward pass and its recomputation."""
+    if n_fold == 1:
+        return known.metagradient_ratio
     return 2 + max(0.0, known.metagradient_ratio - 2) * n_fold
+
+
+class Reversing:
+    """What metagradients cost in the memory that they are given: where it does not hold every state, steps are recomputed."""
+
+    AT_ONCE = 8  # runs that the plan reckons with, before it knows its rounds
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.program, self.known = task, Program(task), cost(task)
+
+    def ratio(self, n_question: int) -> float:
+        """Run equivalents of one metagradient, before the rounds are known."""
+        return _fold_ratio(self.known, n_question) + self.recomputed(self.AT_ONCE, n_question) / self.AT_ONCE
+
+    def recomputed(self, n_run: int, n_question: int) -> float:
+        """Run equivalents of `n_run` metagradients beyond those with every state kept; 0 where every state is."""
+        if n_run == 0:
+            return 0.0
+        plan = plan_reverse(self.task, n_run, n_question, program=self.program)
+        if plan.snapshots >= self.program.recipe.n_step and plan.questions >= n_question:
+            return 0.0
+        return max(0.0, plan.run_equivalents - n_run * _fold_ratio(self.known, n_question))
+
+    def run_equivalents(self, rounds: Sequence[Round], n_fold: int) -> float:
+        """Of these rounds and of the run that found the clusters."""
+        sizes = [{kind: b - a for kind, (a, b) in r.items.items()} for r in rounds]
+        counts = {kind: sum(size[kind] for size in sizes) for kind in KINDS}
+        kept = _run_equivalents(counts, self.known.metagradient_ratio, _fold_ratio(self.known, n_fold))
+        asked = [(size[kind], n_fold if kind == "folds" else 1) for size in sizes for kind in REVERSE]
+        return kept + sum(self.recomputed(n_run, n_question) for n_run, n_question in asked)
+
+
+def _promise(n_fold: int, division: "Division") -> str:
+    """What the intervals say, in words."""
+    if division.still:
+        return "none: nothing that was left out moved the measurement, so the count pays and any division is possible"
+    if n_fold == 1:
+        return "95 %, given this one query and this seed: queries were not redrawn, so the count pays"
+    return INTERVALS
 
 
 def _even(x: float) -> int:

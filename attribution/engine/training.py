@@ -396,6 +396,8 @@ class Program:
         for index, batch in self._query_batches():
             with torch.enable_grad():
                 measured = self._measured(parameters, state.buffers, batch).sum(0)  # (n_chunk,)
+            if not measured.requires_grad:
+                continue  # a constant, or steps such as an error count: their slope is 0
             for g, weights in enumerate(query_weights):
                 w = weights[index].to(measured.dtype)
                 if not bool(w.any()):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from attribution.engine import EngineError, TensorRecords, epoch_order, replay_values
+from attribution.engine import EngineError, TensorRecords, epoch_order, replay_values, training
 from attribution.engine.shares import (
     Masks,
     Partition,
@@ -22,6 +22,7 @@ from attribution.engine.shares import (
     plan_shares,
     run_round,
 )
+from attribution.engine.training import cost, plan_reverse
 
 
 def enumerated(task):
@@ -192,6 +193,110 @@ def test_the_count_pays_where_the_total_may_be_nothing(make_task):
     assert result.total_low <= 0 <= result.total_high
     assert result.counted
     assert [o.paid_share for o in result.owners] == pytest.approx([1 / 12] * 12)
+
+
+def test_the_count_pays_where_training_harms(make_task):
+    """Every label wrong: a value over the negative total would pay most to who did most harm."""
+    right = make_task(n_train=12, n_query=40, batch=4, epochs=4, learning_rate=0.05)
+    x, y = right.train[torch.arange(12)]
+    task = replace(right, train=TensorRecords(x, (y + 1) % 3), owner=torch.tensor([0] * 3 + [1] * 9))
+
+    result = merge_rounds(task, *measured(task, budget=60))
+
+    assert result.total_high < 0
+    assert result.counted and result.to_json()["paid_by_count"]
+    assert [o.paid_share for o in result.owners] == pytest.approx([0.25, 0.75])
+
+
+def constant(model, batch):
+    return torch.ones(len(batch[0]), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe"),
+    [
+        ({}, {"learning_rate": 0.0}),
+        ({}, {"learning_rate": 0.0, "normalizer": "weight"}),
+        ({}, {"learning_rate": 0.0, "optimizer": "adam", "options": {}}),
+        ({"measurement": constant}, {}),
+        ({"learning_rate": 0.0, "copy_of": torch.zeros(10, dtype=torch.int64)}, {}),
+    ],
+)
+def test_training_that_moves_nothing_is_paid_by_count(make_task, task, recipe):
+    recipe = recipe | {name: task[name] for name in ("learning_rate",) if name in task}
+    task = {name: part for name, part in task.items() if name != "learning_rate"}
+    still = make_task(task=task | {"owner": torch.tensor([0] * 4 + [1] * 6)}, **recipe)
+
+    result = merge_rounds(still, *measured(still, budget=40))
+
+    count = [1.0, 0.0] if task.get("copy_of") is not None else [0.4, 0.6]
+    assert result.counted and result.total == result.total_low == result.total_high == 0
+    assert not result.values.any()
+    assert [o.paid_share for o in result.owners] == pytest.approx(count)
+    assert [(o.low, o.high) for o in result.owners] == [(0, 1)] * 2
+    assert (result.agreement, result.regime, result.reliability) == (None, "unknown", 0)
+    assert result.intervals.startswith("none: ")
+    assert result.replicates.sum(1) == pytest.approx(1)
+
+
+def test_a_measurement_of_steps_is_divided_by_its_replays(make_task):
+    """Errors, counted: metagradients are 0, and twins often agree to the bit."""
+
+    def errors(model, batch):
+        return (model(batch[0]).argmax(1) != batch[1]).double()
+
+    task = make_task(n_query=20, task={"measurement": errors})
+
+    result = merge_rounds(task, *measured(task, budget=60))
+
+    assert result.total > 0 and result.regime == "chaotic"
+    assert np.isfinite(result.replicates).all()
+    assert result.values.sum() == pytest.approx(result.total)
+
+
+def test_one_query_cannot_be_redrawn_so_the_count_pays(make_task):
+    six = make_task()
+    best = replay_values(six, torch.tensor([[1.0] * 10, [0.0] * 10]), per_query=True).diff(dim=0)[0].argmin()
+    task = replace(six, queries=TensorRecords(*six.queries[best[None]]))
+
+    result = merge_rounds(task, *measured(task, budget=40))
+
+    assert result.counted and result.total > 0
+    assert "not redrawn" in result.to_json()["intervals"]
+    assert [o.paid_share for o in result.owners] == pytest.approx([0.1] * 10)
+
+
+def test_what_a_few_probes_cannot_tell_is_called_unknown(eight):
+    plan, rounds = measured(eight, budget=60, n_rounds=4)
+
+    early, late = merge_rounds(eight, plan, rounds[:1]), merge_rounds(eight, plan, rounds)
+
+    assert early.details["counts"]["probes"] < 4 <= late.details["counts"]["probes"]
+    assert json.loads(json.dumps(early.to_json()))["agreement"] is None
+    assert early.regime == "unknown" and late.regime in ("smooth", "chaotic")
+    assert early.intervals == late.intervals == "95 %, given these queries and this seed, queries bootstrapped"
+
+
+@pytest.mark.parametrize("recipe", [{}, {"optimizer": "adam", "options": {}, "learning_rate": 0.02}])
+def test_steps_that_are_recomputed_for_want_of_memory_are_charged(make_task, monkeypatch, recipe):
+    task = make_task(n_train=40, n_query=4, batch=4, epochs=10, **recipe)
+    roomy = plan_shares(task, budget=40, n_rounds=2)
+    monkeypatch.setattr(training, "MEMORY_BYTES", 1)
+
+    tight = plan_shares(task, budget=40, n_rounds=2)
+    early = merge_rounds(task, tight, [run_round(task, tight, 0)])
+
+    counts = [{kind: b - a for kind, (a, b) in r.items.items()} for r in tight.rounds]
+
+    def charged(rounds):
+        plain = 1 + sum(c[kind] for c in rounds for kind in ("ends", "values", "toggles", "probes"))
+        asked = [(c[kind], 4 if kind == "folds" else 1) for c in rounds for kind in ("folds", "path", "gradients")]
+        return plain + sum(plan_reverse(task, *ask).run_equivalents for ask in asked if ask[0])
+
+    assert plan_reverse(task, 4, 1).run_equivalents / 4 > cost(task).metagradient_ratio + 0.5
+    assert tight.count("folds") == roomy.count("folds") and tight.run_equivalents > roomy.run_equivalents + 2
+    assert tight.run_equivalents == pytest.approx(charged(counts))
+    assert early.run_equivalents == pytest.approx(charged(counts[:1]))
 
 
 def test_a_lone_player_has_the_whole_total(make_task):
