@@ -208,6 +208,8 @@ def _segment(recipe: Recipe, program: Program, state: State, steps: tuple[int, i
     divisor = used.sum(1).clamp_min(1) if recipe.normalizer == "weight" else torch.full((len(order),), recipe.batch)
     base = torch.as_tensor(recipe.learning_rate, dtype=torch.float64).expand(recipe.n_step)[steps[0] : steps[1]]
     per_slot = (base / divisor)[:, None] * used
+    if not per_slot.any():  # no rate, no move: τ is 0, and m says who was seen, or that nobody was
+        per_slot = used.double()
     visits = torch.zeros(n, dtype=torch.float64).index_add_(0, order.clamp_min(0).flatten(), per_slot.flatten())
     share = used.sum(1) / divisor  # of a step's normaliser that its records make up
     rate: Tensors = {}
@@ -223,7 +225,7 @@ def _segment(recipe: Recipe, program: Program, state: State, steps: tuple[int, i
         of_decay = factor if recipe.optimizer == "sgd" else 1.0
         decay[name] = float(rates_here.sum()) * of_decay * options["weight_decay"]
     mean = visits.mean()
-    return Segment(state, steps, visits / mean if mean > 0 else visits, rate, decay)
+    return Segment(state, steps, visits / mean if mean > 0 else torch.ones_like(visits), rate, decay)
 
 
 def _scaling(recipe: Recipe, state: State, name: str, options: dict[str, Any]) -> Tensor:

@@ -30,6 +30,12 @@ class HeldOut:
     def run_equivalents(self) -> int:
         return sum(len(kept) for kept in self.kept) + 1
 
+    @property
+    def is_still(self) -> bool:
+        """Whether no record that was dropped moved any query at all: then every effect is 0."""
+        rounding = 8 * torch.finfo(self.full.dtype).eps
+        return all(torch.allclose(f, self.full, rtol=rounding, atol=0) for f in self.values)
+
     def agreement(self, scores: Tensor) -> float:
         """Linear datamodeling score of (n_train, n_query), mean over both sizes."""
         found = [linear_datamodeling_score(scores, k, f) for k, f in zip(self.kept, self.values, strict=True)]

@@ -110,6 +110,8 @@ def estimate(
     chosen, agreements = best(candidates, held)
     path, fitted, clock, filter_ = tried[chosen]
     scores, slope = candidates[chosen], held.slope(candidates[chosen])
+    if held.is_still:
+        scores = torch.zeros_like(scores)
     settings = _settings(path, fitted) | {
         "tau_from": clock,
         "filter": filter_.kind,

@@ -119,6 +119,8 @@ def estimate(
             progress(number + 1, len(MULTIPLES))
     chosen, agreements = best(candidates, held)
     scores, slope = candidates[chosen], held.slope(candidates[chosen])
+    if held.is_still:
+        scores = torch.zeros_like(scores)
     settings |= {
         "checkpoints": tried[chosen][0],
         "damping": tried[chosen][1],
@@ -222,6 +224,7 @@ def _seen(path: Trajectory) -> list[Segment]:
     visits = last.visits
     if last.rate is not None:
         rates = torch.tensor([segment.mean_rate() for segment in path.segments], dtype=torch.float64)
+        rates = rates if rates.any() else torch.ones_like(rates)
         visits = torch.stack([segment.visits for segment in path.segments], 1) @ rates / rates.sum().clamp_min(1e-300)
     states = [*(segment.state for segment in path.segments[:-1]), path.final]
     return [Segment(state, last.steps, visits, last.rate, last.decay) for state in states]

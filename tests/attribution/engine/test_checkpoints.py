@@ -153,3 +153,25 @@ def test_the_age_is_the_time_that_gradient_flow_ran():
         assert age(curvature, (end - start).square(), remaining) == pytest.approx(tau, rel=1e-6)
 
     assert age(curvature, start.square(), -1.0) != age(curvature, start.square(), -1.0)  # NaN: nothing to read off
+
+
+@pytest.mark.parametrize("method", [tracin, trak, ekfac])
+@pytest.mark.parametrize("recipe", [{}, {"optimizer": "adam", "options": {}}])
+def test_training_that_moves_nothing_gives_scores_of_0(make_task, method, recipe):
+    task = make_task(learning_rate=0.0, **recipe)
+
+    scores = method.score(task)
+
+    assert scores.shape == (10, 6) and not scores.any()
+
+
+@pytest.mark.parametrize("method", [tracin, trak, ekfac])
+def test_a_stretch_at_rate_0_moves_nothing_and_is_no_obstacle(make_task, method):
+    n_step = make_task(epochs=8).recipe.n_step
+    step = torch.arange(n_step)
+    rate = torch.where((step >= n_step // 3) & (step < 2 * n_step // 3), 0.1, 0.0)
+    task = make_task(epochs=8, learning_rate=rate)
+
+    scores = method.score(task)
+
+    assert scores.isfinite().all() and scores.any()
