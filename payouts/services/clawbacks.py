@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from django.db import transaction
-from django.db.models import Q, Sum
+from django.db.models import Q, QuerySet, Sum
 
 from marketplace import clock
 from marketplace.models import OrderLine
@@ -218,6 +218,23 @@ def thaw(payment: Payment) -> list[Dispute]:
         assert clawback.dispute is not None
         disputes.append(clawback.dispute)
     return disputes
+
+
+def freeze_again(payment: Payment) -> list[Dispute]:
+    """Inside the transaction that holds the payment's row: something came back to it, and while a dispute is open that is frozen too."""
+    disputes = thaw(payment)
+    for dispute in disputes:
+        freeze(payment=payment, dispute=dispute, to_account=chart.dispute(dispute))
+    return disputes
+
+
+def disputed_payments_of(*, party: int, currency: str) -> QuerySet[Payment]:
+    """The payments under an open dispute that gave a party something, in the order in which they are held."""
+    mine = DivisionLine.objects.filter(party=party)
+    gave = Q(order__in=mine.exclude(division__order_line=None).values("division__order_line__order"))
+    gave |= Q(invoice__in=mine.exclude(division__invoice_line=None).values("division__invoice_line__invoice"))
+    opened = Dispute.objects.filter(status__in=Dispute.OPEN)
+    return Payment.objects.filter(gave, pk__in=opened.values("payment"), currency=currency).order_by("pk")
 
 
 def give_back(clawback: Clawback) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from django.db import connection, transaction
 from django.db.models import Count, Q, Sum
 
+from marketplace.models import OrderLine
 from marketplace.money import Money
 from payouts import chart
 from payouts.allocation import allocate
@@ -420,6 +421,27 @@ def _disputes(balances: Balances) -> Iterator[Finding]:
             yield Finding("dispute_not_taken_back", f"{dispute}")
 
 
+def _frozen(balances: Balances) -> Iterator[Finding]:
+    """While a dispute is open, its payment's pools are empty and no payee is owed anything of it that was not sent."""
+    disputed = Payment.objects.filter(pk__in=Dispute.objects.filter(status__in=Dispute.OPEN).values("payment"))
+    order_lines = OrderLine.objects.filter(order__payment__in=disputed)
+    for pool in RoyaltyPool.objects.filter(order_line__in=order_lines, released_at=None).order_by("pk"):
+        if left := -balances.get(chart.royalty_pool(pool), 0):
+            yield Finding("disputed_not_frozen", f"pool {pool.pk} has {left} left while its payment is disputed")
+    is_disputed = Q(division__order_line__in=order_lines) | Q(division__invoice_line__invoice__payment__in=disputed)
+    lines = DivisionLine.objects.filter(is_disputed)
+    parties = set(lines.values_list("party", "division__currency"))
+    for party, currency in sorted(parties):
+        # What falls due first is sent first, so what a payee is still owed is at most what the undisputed lines give.
+        free = DivisionLine.objects.filter(party=party, division__currency=currency).exclude(pk__in=lines)
+        given = free.aggregate(sum=Sum("amount_micros", default=0))["sum"]
+        back = Reclaim.objects.filter(division_line__in=free, clawback_line__clawback__undo=None)
+        most = int(given) - int(back.aggregate(sum=Sum("amount_micros", default=0))["sum"])
+        owed = -balances.get(chart.payable(party, currency), 0)
+        if owed > most:
+            yield Finding("disputed_not_frozen", f"party {party} is owed {owed} {currency}, at most {most} undisputed")
+
+
 def _movements(balances: Balances) -> Iterator[Finding]:
     """Each of Stripe's movements is booked once, for its net, and settled if it says so."""
     for movement in Movement.objects.order_by("pk").iterator():
@@ -462,5 +484,6 @@ CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _refunds,
     _clawbacks,
     _disputes,
+    _frozen,
     _movements,
 ]

@@ -279,6 +279,7 @@ class _Refunding:
         held.refusal_code, held.refusal_message = error.code[:60], error.message
         held.save(update_fields=["state", "refusal_code", "refusal_message"])
         clawbacks.give_back(held.clawback)
+        clawbacks.freeze_again(payment)  # a dispute may have been opened before Stripe was asked
         logger.warning("Stripe refused refund=%s code=%s", held.pk, error.code)
 
 
@@ -292,7 +293,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
     if answer.taken is None:
         raise attempts.StillUncertain(f"refund {answer.id} has no balance transaction yet")
     payment_id = Refund.objects.values_list("payment", flat=True).get(pk=pk)
-    Payment.objects.select_for_update(of=("self",)).get(pk=payment_id)
+    payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment_id)
     held = job.lock() if job is not None else Refund.objects.select_for_update(of=("self",)).get(pk=pk)
     assert (answer.amount_minor, answer.currency) == (held.amount.to_minor(), held.currency), (
         f"refund {answer.id} is not what {held} intended"
@@ -326,6 +327,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
         held.refusal_message = f"The card's bank sent it back: {answer.failure_reason or 'no reason given'}."
         held.save(update_fields=["state", "refusal_code", "refusal_message"])
         clawbacks.give_back(held.clawback)
+        clawbacks.freeze_again(payment)
         logger.warning("Refund came back refund=%s reason=%s", held.pk, answer.failure_reason)
     return held
 

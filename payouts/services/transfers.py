@@ -27,16 +27,18 @@ from marketplace.money import MINOR_DIGITS, Money
 from payouts import chart, gateway, ledger
 from payouts.errors import TransferMismatch
 from payouts.models import (
+    Dispute,
     DivisionLine,
     JournalEntry,
     PayeeAccount,
     Payout,
     PayoutRun,
     Reclaim,
+    RoyaltyPool,
     TransferReversal,
     WriteOff,
 )
-from payouts.services import recoveries
+from payouts.services import clawbacks, recoveries
 from payouts.services.attempts import KEY_LIFE, LONGEST_WAIT_SECONDS, TRIES, StillUncertain
 
 logger = logging.getLogger(__name__)
@@ -232,6 +234,12 @@ def _send(run: PayoutRun, pk: int) -> bool:
                 return True
             if timezone.now() - payout.first_tried_at > KEY_LIFE:
                 _next_attempt(run, payout)
+        elif _is_disputed_since(payout):
+            message = (
+                "A payment that it is made of was disputed before it was sent; what is not disputed goes out next."
+            )
+            _book_refused(run, payout, code="disputed", message=message)
+            return True
         else:
             _note_try(run, payout)
         for number in range(TRIES):
@@ -261,7 +269,7 @@ def _try(run: PayoutRun, payout: Payout, *, wait_seconds: float) -> bool:
     except gateway.StripeRefused as error:
         if error.http_status in (401, 403):
             raise  # we were refused, not this payout; nothing was sent and the intent stays
-        _book_refused(run, payout, error)
+        _book_refused(run, payout, code=error.code, message=error.message)
         return True
     except gateway.StripeUncertain as error:
         logger.warning("Payout is uncertain payout=%s attempt=%s error=%s", payout.pk, payout.attempt, error)
@@ -275,6 +283,14 @@ def _try(run: PayoutRun, payout: Payout, *, wait_seconds: float) -> bool:
         return False
     _book_sent(payout, transfer, run)
     return True
+
+
+def _is_disputed_since(payout: Payout) -> bool:
+    """Whether a dispute that touches the payee was opened after the intent: its freeze took the intent for sent."""
+    disputed = clawbacks.disputed_payments_of(party=payout.party_id, currency=payout.currency)
+    return Dispute.objects.filter(
+        payment__in=disputed, status__in=Dispute.OPEN, created_at__gt=payout.created_at
+    ).exists()
 
 
 @transaction.atomic
@@ -328,15 +344,28 @@ def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None
     logger.info("Sent payout=%s transfer=%s micros=%s", locked.pk, transfer.id, locked.amount_micros)
 
 
+def _book_refused(run: PayoutRun, payout: Payout, *, code: str, message: str) -> None:
+    """Book the intent back to payable; what of it an open dispute is about is frozen in the same transaction."""
+    while not _booked_refused(run, payout, code=code, message=message):
+        logger.info("A dispute was opened or closed meanwhile payout=%s", payout.pk)
+
+
 @transaction.atomic
-def _book_refused(run: PayoutRun, payout: Payout, error: gateway.StripeRefused) -> None:
+def _booked_refused(run: PayoutRun, payout: Payout, *, code: str, message: str) -> bool:
+    """False, with nothing booked, if a dispute was opened or closed before the payables' lock was held: its freeze counted this as sent."""
+    disputed = clawbacks.disputed_payments_of(party=payout.party_id, currency=payout.currency)
+    payments = list(disputed.select_for_update(of=("self",)))  # before the payables' lock, as everywhere
+    pools = RoyaltyPool.objects.filter(order_line__order__in=[one.order_id for one in payments]).order_by("pk")
+    list(pools.select_for_update(of=("self",)))
     run.lock()
     recoveries.lock(payout.currency)
+    if set(disputed.values_list("pk", flat=True)) != {one.pk for one in payments}:
+        return False
     locked = Payout.objects.select_for_update().get(pk=payout.pk)
     if locked.status != Payout.Status.INTENDED:
-        return
+        return True
     locked.status = Payout.Status.REFUSED
-    locked.refusal_code, locked.refusal_message = error.code[:60], error.message
+    locked.refusal_code, locked.refusal_message = code[:60], message
     locked.save(update_fields=["status", "refusal_code", "refusal_message"])
     ledger.reverse(
         JournalEntry.objects.get(key=f"payout:{locked.pk}:intent"),
@@ -344,4 +373,7 @@ def _book_refused(run: PayoutRun, payout: Payout, error: gateway.StripeRefused) 
         kind=JournalEntry.Kind.PAYOUT_REVERSAL,
     )
     recoveries.net(parties=[locked.party_id], currency=locked.currency)  # a refund may have been waiting for it
-    logger.warning("Stripe refused payout=%s code=%s", locked.pk, error.code)
+    for payment in payments:
+        clawbacks.freeze_again(payment)
+    logger.warning("Refused payout=%s code=%s", locked.pk, code)
+    return True

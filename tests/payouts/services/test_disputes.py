@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from django.db import IntegrityError, transaction
+from django.utils import timezone
 
 from marketplace import clock, jobs
 from marketplace.errors import InvalidInput, NotAllowed
@@ -14,8 +15,8 @@ from marketplace.money import Money
 from marketplace.services.downloads import LicenseNotLive, signed_download_url
 from payouts import chart, gateway, ledger
 from payouts.errors import DisputeNotAnswerable, NotRefundable, PaymentMismatch
-from payouts.models import Dispute, DisputeAnswer, Payment, Payout, Refund, RoyaltyPool
-from payouts.services import disputes, events, recoveries, refunds, royalties
+from payouts.models import Dispute, DisputeAnswer, Payment, Payout, PayoutRun, Refund, RoyaltyPool
+from payouts.services import disputes, events, recoveries, refunds, royalties, transfers
 from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from tests.factories.marketplace import PublishedVersionFactory
@@ -290,6 +291,131 @@ def test_an_inquiry_that_escalates_becomes_a_dispute(stripe: Any, alice: Any) ->
     decide(stripe, "lost")
     hear(stripe)
     assert balances("payable", "pool", "dispute") == {}
+    clean()
+
+
+# --- what comes back while it is open -------------------------------------------------------------------------------------
+
+
+def held(party: Any, payment: Payment) -> dict[str, int]:
+    """What a party is owed and owes, and the payment's pools; without what stands at nothing."""
+    codes = [chart.payable(party, "USD"), chart.receivable(party, "USD")]
+    codes += [chart.royalty_pool(pool) for pool in RoyaltyPool.objects.filter(order_line__order=payment.order_id)]
+    return {code: micros for code, micros in ledger.balances_of(codes).items() if micros}
+
+
+def test_what_a_refused_refund_gives_back_during_a_dispute_is_frozen(stripe: Any, staff: User, alice: Any) -> None:
+    """The buyer disputes before the worker has asked Stripe for the refund."""
+    payment = paid_with(stripe, "4242424242424242", {alice: 1})
+    buy(stripe, PublishedVersionFactory())
+    refund = back(payment, 100 * DOLLAR, staff)
+    stripe.dispute(charge=payment.charge_id)
+    hear(stripe)
+    dispute = Dispute.objects.get()
+    assert dispute.clawbacks.get().amount_micros == 0
+
+    run(refund)
+
+    assert (refund.state, refund.refusal_code) == ("refused", "charge_disputed")
+    assert (held(alice, payment), ledger.balance(chart.dispute(dispute))) == ({}, 10 * DOLLAR)
+    clean()
+    clock.advance(timedelta(days=400))
+    assert royalties.divide_what_is_ready() == 1  # of the other sale
+    decide(stripe, "won")
+    hear(stripe)
+    assert held(alice, payment) == {
+        chart.payable(alice, "USD"): -30 * DOLLAR,
+        chart.royalty_pool(RoyaltyPool.objects.get(order_line__order=payment.order_id)): -60 * DOLLAR,
+    }
+    clean()
+
+
+def test_what_the_cards_bank_sends_back_during_a_dispute_is_frozen(stripe: Any, staff: User, alice: Any) -> None:
+    payment = paid_with(stripe, "4000000000005126", {alice: 1})  # a refund to it fails a day later
+    buy(stripe, PublishedVersionFactory())
+    refund = run(back(payment, 50 * DOLLAR, staff))
+    stripe.dispute(charge=payment.charge_id)
+    hear(stripe)
+    clean()
+
+    stripe.advance(days=1.1)
+    for told in stripe.events("refund.failed"):
+        events.apply_event(stripe.received(told))
+
+    refund.refresh_from_db()
+    assert refund.state == "failed"
+    assert held(alice, payment) == {}
+    assert sum(one.amount_micros for one in Dispute.objects.get().clawbacks.filter(undo=None)) == 90 * DOLLAR
+    clean()
+    decide(stripe, "lost")
+    hear(stripe)
+    assert (held(alice, payment), ledger.balances(prefix="dispute")) == ({}, {})
+    clean()
+
+
+def test_a_payout_that_is_refused_during_a_dispute_comes_back_frozen(
+    stripe: Any, monkeypatch: pytest.MonkeyPatch, alice: Any
+) -> None:
+    stripe.onboard(alice)
+    payment = paid_with(stripe, "4242424242424242", {alice: 1}, upfront_bps=9_000, pool_bps=0)
+    buy(stripe, PublishedVersionFactory())
+    stripe.advance(days=3)
+    settle_funds()
+    clock.advance(timedelta(days=31))
+
+    def disputed_meanwhile(**params: Any) -> gateway.Transfer:
+        stripe.dispute(charge=payment.charge_id)
+        hear(stripe)
+        raise gateway.StripeRefused("account_closed", "The account is closed.", 400)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway, "create_transfer", disputed_meanwhile)
+        pay_out("first")
+    assert Payout.objects.get().status == Payout.Status.REFUSED
+    assert (held(alice, payment), ledger.balances(prefix="in_transit")) == ({}, {})
+    clean()
+
+    pay_out("second")
+    assert Payout.objects.count() == 1
+    decide(stripe, "won")
+    hear(stripe)
+    pay_out("third")
+    assert [one.amount_micros for one in Payout.objects.filter(status="sent")] == [90 * DOLLAR]
+    clean()
+
+
+def test_an_intent_that_a_dispute_overtakes_is_not_sent(
+    stripe: Any, monkeypatch: pytest.MonkeyPatch, alice: Any
+) -> None:
+    stripe.onboard(alice)
+    payment = paid_with(stripe, "4242424242424242", {alice: 1}, upfront_bps=9_000, pool_bps=0)
+    other = paid_with(stripe, "4242424242424242", {alice: 1}, upfront_bps=9_000, pool_bps=0, price=50)
+    buy(stripe, PublishedVersionFactory())
+    stripe.advance(days=3)
+    settle_funds()
+    clock.advance(timedelta(days=31))
+
+    def dies(*_: Any) -> None:
+        raise KeyError("the worker died")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transfers, "_send", dies)
+        with pytest.raises(KeyError):
+            pay_out("first")
+    stripe.dispute(charge=payment.charge_id)
+    hear(stripe)
+    clean()
+
+    PayoutRun.objects.update(due_at=timezone.now())
+    pay_out("first")
+
+    assert (Payout.objects.get().status, Payout.objects.get().refusal_code) == ("refused", "disputed")
+    assert stripe.objects("transfers") == []
+    assert held(alice, payment) == {chart.payable(alice, "USD"): -45 * DOLLAR}
+    clean()
+    pay_out("second")  # the dispute is older than this intent
+    assert [one.amount_micros for one in Payout.objects.filter(status="sent")] == [45 * DOLLAR]
+    assert other.disputes.count() == 0
     clean()
 
 
