@@ -283,17 +283,23 @@ class TransferReversal(Job):
 
 
 class WriteOff(models.Model):
-    """What a party owed and the platform now bears, with who decided it and why."""
+    """What a party owed and the platform now bears, with who decided it and why; below zero: what it need not bear after all."""
 
     party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="write_offs")
     amount_micros = models.BigIntegerField()
     currency = models.CharField(max_length=3)
     reason = models.TextField()
+    returned = models.ForeignKey(Clawback, models.PROTECT, null=True, related_name="write_offs_undone")  # its cause
     decided_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
     decided_at = models.DateTimeField()  # business time
 
     class Meta:
-        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="write_off_positive")]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(amount_micros__gt=0, returned=None) | Q(amount_micros__lt=0, returned__isnull=False),
+                name="write_off_positive_or_undone",
+            )
+        ]
 
     def __str__(self) -> str:
         return f"Write-off {self.pk}"

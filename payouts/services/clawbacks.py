@@ -252,6 +252,8 @@ def give_back(clawback: Clawback) -> None:
     parties = set(
         Reclaim.objects.filter(clawback_line__clawback=clawback).values_list("division_line__party", flat=True)
     )
+    if clawback.kind != Clawback.Kind.FREEZE:  # a freeze makes nobody owe what was sent
+        recoveries.undo_write_offs(parties=parties, returned=clawback)
     recoveries.net(parties=parties, currency=clawback.currency)
     for pool in pools.exclude(released_at=None).select_related(
         "order_line__order__buyer", "order_line__offer", "version"

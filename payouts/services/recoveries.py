@@ -13,12 +13,12 @@ from django.db.models import Sum
 from django.utils import timezone
 
 from marketplace import clock, jobs
-from marketplace.errors import InvalidInput
+from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import AuditEvent, Party, User
 from marketplace.money import Money
 from payouts import chart, gateway, ledger
 from payouts.errors import NothingOwed
-from payouts.models import Account, JournalEntry, Movement, Payout, TransferReversal, WriteOff
+from payouts.models import Account, Clawback, JournalEntry, Movement, Payout, TransferReversal, WriteOff
 from payouts.services import attempts, movements
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ def request_reversal(*, payout: Payout, amount: Money, user: User | None, note: 
     """Ask for part of a sent payout back, as far as the payee owes it and still has it at Stripe. A courtesy: it may be refused.
 
     Raises:
+        NotAllowed: the user is not staff.
         InvalidInput: no note, or not a whole positive amount in the payout's currency.
         NothingOwed: the payee owes less, or this payout carried less.
     """
@@ -142,12 +143,11 @@ def request_reversal(*, payout: Payout, amount: Money, user: User | None, note: 
             f"Ask for a positive amount of {payout.currency} in whole cents; {amount} is not.",
             pointers={"/amount": "cannot be asked for"},
         )
+    _require_staff(user, to="ask for a transfer back")
     lock(payout.currency)
     payout = Payout.objects.select_for_update(of=("self",)).select_related("party").get(pk=payout.pk)
-    asked = TransferReversal.objects.filter(
-        payout__party=payout.party_id, currency=payout.currency, state=TransferReversal.State.INTENDED
-    ).aggregate(sum=Sum("amount_micros", default=0))["sum"]
-    owed = ledger.balance(chart.receivable(payout.party_id, payout.currency)) - int(asked)
+    asked = _asked_back(payout.party_id, payout.currency)
+    owed = ledger.balance(chart.receivable(payout.party_id, payout.currency)) - asked
     reversed_before = payout.reversals.exclude(state=TransferReversal.State.REFUSED).aggregate(
         sum=Sum("amount_micros", default=0)
     )["sum"]
@@ -262,17 +262,20 @@ def write_off(*, party: Party, amount: Money, user: User | None, reason: str) ->
     """Bear what a party owes: its later earnings are its own again.
 
     Raises:
+        NotAllowed: the user is not staff.
         InvalidInput: no reason, or no positive amount.
-        NothingOwed: it owes less.
+        NothingOwed: it owes less, or it is being fetched from its balance at Stripe.
     """
     if not reason.strip():
         raise InvalidInput("Say why, in words: an auditor reads it.", pointers={"/reason": "missing"})
     if amount.micros <= 0:
         raise InvalidInput(f"Write off a positive amount; {amount} is not.", pointers={"/amount": "not positive"})
+    _require_staff(user, to="write off a debt")
     lock(amount.currency)
-    owed = Money(max(0, ledger.balance(chart.receivable(party, amount.currency))), amount.currency)
+    asked = _asked_back(party.pk, amount.currency)  # may be on its way out of the payee's balance
+    owed = Money(max(0, ledger.balance(chart.receivable(party, amount.currency)) - asked), amount.currency)
     if owed < amount:
-        raise NothingOwed(f"{party.name} owes {owed}; {amount} cannot be written off.")
+        raise NothingOwed(f"{party.name} owes {owed} that is not being fetched; {amount} cannot be written off.")
     row = WriteOff.objects.create(
         party=party,
         amount_micros=amount.micros,
@@ -281,15 +284,7 @@ def write_off(*, party: Party, amount: Money, user: User | None, reason: str) ->
         decided_by=user,
         decided_at=clock.now(),
     )
-    ledger.post(
-        key=f"write_off:{row.pk}",
-        kind=JournalEntry.Kind.WRITE_OFF,
-        postings={
-            chart.losses(amount.currency): amount.micros,
-            chart.receivable(party, amount.currency): -amount.micros,
-        },
-        booked_at=row.decided_at,
-    )
+    _book_write_off(row)
     AuditEvent.objects.create(
         actor=user,
         party=party,
@@ -299,3 +294,54 @@ def write_off(*, party: Party, amount: Money, user: User | None, reason: str) ->
     )
     logger.info("Wrote off write_off=%s party=%s micros=%s", row.pk, party.pk, amount.micros)
     return row
+
+
+def undo_write_offs(*, parties: Iterable[int], returned: Clawback) -> None:
+    """Inside the transaction that holds the payables' lock: what came back was never a debt, so it needs no forgiving.
+
+    Of each party the write-offs decided since the clawback was made are taken back, as far as its receivable stands below zero;
+    otherwise it would be paid what it had been sent already.
+    """
+    for party in sorted(parties):
+        beyond = -ledger.balance(chart.receivable(party, returned.currency))
+        if beyond <= 0:
+            continue
+        forgiven = WriteOff.objects.filter(party=party, currency=returned.currency, decided_at__gte=returned.taken_at)
+        micros = min(beyond, int(forgiven.aggregate(sum=Sum("amount_micros", default=0))["sum"]))
+        if micros <= 0:
+            continue
+        row = WriteOff.objects.create(
+            party_id=party,
+            amount_micros=-micros,
+            currency=returned.currency,
+            reason="What went back to the buyer came back, so there was no debt to forgive.",
+            returned=returned,
+            decided_at=clock.now(),
+        )
+        _book_write_off(row)
+        logger.info("Undid write-offs write_off=%s party=%s micros=%s", row.pk, party, micros)
+
+
+def _book_write_off(row: WriteOff) -> None:
+    ledger.post(
+        key=f"write_off:{row.pk}",
+        kind=JournalEntry.Kind.WRITE_OFF,
+        postings={
+            chart.losses(row.currency): row.amount_micros,
+            chart.receivable(row.party_id, row.currency): -row.amount_micros,
+        },
+        booked_at=row.decided_at,
+    )
+
+
+def _asked_back(party: int, currency: str) -> int:
+    """Micros that Stripe was asked to take from a party's balance, and has not answered for."""
+    asked = TransferReversal.objects.filter(
+        payout__party=party, currency=currency, state=TransferReversal.State.INTENDED
+    )
+    return int(asked.aggregate(sum=Sum("amount_micros", default=0))["sum"])
+
+
+def _require_staff(user: User | None, *, to: str) -> None:
+    if user is None or not (user.is_staff and user.is_active):
+        raise NotAllowed(f"Only staff can {to}.")

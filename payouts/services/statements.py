@@ -307,7 +307,7 @@ ADJUSTMENTS = {
     JournalEntry.Kind.DISPUTE_THAW: "no longer held for a dispute",
     JournalEntry.Kind.DISPUTE_LOST: "given back to the buyer by the card's bank",
     JournalEntry.Kind.TRANSFER_BACK: "taken from your balance at Stripe for what you owed",
-    JournalEntry.Kind.WRITE_OFF: "what you owed was forgiven",
+    JournalEntry.Kind.WRITE_OFF: "what you owed was forgiven, or need not be after all",
 }
 
 

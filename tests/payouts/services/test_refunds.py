@@ -422,6 +422,62 @@ def test_what_nobody_expects_any_more_is_written_off_with_a_reason(paid_out: Any
     assert check_books().findings == []
 
 
+def test_a_debt_that_was_forgiven_and_then_was_none_is_not_paid_out(
+    told: Told, paid_out: Any, staff: User, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payment, _ = paid_out
+    assert payment.charge_id is not None
+    refund = run(back(payment, 100 * DOLLAR, staff))
+    recoveries.write_off(party=alice, amount=Money(90 * DOLLAR, "USD"), user=staff, reason="The account was closed.")
+    mark = str(refund.pk)
+    monkeypatch.setattr(
+        gateway, "get_refund", lambda _: refund_answer(payment.charge_id or "", 10_000, mark, status="failed")
+    )
+
+    refunds.refresh_refund(f"re_{mark}")  # the card's bank sends it back
+
+    assert balances("payable", "receivable", "expense:losses") == {}
+    assert transfers.due_micros(party_id=alice.pk, currency="USD", until=clock.now()) == 0
+    assert check_books().findings == []
+    pay_out("second")
+    assert Payout.objects.count() == 1
+
+
+def test_only_what_was_forgiven_since_is_taken_back_and_only_as_far_as_nothing_is_owed(
+    told: Told, paid_out: Any, staff: User, alice: Any
+) -> None:
+    payment, _ = paid_out
+    run(back(payment, 50 * DOLLAR, staff, "first"))
+    recoveries.write_off(party=alice, amount=Money(45 * DOLLAR, "USD"), user=staff, reason="Our own mistake.")
+    clock.advance(timedelta(days=1))
+    second = back(payment, 50 * DOLLAR, staff, "second")
+    recoveries.write_off(party=alice, amount=Money(20 * DOLLAR, "USD"), user=staff, reason="Half of it is ours.")
+    told.answers = [gateway.StripeRefused("no", "No.", 400)]
+
+    run(second)
+
+    assert balances("payable", "receivable", "expense:losses") == {"expense:losses:USD": 45 * DOLLAR}
+    assert check_books().findings == []
+
+
+def test_a_debt_that_is_being_fetched_is_not_written_off_and_only_staff_do_either(
+    paid_out: Any, staff: User, alice: Any
+) -> None:
+    payment, _ = paid_out
+    run(back(payment, 50 * DOLLAR, staff))
+    given = {"payout": Payout.objects.get(), "amount": Money(30 * DOLLAR, "USD"), "note": "refund"}
+    with pytest.raises(NotAllowed):
+        recoveries.request_reversal(user=alice.user, **given)  # type: ignore[arg-type]
+    with pytest.raises(NotAllowed):
+        recoveries.write_off(party=alice, amount=Money(DOLLAR, "USD"), user=alice.user, reason="mine")
+    recoveries.request_reversal(user=staff, **given)  # type: ignore[arg-type]
+
+    with pytest.raises(NothingOwed):
+        recoveries.write_off(party=alice, amount=Money(16 * DOLLAR, "USD"), user=staff, reason="closed")
+    recoveries.write_off(party=alice, amount=Money(15 * DOLLAR, "USD"), user=staff, reason="closed")
+    assert check_books().findings == []
+
+
 # --- the right to it --------------------------------------------------------------------------------------------------
 
 
