@@ -113,7 +113,8 @@ def confirm_in_bank(*, account: str, bank_payout: str) -> list[Payout]:
     known = set(Payout.objects.filter(transfer_id__in=transfers).values_list("transfer_id", flat=True))
     if set(transfers) - known:
         # Stripe can be faster than our own book-keeping: a transfer may be in the bank while its payout is still intended.
-        unsent = Payout.objects.filter(destination=account, transfer_id=None)
+        lately = Q(status=Payout.Status.REFUSED, first_tried_at__gt=timezone.now() - LATE)
+        unsent = Payout.objects.filter(lately | Q(status=Payout.Status.INTENDED), destination=account, transfer_id=None)
         for payout in unsent.order_by("pk"):
             found = gateway.find_transfer(group_of(payout))
             if found is not None and found.id in transfers:

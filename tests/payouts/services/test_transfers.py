@@ -389,6 +389,31 @@ def test_money_reaches_the_bank_and_the_books_agree_with_stripe(funded: Any, str
     assert check_books().findings == []
 
 
+def test_only_what_may_still_have_been_sent_is_looked_up_for_a_bank_payout(
+    funded: Any, monkeypatch: pytest.MonkeyPatch, alice: Any
+) -> None:
+    run = funded()
+    with jobs.claimed(PayoutRun, run.pk) as held:
+        assert held
+        transfers._intend(held, PayeeAccount.objects.get(party=alice))
+    payout = Payout.objects.get()
+    asked: list[str] = []
+    monkeypatch.setattr(gateway, "transfers_in_payout", lambda **_: ["tr_of_nobody"])
+    monkeypatch.setattr(gateway, "find_transfer", asked.append)
+
+    def look_up() -> int:
+        asked.clear()
+        transfers.confirm_in_bank(account=payout.destination, bank_payout="po_1")
+        return len(asked)
+
+    wall = timezone.now()
+    assert look_up() == 1  # intended
+    Payout.objects.update(status=Payout.Status.REFUSED, first_tried_at=wall - timedelta(hours=1))
+    assert look_up() == 1
+    Payout.objects.update(first_tried_at=wall - transfers.LATE)
+    assert look_up() == 0
+
+
 def test_a_bank_payout_may_be_heard_of_before_its_transfer_was_booked(funded: Any, stripe: Any, alice: Any) -> None:
     run = funded()
     with jobs.claimed(PayoutRun, run.pk) as held:
