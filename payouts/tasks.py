@@ -1,3 +1,7 @@
+import logging
+from collections.abc import Callable
+from functools import partial
+
 from celery import shared_task
 
 from marketplace import clock, jobs
@@ -5,6 +9,8 @@ from marketplace.money import MINOR_DIGITS
 from payouts import ledger
 from payouts.models import DisputeAnswer, PayoutRun, Refund, StripeEvent, TransferReversal
 from payouts.services import disputes, events, reconciliation, recoveries, refunds, royalties, sales, transfers
+
+logger = logging.getLogger(__name__)
 
 
 @shared_task(acks_late=True)
@@ -77,9 +83,18 @@ def take_snapshots() -> None:
 
 @shared_task
 def reconcile() -> None:
-    """Every difference becomes an error in the log; `manage.py reconcile` prints them."""
-    events.retry_failed_events()
-    refunds.retry_unended()
-    refunds.sweep_refunds()
-    disputes.sweep_disputes()
-    reconciliation.reconcile()
+    """Every difference becomes an error in the log; `manage.py reconcile` prints them. What fails before does not keep it from looking."""
+    found: list[reconciliation.Difference] = []
+    steps: dict[str, Callable[[], object]] = {
+        "events": events.retry_failed_events,
+        "unended": refunds.retry_unended,
+        "refunds": partial(refunds.sweep_refunds, failures=found),
+        "disputes": partial(disputes.sweep_disputes, failures=found),
+    }
+    for name, step in steps.items():
+        try:
+            step()
+        except Exception as error:
+            logger.exception("A sweep failed name=%s", name)
+            found.append(reconciliation.Difference("sweep_failed", f"{name}: {error}"))
+    reconciliation.reconcile(also=found)

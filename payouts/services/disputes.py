@@ -23,6 +23,7 @@ from payouts import chart, gateway
 from payouts.errors import DisputeNotAnswerable, PaymentMismatch
 from payouts.models import Clawback, Dispute, DisputeAnswer, JournalEntry, Movement, Payment
 from payouts.services import bookings, clawbacks, movements
+from payouts.services.reconciliation import Difference
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,11 @@ def refresh_dispute(dispute_id: str) -> Dispute:
     return _write_down(gateway.get_dispute(dispute_id))
 
 
-def sweep_disputes(*, days: int = 150) -> int:
+def sweep_disputes(*, days: int = 150, failures: list[Difference] | None = None) -> int:
     """Ask Stripe for its disputes of the last days, for what no event told; returns how many were news.
+
+    Args:
+        failures: takes the name of each that needs a person; without it, the first is raised once all have had their turn.
 
     Raises:
         PaymentMismatch, gateway.StripeRefused, gateway.StripeUncertain: see `refresh_dispute`.
@@ -60,16 +64,27 @@ def sweep_disputes(*, days: int = 150) -> int:
         for answer in gateway.disputes_since(clock.now() - timedelta(days=days))
         if known.get(answer.id) != answer.status or _unbooked(answer)
     ]
+    first: Exception | None = None
+    n_news = 0
     for answer in news:
-        _write_down(answer)
-    return len(news)
+        try:
+            _write_down(answer)
+            n_news += 1
+        except Exception as error:  # one of them must not keep the others from being found
+            logger.exception("Dispute was not written down dispute=%s", answer.id)
+            first = first or error
+            if failures is not None:
+                failures.append(Difference("dispute_not_written_down", f"{answer.id}: {error}"))
+    if first is not None and failures is None:
+        raise first
+    return n_news
 
 
 @transaction.atomic
 def answer_dispute(
     *, dispute: Dispute, user: User, evidence: Mapping[str, str] | None = None, gives_in: bool = False
 ) -> DisputeAnswer:
-    """Answer the bank, once: with evidence, or by giving in. The row is committed before Stripe is told.
+    """Answer the bank: with evidence, or by giving in; again only if Stripe refused the last one. Committed before Stripe is told.
 
     Raises:
         NotAllowed: the user is not staff.

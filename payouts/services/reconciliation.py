@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -89,15 +89,19 @@ def settle_funds() -> int:
     return n_settled
 
 
-def reconcile() -> Reconciliation:
+def reconcile(*, also: Sequence[Difference] = ()) -> Reconciliation:
     """Compare balances and every balance transaction with the ledger, both ways; nothing is changed.
+
+    Args:
+        also: what was found before, by the sweeps; it is told with the rest.
 
     Raises:
         gateway.StripeRefused, gateway.StripeUncertain: Stripe did not tell.
     """
     cash = _compare_cash()
     transactions = list(gateway.balance_transactions())
-    differences = [
+    differences = list(also)
+    differences += [
         Difference(
             "cash_differs",
             f"the ledger has {held.ledger_pending} pending and {held.ledger_available} available, "

@@ -25,6 +25,7 @@ from payouts import chart, gateway
 from payouts.errors import NotRefundable, PaymentMismatch
 from payouts.models import Clawback, DisputeAnswer, JournalEntry, Movement, Payment, Refund, TransferReversal
 from payouts.services import attempts, clawbacks, movements
+from payouts.services.reconciliation import Difference
 
 logger = logging.getLogger(__name__)
 
@@ -405,16 +406,39 @@ def retry_unended() -> int:
     return sum(jobs.reopen(row) for rows in unended for row in rows.order_by("pk"))
 
 
-def sweep_refunds(*, days: int = 30) -> int:
+def sweep_refunds(*, days: int = 30, failures: list[Difference] | None = None) -> int:
     """Ask Stripe for its refunds of the last days, for what no event told; returns how many were news.
+
+    Args:
+        failures: takes the name of each that needs a person; without it, the first is raised once all have had their turn.
 
     Raises:
         gateway.StripeRefused, gateway.StripeUncertain: ask again.
     """
+    first: Exception | None = None
     known = dict(Refund.objects.exclude(refund_id=None).values_list("refund_id", "state"))
     n_news = 0
     for answer in gateway.refunds_since(clock.now() - timedelta(days=days)):
         ended = {"succeeded": Refund.State.SENT, "failed": Refund.State.FAILED, "canceled": Refund.State.FAILED}
-        if known.get(answer.id) != ended.get(answer.status, Refund.State.PENDING):
+        if known.get(answer.id) == ended.get(answer.status, Refund.State.PENDING):
+            continue
+        if answer.has_failed and known.get(answer.id) == Refund.State.REFUSED:
+            continue  # it ended before any money moved
+        try:
             n_news += _write_down(answer) is not None
+            if answer.has_failed and answer.taken and not answer.returned and failures is not None:
+                failures.append(
+                    Difference(
+                        "refund_failed_without_return", f"{answer.id} failed, and Stripe kept what it took for it"
+                    )
+                )
+        except attempts.StillUncertain as error:
+            logger.warning("Stripe has not booked it yet refund=%s error=%s", answer.id, error)
+        except Exception as error:  # one of them must not keep the others from being found
+            logger.exception("Refund was not written down refund=%s", answer.id)
+            first = first or error
+            if failures is not None:
+                failures.append(Difference("refund_not_written_down", f"{answer.id}: {error}"))
+    if first is not None and failures is None:
+        raise first
     return n_news

@@ -13,7 +13,7 @@ from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import License, Order, User
 from marketplace.money import Money
 from marketplace.services.downloads import LicenseNotLive, signed_download_url
-from payouts import chart, gateway, ledger
+from payouts import chart, gateway, ledger, tasks
 from payouts.errors import DisputeNotAnswerable, NotRefundable, PaymentMismatch
 from payouts.models import Dispute, DisputeAnswer, Payment, Payout, PayoutRun, Refund, RoyaltyPool
 from payouts.services import disputes, events, recoveries, refunds, royalties, transfers
@@ -166,6 +166,30 @@ def test_a_dispute_about_a_charge_of_somebody_elses_is_for_a_person(stripe: Any,
     with pytest.raises(PaymentMismatch):
         hear(stripe)
     assert Dispute.objects.count() == 0
+
+
+def test_one_that_needs_a_person_keeps_no_other_from_being_found_nor_the_books_from_being_compared(
+    stripe: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, alice: Any
+) -> None:
+    for _ in range(2):
+        paid_with(stripe, DISPUTES, {alice: 1})
+    unknown = Payment.objects.latest("pk")  # its dispute is the newest, so it has the first turn
+    charge = unknown.charge_id
+    assert charge is not None
+    Payment.objects.filter(pk=unknown.pk).update(charge_id="ch_of_somebody_else")
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway, "charge_marks", lambda charge: {})
+        tasks.reconcile()
+
+        assert Dispute.objects.get().payment_id != unknown.pk
+        assert "Reconciliation found dispute_not_written_down" in caplog.text
+        assert "Reconciliation found dispute_not_booked" in caplog.text
+        with pytest.raises(PaymentMismatch):
+            disputes.sweep_disputes()
+
+    Payment.objects.filter(pk=unknown.pk).update(charge_id=charge)
+    assert disputes.sweep_disputes() == 1
+    clean()
 
 
 def test_what_was_sent_before_a_dispute_stays_until_it_is_lost_and_is_then_owed(
