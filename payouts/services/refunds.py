@@ -275,13 +275,7 @@ class _Refunding:
         held = self.refund.lock()
         if held.state != Refund.State.INTENDED:
             return
-        held.payment = payment
-        held.state = Refund.State.REFUSED
-        held.refusal_code, held.refusal_message = error.code[:60], error.message
-        held.save(update_fields=["state", "refusal_code", "refusal_message"])
-        clawbacks.give_back(held.clawback)
-        clawbacks.freeze_again(payment)  # a dispute may have been opened before Stripe was asked
-        logger.warning("Stripe refused refund=%s code=%s", held.pk, error.code)
+        _book_back(held, payment, Refund.State.REFUSED, error.code, error.message)
 
 
 @transaction.atomic
@@ -291,7 +285,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
     Raises:
         attempts.StillUncertain: Stripe has not booked it yet; ask again.
     """
-    if answer.taken is None:
+    if answer.taken is None and not answer.has_failed:
         raise attempts.StillUncertain(f"refund {answer.id} has no balance transaction yet")
     payment_id = Refund.objects.values_list("payment", flat=True).get(pk=pk)
     payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment_id)
@@ -299,6 +293,14 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
     assert (answer.amount_minor, answer.currency) == (held.amount.to_minor(), held.currency), (
         f"refund {answer.id} is not what {held} intended"
     )
+    if answer.taken is None:
+        if held.state == Refund.State.INTENDED:
+            held.refund_id = answer.id
+            reason = answer.failure_reason or "no reason given"
+            _book_back(
+                held, payment, Refund.State.REFUSED, answer.status, f"It ended before any money moved: {reason}."
+            )
+        return held
     if held.state == Refund.State.INTENDED:
         is_waiting = answer.status in ("pending", "requires_action")
         held.state = Refund.State.PENDING if is_waiting else Refund.State.SENT
@@ -323,14 +325,18 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
             entry_kind=JournalEntry.Kind.REFUND_FAILED,
             **accounts,  # type: ignore[arg-type]
         )
-        held.state = Refund.State.FAILED
-        held.refusal_code = "failed"
-        held.refusal_message = f"The card's bank sent it back: {answer.failure_reason or 'no reason given'}."
-        held.save(update_fields=["state", "refusal_code", "refusal_message"])
-        clawbacks.give_back(held.clawback)
-        clawbacks.freeze_again(payment)
-        logger.warning("Refund came back refund=%s reason=%s", held.pk, answer.failure_reason)
+        reason = answer.failure_reason or "no reason given"
+        _book_back(held, payment, Refund.State.FAILED, "failed", f"The card's bank sent it back: {reason}.")
     return held
+
+
+def _book_back(held: Refund, payment: Payment, state: Refund.State, code: str, message: str) -> None:
+    """Inside the transaction that holds both rows: the buyer did not get it, so everything is where it was."""
+    held.state, held.refusal_code, held.refusal_message = state, code[:60], message
+    held.save(update_fields=["state", "refund_id", "refusal_code", "refusal_message"])
+    clawbacks.give_back(held.clawback)
+    clawbacks.freeze_again(payment)  # a dispute may have been opened meanwhile
+    logger.warning("Booked back refund=%s state=%s code=%s", held.pk, state, code)
 
 
 def refresh_refund(refund_id: str) -> Refund | None:
@@ -363,10 +369,12 @@ def _write_down(answer: gateway.Refund) -> Refund | None:
     ours = payment.refunds.filter(refund_id=answer.id).first()
     if ours is None and named.isascii() and named.isdigit():
         ours = payment.refunds.filter(pk=int(named)).first()
-    if ours is not None and ours.state == Refund.State.REFUSED:
-        # A worker that was suspended in the middle of its call made it after its successor was refused: take it anew.
-        logger.error("A refused refund was made after all refund=%s stripe=%s", ours.pk, answer.id)
-        ours = payment.refunds.filter(key=f"stripe:{answer.id}").first()
+    if ours is not None and ours.refund_id != answer.id and (ours.refund_id or ours.state == Refund.State.REFUSED):
+        # A worker that was suspended in the middle of its call made it after its successor had ended ours: take it anew.
+        logger.error("A refund was made after ours had ended refund=%s stripe=%s", ours.pk, answer.id)
+        ours = None
+    if ours is None and answer.taken is None and answer.has_failed:
+        return None  # nothing moved
     return book_answer((ours or _adopt(payment, answer)).pk, answer)
 
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from payouts.models import (
 )
 from payouts.services import attempts, clawbacks, events, recoveries, refunds, royalties, transfers
 from payouts.services.proofs import check_books
-from payouts.services.reconciliation import reconcile, settle_funds
+from payouts.services.reconciliation import Difference, reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from payouts.services.transfers import request_payout_run
 from portal.environment import role_url
@@ -743,6 +744,41 @@ def test_a_refund_that_was_made_after_its_refusal_is_booked_anew(
     assert check_books().findings == []
 
 
+@pytest.mark.parametrize("status", ["failed", "canceled"])
+def test_a_refund_that_ends_before_any_money_moved_is_booked_back(
+    told: Told, staff: User, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    payment = sell(order_of(PublishedVersionFactory()))
+    before = ledger.balances()
+    refund = back(payment, 100 * DOLLAR, staff)
+    ended = replace(refund_answer(payment.charge_id or "", 10_000, str(refund.pk), status=status), taken=None)
+    told.made[str(refund.pk)] = replace(ended, returned=None)
+
+    run(refund)
+
+    assert (refund.state, refund.refusal_code, refund.refund_id) == ("refused", status, ended.id)
+    assert (ledger.balances(), Movement.objects.count()) == (before, 0)
+    monkeypatch.setattr(gateway, "refunds_since", lambda moment: [told.made[str(refund.pk)]])
+    monkeypatch.setattr(gateway, "get_refund", lambda identifier: told.made[str(refund.pk)])
+    refunds.refresh_refund(ended.id)
+    assert (refunds.sweep_refunds(), Refund.objects.count()) == (0, 1)
+    assert check_books().findings == []
+
+
+def test_a_refund_that_failed_and_whose_money_did_not_come_back_is_named(
+    told: Told, staff: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refund = run(back(sell(order_of(PublishedVersionFactory())), DOLLAR, staff))
+    failed = replace(told.made[str(refund.pk)], status="failed")
+    monkeypatch.setattr(gateway, "refunds_since", lambda moment: [failed])
+    found: list[Difference] = []
+
+    refunds.sweep_refunds(failures=found)
+
+    assert [one.code for one in found] == ["refund_failed_without_return"]
+    assert check_books().findings == []
+
+
 def test_when_stripe_refuses_us_and_not_the_refund_the_intent_stays(told: Told, staff: User) -> None:
     refund = back(sell(order_of(PublishedVersionFactory())), DOLLAR, staff)
     told.answers = [gateway.StripeRefused("api_key_expired", "Expired API key", 401)]
@@ -899,6 +935,31 @@ def test_a_refund_made_in_stripes_dashboard_is_booked_once_whether_heard_of_or_f
     refund = Refund.objects.get()
     assert (refund.reason, refund.state, refund.status) == ("at_stripe", "sent", "done")
     assert len(stripe.objects("refunds")) == 1
+    clean()
+
+
+def test_a_second_refund_at_stripe_with_our_mark_is_booked_beside_the_first(
+    stripe: Any, staff: User, alice: Any
+) -> None:
+    payment = buy(stripe, PublishedVersionFactory(contributions={alice: 1}))
+    refund = run(back(payment, 10 * DOLLAR, staff))
+    assert payment.charge_id is not None
+    gateway.create_refund(
+        charge=payment.charge_id,
+        amount_minor=1_000,
+        reason="requested_by_customer",
+        key="a key of before",
+        metadata={"refund": str(refund.pk)},
+    )
+
+    assert refunds.sweep_refunds() == 1
+    hear(stripe, "refund.created", "charge.refunded")
+
+    assert list(Refund.objects.order_by("pk").values_list("state", "reason")) == [
+        ("sent", "goodwill"),
+        ("sent", "at_stripe"),
+    ]
+    assert Movement.objects.count() == 2
     clean()
 
 
