@@ -270,7 +270,8 @@ def open_disputes() -> QuerySet[Dispute]:
     """The nearest deadline first."""
     return (
         Dispute.objects.filter(status__in=Dispute.OPEN)
-        .select_related("payment__order__buyer", "payment__invoice__report__licensee", "answer")
+        .select_related("payment__order__buyer", "payment__invoice__report__licensee")
+        .prefetch_related("answers")
         .order_by("evidence_due_at", "pk")
     )
 

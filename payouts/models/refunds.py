@@ -53,6 +53,7 @@ class Refund(Job):
     note = models.TextField(blank=True)  # why, in words; staff must give them
     requested_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
     key = models.CharField(max_length=120)  # of the request
+    line = models.BigIntegerField(null=True)  # the order or invoice line asked for; none: all of them in proportion
     state = models.CharField(max_length=8, choices=State, default=State.INTENDED)
     stripe_attempt = models.PositiveIntegerField(default=1)  # in the idempotency key `refund:{id}:{attempt}`
     first_tried_at = models.DateTimeField(null=True)  # wall time; Stripe forgets a key after a day
@@ -130,23 +131,38 @@ class Dispute(models.Model):
     def takes_evidence(self) -> bool:
         return self.status in self.TAKES_EVIDENCE
 
+    @property
+    def answer(self) -> "DisputeAnswer | None":
+        """The last one given, taken or refused."""
+        return max(self.answers.all(), key=lambda answer: answer.pk, default=None)
+
 
 class DisputeAnswer(Job):
-    """What staff answered the bank, once: the evidence, or that we give in."""
+    """What staff answered the bank: the evidence, or that we give in. Another one may follow only what Stripe refused."""
 
     task_name: ClassVar[str] = "payouts.tasks.send_dispute_answer"
 
-    dispute = models.OneToOneField(Dispute, models.PROTECT, related_name="answer")
+    dispute = models.ForeignKey(Dispute, models.PROTECT, related_name="answers")
     gives_in = models.BooleanField(default=False)
     evidence = models.JSONField(default=dict)  # Stripe's field → text
     given_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
     given_at = models.DateTimeField()  # business time
 
     class Meta(Job.Meta):
-        pass
+        constraints = [
+            *Job.Meta.constraints,
+            models.UniqueConstraint(
+                fields=["dispute"], condition=~Q(status="failed"), name="one_answer_unless_it_failed"
+            ),
+        ]
 
     def __str__(self) -> str:
         return f"Answer to {self.dispute}"
+
+    @property
+    def was_refused(self) -> bool:
+        """Stripe did not take it; what failed otherwise is tried again."""
+        return self.status == self.Status.FAILED and self.error_code not in self.reopened_codes
 
 
 class Clawback(models.Model):

@@ -103,7 +103,8 @@ def answer_dispute(
     if bool(texts) == gives_in:
         raise InvalidInput("Give evidence in at least one field, or give in.", pointers={"/evidence": "missing"})
     dispute = Dispute.objects.select_for_update(of=("self",)).get(pk=dispute.pk)
-    if not dispute.takes_evidence or DisputeAnswer.objects.filter(dispute=dispute).exists():
+    given = dispute.answer
+    if not dispute.takes_evidence or not (given is None or given.was_refused):
         raise DisputeNotAnswerable(
             f"Dispute {dispute.pk} is {dispute.status.replace('_', ' ')} and takes no answer any more."
         )
@@ -121,14 +122,15 @@ def answer_dispute(
 
 
 def send_answer(answer: DisputeAnswer) -> None:
-    """Tell Stripe; harmless to run again: the bank takes evidence once, and the key is the answer's own.
+    """Tell Stripe; harmless to run again: the bank takes evidence once, and the key is this attempt's own.
 
     Raises:
         DisputeNotAnswerable: the bank's time was over.
         gateway.StripeUncertain, gateway.StripeRefused: come back.
     """
     dispute = answer.dispute
-    key = f"dispute_answer:{answer.pk}"
+    # Stripe repeats a 5xx under its key for a day; how the dispute stands is asked before each call, so another key does no harm.
+    key = f"dispute_answer:{answer.pk}:{answer.attempt}"
     state = gateway.get_dispute(dispute.dispute_id)
     if state.status in Dispute.TAKES_EVIDENCE:
         try:

@@ -95,9 +95,9 @@ def request_refund(
     if not (user.is_staff and user.is_active):
         raise NotAllowed("Only staff can refund what was downloaded.")
     payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
-    asked = (amount.micros, amount.currency, reason.value, note.strip())
+    asked = (amount.micros, amount.currency, reason.value, note.strip(), line)
     if known := payment.refunds.filter(key=f"staff:{key}").first():
-        if (known.amount_micros, known.currency, known.reason, known.note) != asked:
+        if (known.amount_micros, known.currency, known.reason, known.note, known.line) != asked:
             raise KeyReused("This key was used for another refund of the same payment; use a new one.")
         return known
     if payment.status != Payment.Status.PAID:
@@ -127,7 +127,7 @@ def request_refund(
         )
     _refuse_disputed(payment)
     amounts = clawbacks.spread(amount, parts)
-    return _intend(payment, amounts, reason=reason, note=note.strip(), key=f"staff:{key}", user=user)
+    return _intend(payment, amounts, reason=reason, note=note.strip(), key=f"staff:{key}", user=user, line=line)
 
 
 def _hold_paid_payment(order: Order) -> Payment:
@@ -172,6 +172,7 @@ def _intend(
     note: str,
     key: str,
     user: User | None,
+    line: int | None = None,
     made_at_stripe: str | None = None,
 ) -> Refund:
     """Commit to a refund. One that Stripe has made already has no work left: nothing may ask for it again."""
@@ -186,6 +187,7 @@ def _intend(
         note=note,
         requested_by=user,
         key=key,
+        line=line,
         intended_at=now,
     )
     inquiries = clawbacks.thaw(payment)  # a refund is one way to answer an inquiry

@@ -94,7 +94,7 @@ def payment(request: StaffRequest, payment_id: int) -> HttpResponseBase:
 @require_http_methods(["GET", "POST"])
 def dispute(request: StaffRequest, dispute_id: int) -> HttpResponseBase:
     """One dispute: what was taken and frozen, by when to answer, and the form for it."""
-    found = get_object_or_404(Dispute.objects.select_related("payment__order__buyer", "answer"), pk=dispute_id)
+    found = get_object_or_404(Dispute.objects.select_related("payment__order__buyer"), pk=dispute_id)
     form = DisputeAnswerForm(request.POST or None)
     if form.is_valid():
         try:
@@ -104,7 +104,7 @@ def dispute(request: StaffRequest, dispute_id: int) -> HttpResponseBase:
         else:
             messages.success(request, "The answer goes to the bank.")
             return redirect("desk-dispute", dispute_id=found.pk)
-    answer = getattr(found, "answer", None)
+    answer = found.answer
     context = {
         "dispute": found,
         "answer": answer,
@@ -117,7 +117,7 @@ def dispute(request: StaffRequest, dispute_id: int) -> HttpResponseBase:
             (clawback, Money(clawback.amount_micros, clawback.currency), Money(clawback.loss_micros, clawback.currency))
             for clawback in found.clawbacks.select_related("undo").order_by("pk")
         ],
-        "form": form if found.takes_evidence and answer is None else None,
+        "form": form if found.takes_evidence and (answer is None or answer.was_refused) else None,
     }
     return render(request, "portal/desk_dispute.html", context, status=422 if form.errors else 200)
 

@@ -474,6 +474,57 @@ def test_staff_answer_once_and_the_bank_decides(stripe: Any, staff: User, alice:
     clean()
 
 
+def test_an_answer_is_given_again_under_another_key_after_a_server_error(
+    stripe: Any, door: Any, staff: User, alice: Any
+) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+    answer = disputes.answer_dispute(
+        dispute=Dispute.objects.get(), user=staff, evidence={"uncategorized_text": "winning_evidence"}
+    )
+    door.refuse_with = 500
+    with pytest.raises(gateway.StripeUncertain):
+        send(answer)
+    door.refuse_with = None
+    DisputeAnswer.objects.update(due_at=timezone.now())
+
+    send(answer)
+    disputes.sweep_disputes()
+
+    assert Dispute.objects.get().status == "won"
+    clean()
+
+
+def test_an_answer_that_stripe_refused_is_followed_by_another(
+    stripe: Any, monkeypatch: pytest.MonkeyPatch, staff: User, alice: Any
+) -> None:
+    paid_with(stripe, DISPUTES, {alice: 1})
+    hear(stripe)
+    dispute = Dispute.objects.get()
+
+    def refuses(**_: Any) -> gateway.Dispute:
+        raise gateway.StripeRefused("invalid_request_error", "It is too long.", 400)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway, "submit_evidence", refuses)
+        send(disputes.answer_dispute(dispute=dispute, user=staff, evidence={"uncategorized_text": "x"}))
+    assert dispute.answer is not None
+    assert (dispute.answer.was_refused, "too long" in dispute.answer.error_message) == (True, True)
+
+    evidence = {"uncategorized_text": "winning_evidence"}
+    send(disputes.answer_dispute(dispute=dispute, user=staff, evidence=evidence))
+    disputes.sweep_disputes()
+
+    dispute = Dispute.objects.get()
+    assert (dispute.status, DisputeAnswer.objects.count()) == ("won", 2)
+    assert dispute.answer is not None and dispute.answer.evidence == evidence
+    with pytest.raises(DisputeNotAnswerable):
+        disputes.answer_dispute(dispute=dispute, user=staff, evidence=evidence)
+    with pytest.raises(IntegrityError), transaction.atomic():
+        DisputeAnswer.objects.create(dispute=dispute, given_at=clock.now())
+    clean()
+
+
 def test_staff_may_give_in(stripe: Any, staff: User, alice: Any) -> None:
     paid_with(stripe, DISPUTES, {alice: 1})
     hear(stripe)

@@ -575,6 +575,9 @@ def test_the_same_key_asks_once_and_another_request_under_it_is_refused(told: To
     assert back(payment, DOLLAR, staff).pk == back(payment, DOLLAR, staff).pk
     with pytest.raises(KeyReused):
         back(payment, 2 * DOLLAR, staff)
+    assert payment.order is not None
+    with pytest.raises(KeyReused):
+        back(payment, DOLLAR, staff, line=payment.order.lines.get().pk)
     assert Refund.objects.count() == 1
 
 

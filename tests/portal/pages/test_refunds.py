@@ -216,6 +216,20 @@ def test_staff_answer_a_dispute_on_the_desk(dispute: Dispute, finance: Any) -> N
     assert "What we answered" in text and "Digits, 5,620 images." in text and "Answer the bank" not in text
 
 
+def test_the_desk_shows_an_answer_that_was_refused_and_asks_for_another(dispute: Dispute, finance: Any) -> None:
+    page = f"/desk/disputes/{dispute.pk}/"
+    finance.post(page, {"product_description": "Digits."})
+    DisputeAnswer.objects.update(
+        status="failed", error_code="dispute_not_answerable", error_message="Stripe did not take the answer: no."
+    )
+
+    assert "answer refused" in assert_page(finance.get("/desk/"))
+    text = assert_page(finance.get(page))
+    assert "It was refused: Stripe did not take the answer: no." in text and "Answer the bank" in text
+    assert finance.post(page, {"product_description": "Digits, again."}).status_code == 302
+    assert DisputeAnswer.objects.count() == 2
+
+
 def test_staff_ask_a_debt_back_or_bear_it(order: Order, finance: Any, alice: Any) -> None:
     payout = _pay_out_everything(alice)
     payment = Payment.objects.get()
