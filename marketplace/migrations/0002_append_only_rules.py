@@ -86,8 +86,9 @@ END $$;
 CREATE FUNCTION marketplace_refuse_late_records() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     late bigint := (
-        SELECT id FROM marketplace_datasetversion
-        WHERE status <> 'draft' AND id IN (SELECT version_id FROM added) LIMIT 1
+        SELECT v.id FROM (SELECT DISTINCT version_id FROM added) a
+        JOIN marketplace_datasetversion v ON v.id = a.version_id
+        WHERE v.status <> 'draft' LIMIT 1
     );
 BEGIN
     IF late IS NOT NULL THEN

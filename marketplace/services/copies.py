@@ -14,7 +14,7 @@ from django.db import connection
 
 from marketplace.ingest.normalise import FINGERPRINT_ROW
 from marketplace.models import Contribution, DatasetVersion, RecordCopy
-from marketplace.planning import hash_joins
+from marketplace.planning import hash_joins, index_lookups
 
 #: Serialises publications, so that "first" means something: copies are looked for while nobody else registers.
 PUBLICATION_LOCK = 0x7265_7369
@@ -43,6 +43,7 @@ _COPY_ROW = np.dtype(
 # Sets, not a lookup per record: a content that was registered a million times must not be met a million times a million.
 # The version's own records become a temporary table, because only of that can PostgreSQL know in time how large it is:
 # they were written a moment ago, in this very transaction.
+_TABLES = ("copies_mine", "copies_found", "copies_named", "copies_registered")
 _MINE = """
 CREATE TEMPORARY TABLE copies_mine ON COMMIT DROP AS
 WITH named AS (
@@ -70,27 +71,39 @@ SELECT row, fingerprint, labeller_party,
 FROM first
 """
 
+# Each content is looked up by itself, in the index: joined as sets, the planner may walk through all that is registered.
+_FOUND = """
+CREATE TEMPORARY TABLE copies_found ON COMMIT DROP AS
+SELECT o.*
+FROM (SELECT DISTINCT fingerprint FROM copies_mine) mine
+CROSS JOIN LATERAL (
+    SELECT fingerprint, version_id, row, holder, labeller FROM marketplace_recordfingerprint
+    WHERE fingerprint = mine.fingerprint AND version_id <> %(version)s
+    OFFSET 0
+) o
+"""
+
+_NAMED = """
+CREATE TEMPORARY TABLE copies_named ON COMMIT DROP AS
+SELECT o.fingerprint, o.version_id, o.row, v.published_at,
+    holder.party_id AS holder_party, labeller.party_id AS labeller_party
+FROM copies_found o
+JOIN marketplace_datasetversion v ON v.id = o.version_id AND v.status = 'published'
+JOIN marketplace_contribution holder
+    ON holder.version_id = o.version_id AND holder.role = 'rights_holder' AND holder.number = o.holder
+LEFT JOIN marketplace_contribution labeller
+    ON labeller.version_id = o.version_id AND labeller.role = 'labeller' AND labeller.number = o.labeller
+WHERE NOT EXISTS (SELECT FROM marketplace_recordcopy c WHERE c.version_id = o.version_id AND c.row = o.row)
+"""
+
 _REGISTERED = """
 CREATE TEMPORARY TABLE copies_registered ON COMMIT DROP AS
-WITH registered AS (
-    SELECT o.fingerprint, o.version_id, o.row, v.published_at,
-        holder.party_id AS holder_party, labeller.party_id AS labeller_party
-    FROM marketplace_recordfingerprint o
-    JOIN marketplace_datasetversion v ON v.id = o.version_id AND v.status = 'published' AND v.id <> %(version)s
-    JOIN marketplace_contribution holder
-        ON holder.version_id = o.version_id AND holder.role = 'rights_holder' AND holder.number = o.holder
-    LEFT JOIN marketplace_contribution labeller
-        ON labeller.version_id = o.version_id AND labeller.role = 'labeller' AND labeller.number = o.labeller
-    WHERE o.fingerprint IN (SELECT fingerprint FROM copies_mine)
-        AND NOT EXISTS (
-            SELECT FROM marketplace_recordcopy c WHERE c.version_id = o.version_id AND c.row = o.row
-        )
-), first AS (
+WITH first AS (
     SELECT DISTINCT ON (fingerprint) fingerprint, version_id, row
-    FROM registered ORDER BY fingerprint, published_at, version_id, row
+    FROM copies_named ORDER BY fingerprint, published_at, version_id, row
 )
 SELECT DISTINCT ON (r.fingerprint, r.labeller_party) r.*, r.row = first.row AS is_first
-FROM registered r JOIN first USING (fingerprint, version_id)
+FROM copies_named r JOIN first USING (fingerprint, version_id)
 ORDER BY r.fingerprint, r.labeller_party, r.row
 """
 
@@ -198,13 +211,20 @@ def write_copies(*, version: DatasetVersion) -> CopyCounts:
 
 def _match(version: DatasetVersion) -> None:
     """Lay a version's records and what is registered of their content into temporary tables, which end with the transaction."""
+    of_version = {"version": version.pk}
     with connection.cursor() as cursor:
-        cursor.execute("DROP TABLE IF EXISTS pg_temp.copies_mine, pg_temp.copies_registered")
+        cursor.execute(f"DROP TABLE IF EXISTS {', '.join(f'pg_temp.{table}' for table in _TABLES)}")
     with hash_joins() as cursor:
-        cursor.execute(_MINE, {"version": version.pk})
-    with connection.cursor() as cursor:
+        cursor.execute(_MINE, of_version)
         cursor.execute("ANALYZE copies_mine")
-        cursor.execute(_REGISTERED, {"version": version.pk})
+    with index_lookups() as cursor:
+        cursor.execute(_FOUND, of_version)
+        cursor.execute("ANALYZE copies_found")
+    with connection.cursor() as cursor:
+        cursor.execute(_NAMED)
+        cursor.execute("ANALYZE copies_named")
+    with hash_joins() as cursor:
+        cursor.execute(_REGISTERED)
         cursor.execute("ANALYZE copies_registered")
 
 

@@ -173,9 +173,10 @@ def test_money_counts_sum_to_the_distinct_records_in_both_roles(alice):
     assert all(isinstance(count, MoneyCount) and count.n_records > 0 for count in counts)
 
 
-def test_matching_copies_meets_each_record_a_few_times_whatever_the_statistics_say(alice):
+@pytest.mark.parametrize("n_listed", [5, 500])
+def test_matching_copies_meets_each_record_a_few_times_whatever_the_statistics_say(alice, n_listed):
     """A version written a moment ago is none that PostgreSQL's statistics know; it once took its records for a single one."""
-    published(alice, [[n, n, "a", "ann", "lea"] for n in range(500)])
+    published(alice, [[n, n, "a", "ann", "lea"] for n in range(n_listed)])
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE")
     n_record = 3_000
@@ -194,8 +195,8 @@ def test_matching_copies_meets_each_record_a_few_times_whatever_the_statistics_s
     with connection.execute_wrapper(explain):
         write_copies(version=version)
 
-    assert version.copies.count() == 1_000 + 1_000  # of the 500 listed, and the second of each other pair
-    assert len(plans) == 5  # the two tables, the copies, and the counts of both roles
+    assert version.copies.count() == n_record // 2 + n_listed  # the second of each pair, and the first of those listed
+    assert len(plans) == 7  # the four tables, the copies, and the counts of both roles
     assert sum(map(rows_met, plans)) < 60 * n_record
 
 
