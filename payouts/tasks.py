@@ -87,6 +87,7 @@ def reconcile() -> None:
     found: list[reconciliation.Difference] = []
     steps: dict[str, Callable[[], object]] = {
         "events": events.retry_failed_events,
+        "missed": partial(events.sweep_events, failures=found),
         "unended": refunds.retry_unended,
         "refunds": partial(refunds.sweep_refunds, failures=found),
         "disputes": partial(disputes.sweep_disputes, failures=found),

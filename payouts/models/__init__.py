@@ -2,7 +2,7 @@
 
 from payouts.models.ledger import Account, BalanceSnapshot, JournalEntry, Posting
 from payouts.models.payees import PayeeAccount
-from payouts.models.payments import Payment, StripeEvent
+from payouts.models.payments import EventSweep, Payment, StripeEvent
 from payouts.models.pools import Division, DivisionLine, RoyaltyPool
 from payouts.models.refunds import (
     Clawback,
@@ -29,6 +29,7 @@ __all__ = [
     "DisputeAnswer",
     "Division",
     "DivisionLine",
+    "EventSweep",
     "JournalEntry",
     "Movement",
     "PayeeAccount",

@@ -84,3 +84,14 @@ class StripeEvent(Job):
 
     def __str__(self) -> str:
         return f"{self.type} {self.event_id}"
+
+
+class EventSweep(models.Model):
+    """Up to when an account's list of events at Stripe was read, to find what no webhook brought."""
+
+    account = models.CharField(max_length=64, unique=True)  # a connected one; empty: our own
+    swept_until = models.DateTimeField()  # Stripe's time of the newest event that was listed
+    swept_at = models.DateTimeField()  # wall time
+
+    def __str__(self) -> str:
+        return f"{self.account or 'our own'} until {self.swept_until}"

@@ -1,23 +1,52 @@
-"""What Stripe tells us: verified, stored raw, then applied once, each by asking Stripe itself how things stand."""
+"""What Stripe tells us: verified, stored raw, then applied once, each by asking Stripe itself how things stand.
+
+A webhook may be lost: we were away for longer than Stripe repeats it, or an endpoint was mistyped. So the lists of events that
+Stripe keeps for thirty days are read too, and what is missing there is stored and applied as if it had come.
+"""
 
 import json
 import logging
+from collections.abc import Iterator
+from datetime import timedelta
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import F, OuterRef, Q, Subquery
+from django.utils import timezone
 
-from marketplace import jobs
+from marketplace import clock, jobs
 from payouts import gateway
-from payouts.models import Payment, StripeEvent
+from payouts.models import EventSweep, PayeeAccount, Payment, Payout, StripeEvent
 from payouts.services import disputes, payees, refunds, transfers
 from payouts.services.bookings import book_checkout
+from payouts.services.reconciliation import Difference
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["apply_event", "book_checkout", "receive_event", "retry_failed_events"]
+__all__ = ["apply_event", "book_checkout", "receive_event", "retry_failed_events", "sweep_events"]
 
 REFUND_EVENTS = ("refund.created", "refund.updated", "refund.failed", "charge.refund.updated")
 PAID_EVENTS = ("checkout.session.completed", "checkout.session.async_payment_succeeded")
+DISPUTE_EVENTS = tuple(
+    f"charge.dispute.{what}" for what in ("created", "updated", "funds_withdrawn", "funds_reinstated", "closed")
+)
+#: What `apply_event` acts on, and so what is looked for.
+APPLIED = {
+    StripeEvent.Endpoint.PLATFORM: (
+        *PAID_EVENTS,
+        "charge.updated",
+        *REFUND_EVENTS,
+        "charge.refunded",
+        *DISPUTE_EVENTS,
+    ),
+    StripeEvent.Endpoint.CONNECT: ("account.updated", "payout.paid"),
+}
+#: Stripe keeps events this long, and lists one a little later than it happened.
+EVENTS_KEPT = timedelta(days=30)
+LISTED_WITHIN = timedelta(hours=1)
+#: A payout is in the bank within about this long; a payee who has not finished onboarding is asked about as often.
+ARRIVES_WITHIN = timedelta(days=3)
+MAX_ACCOUNTS_AT_ONCE = 200
 
 
 def receive_event(*, payload: bytes, signature: str, endpoint: StripeEvent.Endpoint) -> StripeEvent:
@@ -85,3 +114,58 @@ def retry_failed_events() -> int:
     """
     failed = StripeEvent.objects.filter(status=jobs.Job.Status.FAILED, error_code="internal")
     return sum(jobs.reopen(row) for row in failed.order_by("pk"))
+
+
+def sweep_events(*, failures: list[Difference] | None = None) -> int:
+    """Store and queue what Stripe has told and no webhook brought; returns how many.
+
+    Ours are read since the newest one that was listed. Of connected accounts only those are asked that wait for a word: a payout
+    that should be in the bank, or an onboarding. One account's failure does not keep the others from being read.
+
+    Args:
+        failures: gets a difference for each account whose list could not be read; None: raise the first.
+    """
+    n_missed = 0
+    for account in ["", *_waiting_accounts()]:
+        try:
+            n_missed += _sweep_account(account)
+        except (gateway.StripeRefused, gateway.StripeUncertain) as error:
+            if failures is None:
+                raise
+            failures.append(Difference("events_not_listed", f"of {account or 'our own account'}: {error}"))
+    return n_missed
+
+
+def _waiting_accounts() -> Iterator[str]:
+    """Those that were asked longest ago first."""
+    late = Payout.objects.filter(status=Payout.Status.SENT, sent_at__lt=clock.now() - ARRIVES_WITHIN)
+    asked = EventSweep.objects.filter(account=OuterRef("stripe_account_id")).values("swept_at")
+    waiting = PayeeAccount.objects.filter(
+        Q(transfers_active=False) | Q(stripe_account_id__in=late.values("destination"))
+    ).annotate(asked_at=Subquery(asked))
+    lately = timezone.now() - LISTED_WITHIN
+    waiting = waiting.filter(Q(asked_at=None) | Q(asked_at__lte=lately))
+    waiting = waiting.order_by(F("asked_at").asc(nulls_first=True), "pk")
+    yield from waiting.values_list("stripe_account_id", flat=True)[:MAX_ACCOUNTS_AT_ONCE]
+
+
+def _sweep_account(account: str) -> int:
+    endpoint = StripeEvent.Endpoint.CONNECT if account else StripeEvent.Endpoint.PLATFORM
+    known = EventSweep.objects.filter(account=account).first()
+    since = known.swept_until - LISTED_WITHIN if known else clock.now() - EVENTS_KEPT
+    newest, n_missed = since if known is None else known.swept_until, 0
+    for event, payload in gateway.events_since(since, types=APPLIED[endpoint], account=account or None):
+        newest = max(newest, event.created_at)
+        with transaction.atomic():
+            row, is_new = StripeEvent.objects.get_or_create(
+                event_id=event.id,
+                defaults={"endpoint": endpoint, "type": event.type, "account": account, "payload": payload},
+            )
+            if is_new:
+                jobs.wake(row)
+        if is_new:
+            logger.warning("No webhook brought event=%s type=%s account=%s", event.id, event.type, account)
+        n_missed += is_new
+    # Only once all were stored: a reading that breaks off is repeated from where it began.
+    EventSweep.objects.update_or_create(account=account, defaults={"swept_until": newest, "swept_at": timezone.now()})
+    return n_missed
