@@ -84,14 +84,24 @@ def unsent_of(*, lines: Collection[int], parties: Collection[int], currency: str
     """Division line → what of it has not been sent to its payee: payouts pay what fell due first.
 
     Lines count for what refunds and disputes have left of them; of those named, only the ones with something unsent are told.
+    What a standing freeze has left of a line was counted as sent when it was made, so it stays so: were it to be counted anew,
+    one transfer could be taken for two disputed payments' money, and the same amount of the other's would be free to go.
     """
     if not lines:
         return {}
     with connection.cursor() as cursor:
         cursor.execute(
             """
-            WITH kept AS (
-                SELECT l.id, l.party_id, l.due_at, l.amount_micros - coalesce((
+            WITH frozen AS (
+                SELECT DISTINCT payment_id FROM payouts_clawback c
+                WHERE c.kind = 'freeze' AND NOT EXISTS (SELECT 1 FROM payouts_clawbackundo u WHERE u.clawback_id = c.id)
+            ), kept AS (
+                SELECT l.id, l.party_id, l.due_at, EXISTS (
+                    SELECT 1 FROM payouts_payment p JOIN frozen f ON f.payment_id = p.id
+                        LEFT JOIN marketplace_orderline o ON o.order_id = p.order_id
+                        LEFT JOIN payouts_royaltyinvoiceline i ON i.invoice_id = p.invoice_id
+                        WHERE o.id = d.order_line_id OR i.id = d.invoice_line_id
+                ) AS is_frozen, l.amount_micros - coalesce((
                     SELECT sum(r.amount_micros) FROM payouts_reclaim r
                         JOIN payouts_clawbackline c ON c.id = r.clawback_line_id
                         WHERE r.division_line_id = l.id
@@ -112,7 +122,9 @@ def unsent_of(*, lines: Collection[int], parties: Collection[int], currency: str
                         WHERE party_id = ANY(%(parties)s) AND currency = %(currency)s
                 ) moved GROUP BY party_id
             ), summed AS (
-                SELECT id, party_id, micros, sum(micros) OVER (PARTITION BY party_id ORDER BY due_at, id) AS until_here
+                SELECT id, party_id, micros, sum(micros) OVER (
+                    PARTITION BY party_id ORDER BY is_frozen DESC, due_at, id
+                ) AS until_here
                 FROM kept
             )
             SELECT s.id, least(s.micros, s.until_here - coalesce(sent.micros, 0))

@@ -16,7 +16,7 @@ from marketplace.services.downloads import LicenseNotLive, signed_download_url
 from payouts import chart, gateway, ledger, tasks
 from payouts.errors import DisputeNotAnswerable, NotRefundable, PaymentMismatch
 from payouts.models import Dispute, DisputeAnswer, Payment, Payout, PayoutRun, Refund, RoyaltyPool
-from payouts.services import disputes, events, recoveries, refunds, royalties, transfers
+from payouts.services import clawbacks, disputes, events, recoveries, refunds, royalties, transfers
 from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from tests.factories.marketplace import PublishedVersionFactory
@@ -278,6 +278,27 @@ def test_what_was_refunded_before_and_is_lost_again_is_the_platforms_loss(stripe
 
     assert ledger.balances(prefix="expense")["expense:losses:USD"] == 70 * DOLLAR
     assert ledger.balances(prefix="dispute") == {}
+    clean()
+
+
+def test_one_transfer_is_not_taken_for_the_money_of_two_disputed_payments(stripe: Any, alice: Any) -> None:
+    version = PublishedVersionFactory(contributions={alice: 1})
+    first, second = (buy(stripe, version, price=price) for price in (100, 200))
+    stripe.onboard(alice)
+    clock.advance(timedelta(days=31))
+    stripe.advance(days=31)
+    settle_funds()
+    stripe.dispute(charge=first.charge_id, is_inquiry=True)
+    hear(stripe)
+    pay_out("of the second")  # 60 of it; the first is frozen
+    stripe.dispute(charge=second.charge_id, is_inquiry=True)
+    hear(stripe)
+    assert ledger.balances(prefix="payable") == {}
+
+    with transaction.atomic():  # as when a refund of it is refused
+        clawbacks.freeze_again(Payment.objects.select_for_update(of=("self",)).get(pk=first.pk))
+
+    assert ledger.balances(prefix="payable") == {}
     clean()
 
 

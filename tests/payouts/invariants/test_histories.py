@@ -1,0 +1,451 @@
+"""Random histories of money, against a real PostgreSQL and the local Stripe, with every invariant looked at after each act.
+
+Hypothesis interleaves sales, results, royalties, payouts, refunds, disputes, onboarding, write-offs, webhooks (late, twice, in any
+order, or never), the two clocks, time-outs after success and deaths of workers in the middle of a call. After each act
+`check_books` has to find nothing; whenever a history comes to rest, and at its end, the ledger has to be Stripe's to the cent.
+
+`HISTORIES=1000 ./run test tests/payouts/invariants/test_histories.py -n0` makes it a night's work, with new histories each time.
+"""
+
+import logging
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+import requests
+from django.db import connection
+from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from marketplace import clock
+from marketplace.models import Citation, License, Order, Party, TrainedModel, User
+from marketplace.money import Money
+from marketplace.services.downloads import note_first_download
+from payouts import ledger
+from payouts.errors import AlreadyPaid
+from payouts.local_stripe import process
+from payouts.models import (
+    Dispute,
+    JournalEntry,
+    Payment,
+    Payout,
+    PayoutRun,
+    Refund,
+    RoyaltyInvoice,
+    StripeEvent,
+    TransferReversal,
+)
+from payouts.services import attempts, disputes, payees, recoveries, refunds, royalties, sales, transfers
+from payouts.services.events import APPLIED
+from payouts.services.reconciliation import reconcile, settle_funds
+from tests.factories.attribution import PublishedResultFactory
+from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
+from tests.payouts.conftest import BANK, CARD, StripeWorld
+from tests.payouts.invariants.world import (
+    FAULTS,
+    Network,
+    World,
+    act,
+    cloned_database,
+    faults_in_order,
+    nobody_was_paid_twice,
+)
+
+logger = logging.getLogger(__name__)
+N_HISTORIES = int(os.environ.get("HISTORIES", "0"))
+N_ACTS = int(os.environ.get("ACTS", "40"))
+BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
+#: Pays; is disputed; asks first; is refunded a day later; whose refund comes back; is declined; is available at once.
+CARDS = [
+    "4242424242424242",
+    "4000000000000259",
+    "4000000000001976",
+    "4000000000007726",
+    "4000000000005126",
+    "4000000000000002",
+    "4000000000000077",
+]
+picks = st.integers(0, 10**6)  # of whatever there is at that moment, by remainder
+DAYS = st.sampled_from([0.1, 1, 3, 8, 31, 200])
+
+
+def there_is(*models: Any) -> Any:
+    """An act on what is not there would be a wasted one."""
+    return precondition(lambda self: hasattr(self, "payees") and all(model.objects.exists() for model in models))
+
+
+class History(RuleBasedStateMachine):
+    """One world, and what happens in it."""
+
+    #: Makes a new world, on a database of its own; the test gives it.
+    make: ClassVar[Any] = None
+    #: What the histories so far were made of, so that a test of nothing does not pass.
+    seen: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.world: World = self.stack.enter_context(type(self).make())
+        self.n = 0
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "payees"):
+                self.come_to_rest()
+                self.count_what_happened()
+        finally:
+            self.stack.close()
+
+    def count_what_happened(self) -> None:
+        for kind in JournalEntry.objects.values_list("kind", flat=True):
+            self.seen[kind] += 1
+        for model, name in ((Refund, "state"), (Payout, "status"), (Dispute, "status"), (TransferReversal, "state")):
+            for state in model.objects.values_list(name, flat=True):  # type: ignore[attr-defined]
+                self.seen[f"{model.__name__} {state}"] += 1
+        self.seen.update(self.world.network.happened)
+
+    # --- who and what there is
+
+    @initialize(cards=st.lists(st.sampled_from(CARDS), min_size=2, max_size=4), onboarded=st.integers(1, 4), days=DAYS)
+    def open_the_market(self, cards: list[str], onboarded: int, days: float) -> None:
+        """Some have been sold to and some can be paid, since hypothesis leaves out a part of the acts in each history."""
+        self.staff = User.objects.create_user("finance@example.org", "correct horse battery staple", is_staff=True)
+        self.payees: list[Party] = [PartyFactory(name=name, country="US") for name in ("Ann", "Ben", "Cat", "Dan")]
+        ann, ben, cat, dan = self.payees
+        self.buyers: list[Party] = [PartyFactory(name=name) for name in ("Lab", "Firm")]
+        contributions: list[dict[str, Any]] = [
+            {"contributions": {ann: 5, ben: 3}, "labellers": {cat: 4, dan: 2}},
+            {"contributions": {ben: 7}},
+            {"contributions": {cat: 1, ann: 1, dan: 1}},
+        ]
+        terms: list[dict[str, Any]] = [
+            {"labellers_bps": 2_500, "price_micros": 100_000_000},
+            {"upfront_bps": 0, "pool_bps": 9_000, "price_micros": 33_330_000},
+            {"upfront_bps": 8_500, "pool_bps": 0, "platform_fee_bps": 1_500, "price_micros": 7_010_000},
+        ]
+        self.offers = [
+            OfferFactory(version=PublishedVersionFactory(**given), **term)
+            for given, term in zip(contributions, terms, strict=True)
+        ]
+        for number in range(onboarded):
+            self.onboard(number, finishes=True)
+        for number, card in enumerate(cards):
+            self.buy({number % 3, (number + 1) % 3}, number % 2, card)
+        self.world.sweep()
+        for model, pk in self.world.unfinished():
+            self.world.work(model, pk)
+        self.world.advance(days)
+        self.divide_and_settle()
+
+    def one(self, queryset: Any, pick: int) -> Any:
+        found = list(queryset.order_by("pk"))
+        return found[pick % len(found)] if found else None
+
+    def next_key(self) -> str:
+        self.n += 1
+        return f"key-{self.n}"
+
+    # --- buyers
+
+    @rule(which=st.sets(st.integers(0, 2), min_size=1), buyer=st.integers(0, 1), card=st.sampled_from(CARDS))
+    def buy(self, which: set[int], buyer: int, card: str) -> None:
+        offers = [self.offers[number] for number in sorted(which)]
+        order = OrderFactory(buyer=self.buyers[buyer], offers=offers)
+        url = act(lambda: sales.start_checkout(order=order, **BACK))
+        if isinstance(url, str):
+            answer = httpx.post(url, data=CARD | {"card_number": card})
+            assert answer.status_code in (303, 402), answer.text  # paid, or declined
+
+    @rule(pick=picks)
+    def ask_for_the_money_back(self, pick: int) -> None:
+        order = self.one(Order.objects.filter(status=Order.Status.PAID), pick)
+        if order:
+            act(lambda: refunds.refund_of_right(order=order, user=None))
+
+    @rule(pick=picks)
+    def download(self, pick: int) -> None:
+        license = self.one(License.objects.filter(first_downloaded_at=None), pick)
+        if license:
+            act(lambda: note_first_download(license=license))
+
+    @rule(pick=picks, part=st.sampled_from([0.0, 0.25, 1.0]), inquiry=st.booleans())
+    def dispute_a_charge(self, pick: int, part: float, inquiry: bool) -> None:
+        payment = self.one(Payment.objects.filter(status=Payment.Status.PAID), pick)
+        if payment:
+            amount = {"amount": max(1, int(payment.amount.to_minor() * part))} if part else {}
+            self.at_stripe(charge=payment.charge_id, is_inquiry=inquiry, **amount)
+
+    @there_is(Dispute)
+    @rule(pick=picks, verdict=st.sampled_from(["won", "lost", "escalated"]))
+    def the_bank_decides(self, pick: int, verdict: str) -> None:
+        dispute = self.one(Dispute.objects.all(), pick)
+        if dispute:
+            self.at_stripe(dispute=dispute.dispute_id, verdict=verdict)
+
+    def at_stripe(self, **given: Any) -> None:
+        """Stripe may say that it cannot be: disputed twice, decided before."""
+        handle = self.world.stripe.handle
+        httpx.post(f"{handle.url}/_control/disputes", auth=(handle.secret_key, ""), json=given, timeout=30)
+
+    # --- trainers
+
+    @there_is(License)
+    @rule(pick=picks, weight=st.integers(0, 100), grade=st.sampled_from(["replayed", "declared"]))
+    def publish_a_result(self, pick: int, weight: int, grade: str) -> None:
+        license = self.one(License.objects.filter(revoked_at=None), pick)
+        if license is None:
+            return
+        parties = [one.party for one in license.version.contributions.filter(role="rights_holder").order_by("number")]
+        shares = {party: 1 + weight * number for number, party in enumerate(parties)}
+        cited = Citation.objects.filter(license=license).first()
+        disclosure = cited.disclosure if cited else None
+        PublishedResultFactory(
+            version=license.version, license=license, shares=shares, grade=grade, disclosure=disclosure
+        )
+
+    @there_is(TrainedModel)
+    @rule(pick=picks, revenue=st.sampled_from([100, 5_000, 250_000]))
+    def report_revenue(self, pick: int, revenue: int) -> None:
+        model = self.one(TrainedModel.objects.all(), pick)
+        if model is None:
+            return
+        number = model.royalty_reports.count()
+        start = clock.today() - timedelta(days=3_000 - 30 * number)
+        act(
+            lambda: royalties.report_revenue(
+                licensee=model.owner,
+                model=model,
+                period_start=start,
+                period_end=start + timedelta(days=20),
+                revenue=Money(revenue * 1_000_000, "USD"),
+                key=self.next_key(),
+            )
+        )
+
+    @there_is(RoyaltyInvoice)
+    @rule(pick=picks, card=st.sampled_from(CARDS))
+    def pay_an_invoice(self, pick: int, card: str) -> None:
+        invoice = self.one(RoyaltyInvoice.objects.filter(status=RoyaltyInvoice.Status.OPEN), pick)
+        if invoice is None:
+            return
+        url = act(lambda: royalties.start_invoice_checkout(invoice=invoice, **BACK))
+        if isinstance(url, str):
+            httpx.post(url, data=CARD | {"card_number": card})
+        else:
+            assert url is None or isinstance(url, AlreadyPaid) or url.code.startswith("stripe"), url
+
+    # --- payees
+
+    @rule(pick=picks, finishes=st.booleans())
+    def onboard(self, pick: int, finishes: bool) -> None:
+        party = self.payees[pick % len(self.payees)]
+        url = act(
+            lambda: payees.start_onboarding(party=party, return_url="http://a.test/", refresh_url="http://a.test/")
+        )
+        if finishes and isinstance(url, str):
+            httpx.post(
+                url, data=BANK | {"country": "US", "account_number": "000123456789", "routing_number": "110000000"}
+            )
+
+    # --- Stripe's words
+
+    @rule(data=st.data())
+    def webhooks_arrive(self, data: st.DataObject) -> None:
+        """Some of what was told, in any order, some of it again; the rest comes later or never."""
+        told = self.told()
+        if not told:
+            return
+        some = data.draw(st.lists(st.integers(0, len(told) - 1), max_size=6))
+        for number in some:
+            event, endpoint = told[number]
+            row = self.world.stripe.received(event, endpoint=endpoint)
+            if event.get("account"):
+                StripeEvent.objects.filter(pk=row.pk).update(account=event["account"])
+            note(f"{event['type']} {event['data']['object']['id']}")
+            self.world.work(StripeEvent, row.pk)
+
+    def told(self) -> list[tuple[dict[str, Any], str]]:
+        found = []
+        for kind in APPLIED[StripeEvent.Endpoint.PLATFORM]:
+            found += [(event, "platform") for event in self.world.stripe.objects(f"events?type={kind}&limit=10")]
+        return sorted(found, key=lambda pair: pair[0]["id"])
+
+    # --- our own processes
+
+    @rule(pick=picks)
+    def a_worker_takes_a_job(self, pick: int) -> None:
+        waiting = self.world.unfinished()
+        if waiting:
+            self.world.work(*waiting[pick % len(waiting)])
+
+    @rule()
+    def a_payout_run(self) -> None:
+        run = act(lambda: transfers.request_payout_run(currency="USD", key=self.next_key()))
+        assert isinstance(run, PayoutRun)
+        self.world.work(PayoutRun, run.pk)
+
+    @rule()
+    def divide_and_settle(self) -> None:
+        act(royalties.divide_what_is_ready)
+        act(settle_funds)
+        act(recoveries.net_what_became_payable)
+        act(ledger.take_snapshots)
+
+    @rule(faults=st.lists(st.sampled_from(FAULTS), min_size=1, max_size=3))
+    def the_network_will_fail(self, faults: list[str]) -> None:
+        self.world.network.faults.extend(faults)
+
+    @rule(days=DAYS)
+    def time_goes_by(self, days: float) -> None:
+        self.world.advance(days)
+
+    # --- staff
+
+    @rule(pick=picks, part=st.sampled_from([0.1, 0.5, 1.0]), line=st.booleans())
+    def staff_refund(self, pick: int, part: float, line: bool) -> None:
+        payment = self.one(Payment.objects.filter(status=Payment.Status.PAID), pick)
+        if payment is None:
+            return
+        amount = Money(max(10_000, int(payment.amount_micros * part) // 10_000 * 10_000), payment.currency)
+        first = payment.order.lines.order_by("pk").first() if line and payment.order else None
+        refund = act(
+            lambda: refunds.request_refund(
+                payment=payment,
+                amount=amount,
+                reason=Refund.Reason.GOODWILL,
+                note="as agreed",
+                user=self.staff,
+                key=self.next_key(),
+                line=first.pk if first else None,
+            )
+        )
+        if isinstance(refund, Refund) and pick % 2:
+            self.world.work(Refund, refund.pk)
+
+    @there_is(Dispute)
+    @rule(pick=picks, gives_in=st.booleans())
+    def staff_answer_a_dispute(self, pick: int, gives_in: bool) -> None:
+        dispute = self.one(Dispute.objects.all(), pick)
+        if dispute:
+            evidence = {} if gives_in else {"uncategorized_text": "They downloaded it."}
+            act(lambda: disputes.answer_dispute(dispute=dispute, user=self.staff, evidence=evidence, gives_in=gives_in))
+
+    @precondition(lambda self: hasattr(self, "payees") and recoveries.owing())
+    @rule(pick=picks, whole=st.booleans())
+    def staff_write_off(self, pick: int, whole: bool) -> None:
+        owed = sorted(recoveries.owing().items())
+        if owed:
+            (party, _), amount = owed[pick % len(owed)]
+            part = amount if whole else Money(max(1, amount.micros // 3), amount.currency)
+            debtor = Party.objects.get(pk=party)
+            act(lambda: recoveries.write_off(party=debtor, amount=part, user=self.staff, reason="too old"))
+
+    @there_is(Payout)
+    @rule(pick=picks)
+    def staff_ask_a_transfer_back(self, pick: int) -> None:
+        payout = self.one(Payout.objects.filter(status__in=["sent", "paid"]), pick)
+        if payout is None:
+            return
+        reversal = act(
+            lambda: recoveries.request_reversal(
+                payout=payout, amount=Money(10_000 * (1 + pick % 300), "USD"), user=self.staff, note="went back"
+            )
+        )
+        if isinstance(reversal, TransferReversal):
+            self.world.work(TransferReversal, reversal.pk)
+
+    # --- what must hold
+
+    @invariant()
+    def the_books_prove_themselves(self) -> None:
+        if hasattr(self, "payees"):
+            assert faults_in_order() == []
+
+    @precondition(lambda self: hasattr(self, "payees"))
+    @rule()
+    def come_to_rest(self) -> None:
+        """Everything under way ends: then the ledger is Stripe's to the cent, and nobody got anything twice."""
+        self.world.settle_up()
+        assert faults_in_order() == []
+        assert [str(difference) for difference in reconcile().differences] == []
+        assert nobody_was_paid_twice(self.world.stripe) == []
+        assert not StripeEvent.objects.exclude(status="done").exists()
+        for payment in Payment.objects.filter(status=Payment.Status.PAID):
+            back = sum(one.amount_micros for one in payment.refunds.filter(state__in=Refund.STANDING))
+            assert back <= payment.amount_micros
+
+
+@pytest.fixture
+def makes_worlds(
+    template_database: str,
+    superuser_url: str,
+    django_db_blocker: Any,
+    tmp_path: Path,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Any]:
+    """What makes a world: a clone of the migrated database, and a local Stripe on an empty folder."""
+    hurried = SimpleNamespace(sleep=lambda seconds: None)
+    monkeypatch.setattr(attempts, "time", hurried)
+    monkeypatch.setattr(transfers, "time", hurried, raising=False)
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+    real = requests.Session.request
+    current: list[Network] = []
+    monkeypatch.setattr(
+        requests.Session,
+        "request",
+        lambda session, method, url, **given: current[-1].request(real, session, method, url, **given),
+    )
+
+    @contextmanager
+    def make() -> Iterator[World]:
+        name = f"history_{secrets.token_hex(6)}"
+        with django_db_blocker.unblock(), cloned_database(template_database, superuser_url, name):
+            handle = process.start(tmp_path / name, secret_key="sk_test_of_histories", payout_days=1)
+            settings.STRIPE_API_BASE, settings.STRIPE_API_KEY = handle.url, handle.secret_key
+            current.append(Network(handle.url))
+            try:
+                yield World(StripeWorld(handle), current[-1])
+            finally:
+                handle.kill()
+                connection.close()
+
+    yield make
+
+
+def test_whatever_happens_the_books_are_right_and_at_rest_they_are_stripes(makes_worlds: Any) -> None:
+    class Here(History):
+        make = staticmethod(makes_worlds)
+
+    run_state_machine_as_test(
+        Here,
+        settings=settings(
+            max_examples=N_HISTORIES or 5,
+            stateful_step_count=N_ACTS,
+            deadline=None,
+            derandomize=not N_HISTORIES,
+            database=None,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink] if N_HISTORIES else [Phase.generate],
+            report_multiple_bugs=False,
+        ),
+    )
+    logger.info("Histories were made of %s", dict(sorted(Here.seen.items())))
+    assert {"sale", "release", "royalty", "settle", "refund_sent", "dispute_lost", "payout_sent"} <= set(Here.seen)
