@@ -9,19 +9,12 @@ order, or never), the two clocks, time-outs after success and deaths of workers 
 
 import logging
 import os
-import secrets
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import httpx
-import pytest
-import requests
-from django.db import connection
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -39,7 +32,6 @@ from marketplace.money import Money
 from marketplace.services.downloads import note_first_download
 from payouts import ledger
 from payouts.errors import AlreadyPaid
-from payouts.local_stripe import process
 from payouts.models import (
     Dispute,
     JournalEntry,
@@ -51,18 +43,16 @@ from payouts.models import (
     StripeEvent,
     TransferReversal,
 )
-from payouts.services import attempts, disputes, payees, recoveries, refunds, royalties, sales, transfers
+from payouts.services import disputes, payees, recoveries, refunds, royalties, sales, transfers
 from payouts.services.events import APPLIED
 from payouts.services.reconciliation import reconcile, settle_funds
 from tests.factories.attribution import PublishedResultFactory
 from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
-from tests.payouts.conftest import BANK, CARD, StripeWorld
+from tests.payouts.conftest import BANK, CARD
 from tests.payouts.invariants.world import (
     FAULTS,
-    Network,
     World,
     act,
-    cloned_database,
     faults_in_order,
     nobody_was_paid_twice,
 )
@@ -389,44 +379,6 @@ class History(RuleBasedStateMachine):
         for payment in Payment.objects.filter(status=Payment.Status.PAID):
             back = sum(one.amount_micros for one in payment.refunds.filter(state__in=Refund.STANDING))
             assert back <= payment.amount_micros
-
-
-@pytest.fixture
-def makes_worlds(
-    template_database: str,
-    superuser_url: str,
-    django_db_blocker: Any,
-    tmp_path: Path,
-    settings: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Any]:
-    """What makes a world: a clone of the migrated database, and a local Stripe on an empty folder."""
-    hurried = SimpleNamespace(sleep=lambda seconds: None)
-    monkeypatch.setattr(attempts, "time", hurried)
-    monkeypatch.setattr(transfers, "time", hurried, raising=False)
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
-    real = requests.Session.request
-    current: list[Network] = []
-    monkeypatch.setattr(
-        requests.Session,
-        "request",
-        lambda session, method, url, **given: current[-1].request(real, session, method, url, **given),
-    )
-
-    @contextmanager
-    def make() -> Iterator[World]:
-        name = f"history_{secrets.token_hex(6)}"
-        with django_db_blocker.unblock(), cloned_database(template_database, superuser_url, name):
-            handle = process.start(tmp_path / name, secret_key="sk_test_of_histories", payout_days=1)
-            settings.STRIPE_API_BASE, settings.STRIPE_API_KEY = handle.url, handle.secret_key
-            current.append(Network(handle.url))
-            try:
-                yield World(StripeWorld(handle), current[-1])
-            finally:
-                handle.kill()
-                connection.close()
-
-    yield make
 
 
 def test_whatever_happens_the_books_are_right_and_at_rest_they_are_stripes(makes_worlds: Any) -> None:
