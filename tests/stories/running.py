@@ -16,8 +16,10 @@ from typing import Any
 import psycopg
 from django.conf import settings as django_settings
 from django.db import connections
+from environ import Env
 from psycopg import sql
 
+from portal import embedded
 from portal.environment import environment_of, make_database, role_url
 from portal.processes import Supervisor, free_port
 from portal.site import Site, start_site
@@ -50,9 +52,14 @@ class Story:
 
 
 @contextmanager
-def running_story(var: Path, template: str) -> Iterator[Story]:
-    """Clone the template database, start every process on the clone, and drop it at the end."""
-    superuser = os.environ["SUPERUSER_DATABASE_URL"]
+def running_story(var: Path, template: str | None, *, servers: embedded.Urls | None = None) -> Iterator[Story]:
+    """Clone the template database, start every process on the clone, and drop it at the end.
+
+    Args:
+        template: None: the new database is migrated from nothing.
+        servers: what it runs on, in place of the servers that the tests share.
+    """
+    superuser = servers.database if servers else os.environ["SUPERUSER_DATABASE_URL"]
     name = f"story_{secrets.token_hex(6)}"
     connections.close_all()  # a database with sessions cannot be a template
     make_database(superuser, name, template=template)
@@ -61,7 +68,7 @@ def running_story(var: Path, template: str) -> Iterator[Story]:
         "RESIDUAL_VAR": str(var),
         "MEDIA_ROOT": str(var / "media"),
         "SECRET_KEY": django_settings.SECRET_KEY,
-        "REDIS_URL": django_settings.REDIS_URL,
+        "REDIS_URL": servers.redis if servers else django_settings.REDIS_URL,
         "OMP_NUM_THREADS": "1",
         "ATTRIBUTION_BUDGET": "150",  # trainings' worth: enough to tell the careless labeller from the others
     }
@@ -70,7 +77,9 @@ def running_story(var: Path, template: str) -> Iterator[Story]:
     environment = environment_of(common, **urls | {"owner": role_url(superuser, "postgres", name)})
     default = connections["default"]
     before = dict(default.settings_dict)
-    default.settings_dict.update(NAME=name, USER="residual_app")
+    address = Env.db_url_config(urls["app"])
+    default.settings_dict.update({part: address.get(part, "") for part in ("NAME", "USER", "HOST", "PORT")})
+    default.settings_dict["OPTIONS"] = default.settings_dict["OPTIONS"] | address.get("OPTIONS", {})
     try:
         with Supervisor(log_dir=var / "log") as supervisor:
             site = start_site(supervisor, environment, var, port=free_port(), payout_days=0)

@@ -184,6 +184,10 @@ def nobody_was_paid_twice(stripe: StripeWorld) -> list[str]:
     return sorted({group for group in groups if groups.count(group) > 1})
 
 
+def charges(stripe: StripeWorld) -> list[dict[str, Any]]:
+    return list(_all(stripe, "charges"))
+
+
 def _all(stripe: StripeWorld, path: str) -> Iterator[dict[str, Any]]:
     after = ""
     while page := stripe.objects(f"{path}?limit=100{after}"):
