@@ -158,6 +158,7 @@ def story(
         yield running
 
 
+@pytest.mark.timeout(600 + 10 * N_KILLS)
 def test_nothing_is_lost_and_nothing_paid_twice_whatever_is_killed(
     story: Story, own_servers: tuple[Path, embedded.Urls]
 ) -> None:
