@@ -5,6 +5,7 @@ posting on. Debits are positive: an asset or an expense stands above zero, a lia
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from marketplace.models import OrderLine, Party
 from marketplace.money import MINOR_DIGITS
@@ -54,6 +55,7 @@ class Code:
         return self.id if self.name in ("payable", "receivable") else None
 
 
+@lru_cache(maxsize=65_536)  # the same few thousand codes, over and over
 def parse(code: str) -> Code:
     """Take a code apart.
 
@@ -68,6 +70,11 @@ def parse(code: str) -> Code:
         if name in PURPOSES and PURPOSES[name].has_id and last.isascii() and last.isdigit() and last == str(int(last)):
             return Code(name, int(last), currency)
     raise ValueError(f"{code!r} is no account of the chart")
+
+
+def currency_of(code: str) -> str:
+    """Of a code that `parse` accepts."""
+    return code.rpartition(":")[2]
 
 
 def cash_pending(currency: str) -> str:

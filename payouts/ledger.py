@@ -5,13 +5,15 @@ message. Debits are positive, credits negative. A balance is the account's lates
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import TypeVar
 
 from django.db import OperationalError, connection, transaction
 from django.db.models import Sum
+from django.utils import timezone
 
 from marketplace import clock
 from marketplace.errors import DomainError
@@ -21,12 +23,14 @@ from payouts.models.ledger import MAX_LEGS
 
 __all__ = [
     "MAX_LEGS",
+    "Draft",
     "EntryKeyReused",
     "balance",
     "balances",
     "balances_of",
     "batches",
     "post",
+    "post_many",
     "reverse",
     "take_snapshots",
 ]
@@ -48,7 +52,17 @@ class EntryKeyReused(DomainError):
     code = "entry_key_reused"
 
 
-@transaction.atomic
+@dataclass(frozen=True)
+class Draft:
+    """An entry as it is asked for; see `post`."""
+
+    key: str
+    kind: JournalEntry.Kind
+    postings: Mapping[str, int]
+    booked_at: datetime | None = None
+    reverses: JournalEntry | None = None
+
+
 def post(
     *,
     key: str,
@@ -67,33 +81,94 @@ def post(
         EntryKeyReused: the key was used before for something else.
         ValueError: the postings do not sum to zero, mix currencies, or are fewer than two or more than `MAX_LEGS`.
     """
-    legs = {code: micros for code, micros in postings.items() if micros != 0}
+    return post_many([Draft(key, kind, postings, booked_at, reverses)])[0]
+
+
+@transaction.atomic
+def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
+    """Write many entries in one transaction and three statements, each exactly once per key, as `post` writes one.
+
+    Returns:
+        The entries in the order of the drafts.
+
+    Raises:
+        EntryKeyReused, ValueError: see `post`; nothing was booked. Two drafts with one key are a ValueError.
+    """
+    legs = {draft.key: _checked_legs(draft) for draft in drafts}
+    if len(legs) != len(drafts):
+        raise ValueError("Two of the entries have one key")
+    if not drafts:
+        return []
+    now = clock.now() if any(draft.booked_at is None for draft in drafts) else None
+    in_order = sorted(drafts, key=lambda draft: draft.key)  # two writers of the same keys wait for each other, not in a ring
+    entries = {
+        draft.key: JournalEntry(
+            key=draft.key,
+            kind=draft.kind,
+            currency=chart.currency_of(next(iter(legs[draft.key]))),
+            n_legs=len(legs[draft.key]),
+            booked_at=draft.booked_at or now,
+            created_at=timezone.now(),
+            reverses=draft.reverses,
+        )
+        for draft in in_order
+    }
+    with connection.cursor() as cursor:
+        columns = zip(
+            *(
+                (entry.key, str(entry.kind), entry.currency, entry.n_legs, entry.booked_at, entry.created_at, entry.reverses_id)
+                for entry in entries.values()
+            ),
+            strict=True,
+        )
+        cursor.execute(_INSERT_ENTRIES, [list(column) for column in columns])
+        made = dict(cursor.fetchall())
+        for key, pk in made.items():
+            entries[key].pk = pk
+            entries[key]._state.adding = False
+        if len(made) < len(entries):
+            entries |= _found_before([draft for draft in in_order if draft.key not in made], legs)
+        new_legs = {key: legs[key] for key in entries if key in made}  # in the order of the keys
+        accounts = _open_accounts({code for of in new_legs.values() for code in of})
+        rows = [
+            (made[key], number, accounts[code], micros)
+            for key, of in new_legs.items()
+            for number, (code, micros) in enumerate(of.items())
+        ]
+        if rows:
+            cursor.execute(_INSERT_POSTINGS, [list(column) for column in zip(*rows, strict=True)])
+    return [entries[draft.key] for draft in drafts]
+
+
+_INSERT_ENTRIES = """
+INSERT INTO payouts_journalentry (key, kind, currency, n_legs, booked_at, created_at, reverses_id)
+SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::int[], %s::timestamptz[], %s::timestamptz[], %s::bigint[])
+ON CONFLICT (key) DO NOTHING RETURNING key, id
+"""
+_INSERT_POSTINGS = """
+INSERT INTO payouts_posting (entry_id, leg, account_id, amount_micros)
+SELECT * FROM unnest(%s::bigint[], %s::int[], %s::bigint[], %s::bigint[])
+"""
+
+
+def _checked_legs(draft: Draft) -> dict[str, int]:
+    legs = {code: micros for code, micros in draft.postings.items() if micros != 0}
     total = sum(legs.values())
     currencies = {chart.parse(code).currency for code in legs}
     if len(currencies) != 1 or total != 0 or not 2 <= len(legs) <= MAX_LEGS:
-        raise ValueError(f"{key}: {len(legs)} legs in {sorted(currencies)} that sum to {total}")
+        raise ValueError(f"{draft.key}: {len(legs)} legs in {sorted(currencies)} that sum to {total}")
+    return legs
 
-    entry, is_new = JournalEntry.objects.get_or_create(
-        key=key,
-        defaults={
-            "kind": kind,
-            "currency": currencies.pop(),
-            "n_legs": len(legs),
-            "booked_at": booked_at or clock.now(),
-            "reverses": reverses,
-        },
-    )
-    if not is_new:
-        if entry.kind != kind or entry.reverses_id != (reverses and reverses.pk) or postings_of(entry) != legs:
-            raise EntryKeyReused(f"The key {key} was used before, for another entry of kind {entry.kind}.")
-        return entry
 
-    accounts = _open_accounts(legs)
-    Posting.objects.bulk_create(
-        Posting(entry=entry, leg=leg, account_id=accounts[code], amount_micros=micros)
-        for leg, (code, micros) in enumerate(legs.items())
-    )
-    return entry
+def _found_before(drafts: list[Draft], legs: Mapping[str, dict[str, int]]) -> dict[str, JournalEntry]:
+    """The entries that the keys made before, if they say the same."""
+    found = JournalEntry.objects.in_bulk([draft.key for draft in drafts], field_name="key")
+    for draft in drafts:
+        entry = found[draft.key]
+        is_same = entry.kind == draft.kind and entry.reverses_id == (draft.reverses and draft.reverses.pk)
+        if not is_same or postings_of(entry) != legs[draft.key]:
+            raise EntryKeyReused(f"The key {draft.key} was used before, for another entry of kind {entry.kind}.")
+    return found
 
 
 def reverse(
@@ -205,7 +280,7 @@ def batches(dues: Mapping[int, T], *, size: int) -> Iterator[dict[int, T]]:
 def _open_accounts(codes: Iterable[str]) -> dict[str, int]:
     """The accounts' ids by code; those that are missing are made, in order of codes so that two writers wait, not deadlock."""
     wanted = sorted(codes)
-    known = dict(Account.objects.filter(code__in=wanted).values_list("code", "pk"))
+    known = _ids_of(wanted)
     missing = [code for code in wanted if code not in known]
     if not missing:
         return known
@@ -222,7 +297,13 @@ def _open_accounts(codes: Iterable[str]) -> dict[str, int]:
         ],
         ignore_conflicts=True,  # another writer may have opened it meanwhile
     )
-    return dict(Account.objects.filter(code__in=wanted).values_list("code", "pk"))
+    return _ids_of(wanted)
+
+
+def _ids_of(codes: list[str]) -> dict[str, int]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT code, id FROM payouts_account WHERE code = ANY(%s)", [codes])
+        return dict(cursor.fetchall())
 
 
 def balances_of(codes: Iterable[str]) -> dict[str, int]:

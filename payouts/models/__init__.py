@@ -17,7 +17,7 @@ from payouts.models.refunds import (
     WriteOff,
 )
 from payouts.models.royalties import RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
-from payouts.models.transfers import Payout, PayoutRun
+from payouts.models.transfers import Payout, PayoutMinimum, PayoutRun, PayoutShard, PlannedPayout
 
 __all__ = [
     "Account",
@@ -35,7 +35,10 @@ __all__ = [
     "PayeeAccount",
     "Payment",
     "Payout",
+    "PayoutMinimum",
     "PayoutRun",
+    "PayoutShard",
+    "PlannedPayout",
     "Posting",
     "Reclaim",
     "Refund",

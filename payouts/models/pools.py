@@ -1,6 +1,7 @@
 """What waits to be divided, and every line of every division."""
 
 from django.apps import apps
+from django.contrib.postgres.indexes import BrinIndex
 from django.db import models
 from django.db.models import F, OuterRef, Q, Subquery, Sum
 from django.db.models.functions import Coalesce
@@ -107,7 +108,10 @@ class DivisionLine(models.Model):
             models.UniqueConstraint(fields=["division", "party", "role"], name="one_line_per_division_party_role"),
             models.CheckConstraint(condition=Q(amount_micros__gt=0), name="line_positive"),
         ]
-        indexes = [models.Index(fields=["party", "due_at"], name="line_due")]
+        indexes = [
+            models.Index(fields=["party", "due_at"], name="line_due"),
+            BrinIndex(fields=["due_at"], autosummarize=True, name="lines_not_yet_due"),  # lines are nearly in this order
+        ]
 
     def __str__(self) -> str:
         return f"{self.party}: {self.amount_micros} of {self.division}"
