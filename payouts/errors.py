@@ -81,3 +81,9 @@ class DisputeNotAnswerable(DomainError):
     """The bank takes no answer any more, or has ours."""
 
     code = "dispute_not_answerable"
+
+
+class PayoutRunNotStoppable(DomainError):
+    """The run is not in the state from which this can be done to it; nothing was changed."""
+
+    code = "payout_run_state"

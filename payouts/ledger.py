@@ -100,7 +100,9 @@ def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
     if not drafts:
         return []
     now = clock.now() if any(draft.booked_at is None for draft in drafts) else None
-    in_order = sorted(drafts, key=lambda draft: draft.key)  # two writers of the same keys wait for each other, not in a ring
+    in_order = sorted(
+        drafts, key=lambda draft: draft.key
+    )  # two writers of the same keys wait for each other, not in a ring
     entries = {
         draft.key: JournalEntry(
             key=draft.key,
@@ -116,7 +118,15 @@ def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
     with connection.cursor() as cursor:
         columns = zip(
             *(
-                (entry.key, str(entry.kind), entry.currency, entry.n_legs, entry.booked_at, entry.created_at, entry.reverses_id)
+                (
+                    entry.key,
+                    str(entry.kind),
+                    entry.currency,
+                    entry.n_legs,
+                    entry.booked_at,
+                    entry.created_at,
+                    entry.reverses_id,
+                )
                 for entry in entries.values()
             ),
             strict=True,

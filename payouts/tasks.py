@@ -7,7 +7,7 @@ from celery import shared_task
 from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
-from payouts.models import DisputeAnswer, PayoutRun, Refund, StripeEvent, TransferReversal
+from payouts.models import DisputeAnswer, PayoutRun, PayoutShard, Refund, StripeEvent, TransferReversal
 from payouts.services import disputes, events, reconciliation, recoveries, refunds, royalties, sales, transfers
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,14 @@ def execute_payout_run(run_id: int) -> None:
     with jobs.claimed(PayoutRun, run_id) as run:
         if run:
             transfers.execute_payout_run(run)
+
+
+@shared_task(acks_late=True)
+def execute_payout_shard(shard_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(PayoutShard, shard_id) as shard:
+        if shard:
+            transfers.execute_payout_shard(shard)
 
 
 @shared_task(acks_late=True)
@@ -65,15 +73,18 @@ def divide_what_is_ready() -> None:
 
 @shared_task
 def settle_funds() -> None:
-    reconciliation.settle_funds()
+    if reconciliation.settle_funds():
+        transfers.resume_when_funded()
     recoveries.net_what_became_payable()
 
 
 @shared_task
 def request_daily_payout_runs() -> None:
-    """One run per currency and business day, however often beat calls."""
+    """One run per currency and business day, however often beat calls; none while an earlier one waits or works."""
     for currency in MINOR_DIGITS:
-        transfers.request_payout_run(currency=currency, key=f"run:{currency}:{clock.today()}")
+        key = f"run:{currency}:{clock.today()}"
+        if not transfers.open_runs(currency).exclude(key=key).exists():
+            transfers.request_payout_run(currency=currency, key=key)
 
 
 @shared_task

@@ -200,6 +200,11 @@ STRIPE_API_BASE = env("STRIPE_API_BASE", default=None)
 STRIPE_PLATFORM_COUNTRY = env("STRIPE_PLATFORM_COUNTRY", default="US")
 STRIPE_WEBHOOK_SECRET = env("STRIPE_WEBHOOK_SECRET", default="")
 STRIPE_CONNECT_WEBHOOK_SECRET = env("STRIPE_CONNECT_WEBHOOK_SECRET", default="")
+#: Stripe allows 100 requests a second with a live key and 25 with a test key; what else asks it needs some of them.
+STRIPE_REQUESTS_PER_SECOND = env.float("STRIPE_REQUESTS_PER_SECOND", default=20.0)
+STRIPE_CONNECTIONS = env.int("STRIPE_CONNECTIONS", default=8)  # of one payments worker, side by side
+#: Whole units of the currency; a payout run of more waits for a second person.
+PAYOUT_RUN_APPROVAL_ABOVE = env.int("PAYOUT_RUN_APPROVAL_ABOVE", default=10_000)
 RESIDUAL_PROCESS = env("RESIDUAL_PROCESS", default="web")  # web, ingest, attribution, default, payments, beat
 if not IS_DEMO:
     if STRIPE_API_BASE:

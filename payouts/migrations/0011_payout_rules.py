@@ -36,7 +36,8 @@ BEGIN
         RAISE EXCEPTION 'payout % keeps what it is about; make another one', OLD.id USING ERRCODE = 'restrict_violation';
     END IF;
     IF NEW.status <> OLD.status AND (OLD.status, NEW.status) NOT IN (
-        ('intended', 'sent'), ('intended', 'refused'), ('refused', 'sent'), ('sent', 'paid')
+        ('intended', 'sent'), ('intended', 'refused'), ('refused', 'sent'), ('sent', 'paid'),
+        ('paid', 'sent')  -- the bank sent it back after all
     ) THEN
         RAISE EXCEPTION 'payout % does not go from % to %', OLD.id, OLD.status, NEW.status
             USING ERRCODE = 'restrict_violation';

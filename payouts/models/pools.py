@@ -110,7 +110,9 @@ class DivisionLine(models.Model):
         ]
         indexes = [
             models.Index(fields=["party", "due_at"], name="line_due"),
-            BrinIndex(fields=["due_at"], autosummarize=True, name="lines_not_yet_due"),  # lines are nearly in this order
+            BrinIndex(
+                fields=["due_at"], autosummarize=True, name="lines_not_yet_due"
+            ),  # lines are nearly in this order
         ]
 
     def __str__(self) -> str:

@@ -35,7 +35,9 @@ class PayoutRun(Job):
     planned_micros = models.BigIntegerField(default=0)
     skipped = models.JSONField(default=dict)  # {"below_minimum": {"n": 3, "micros": 120000}, "not_ready": …}
     funded_until = models.PositiveIntegerField(default=0)  # the funds that there are reach to this position
-    started_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")  # null: the schedule
+    started_by = models.ForeignKey(
+        "marketplace.User", models.PROTECT, null=True, related_name="+"
+    )  # null: the schedule
     approved_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
     approved_at = models.DateTimeField(null=True)
     paused_at = models.DateTimeField(null=True)  # wall time, of the last pause
@@ -154,7 +156,9 @@ class Payout(models.Model):
     bank_payout_id = models.CharField(max_length=255, blank=True)
     refusal_code = models.CharField(max_length=60, blank=True)
     refusal_message = models.TextField(blank=True)
-    bank_failure_code = models.CharField(max_length=60, blank=True)  # Stripe's, of a bank that refused; the money is at Stripe
+    bank_failure_code = models.CharField(
+        max_length=60, blank=True
+    )  # Stripe's, of a bank that refused; the money is at Stripe
     bank_failed_at = models.DateTimeField(null=True)  # business time
     created_at = models.DateTimeField(default=timezone.now)
     intended_at = models.DateTimeField()  # business time

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from django.utils import timezone
 
 from payouts import gateway
+from payouts.services.refusals import OUR_FAULT
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ A = TypeVar("A")
 
 class StillUncertain(Exception):
     """Stripe gave no clear answer; the job comes back for it."""
+
+    is_busy = False  # every answer was a 429: nobody's failure, only too early
 
 
 class Effect(Protocol[A]):
@@ -61,15 +64,23 @@ class Effect(Protocol[A]):
         """It will not be: put the intent back."""
 
 
-def pursue(effect: Effect[A]) -> None:
+def pursue(effect: Effect[A], *, answered: gateway.StripeUncertain | None = None) -> None:
     """Bring an intent to its end.
+
+    Args:
+        answered: what the first call said, where somebody has noted the try and made it already.
 
     Raises:
         StillUncertain: it may have been done, and nobody knows yet; nothing was put back.
         gateway.StripeRefused: Stripe refused us rather than this (the key is wrong, say); the intent stays.
     """
+    statuses: list[int | None] = []
     try:
-        if effect.first_tried_at is not None:
+        if answered is not None:
+            statuses.append(answered.http_status)
+            if _found_after(effect, answered, wait_seconds=0.5):
+                return None
+        elif effect.first_tried_at is not None:
             # Somebody tried before us and did not live to book the answer.
             found = effect.find()
             if found is not None:
@@ -78,37 +89,48 @@ def pursue(effect: Effect[A]) -> None:
                 effect.next_attempt()
         else:
             effect.note_try()
-        for number in range(TRIES):
-            if _tried(effect, wait_seconds=0.5 * 2**number):
+        while len(statuses) < TRIES:
+            error = _called(effect)
+            if error is None:
+                return None
+            statuses.append(error.http_status)
+            if _found_after(effect, error, wait_seconds=0.25 * 2 ** len(statuses)):
                 return None
     except gateway.StripeUncertain as error:  # of a look-up
         raise StillUncertain(f"{effect}: {error}") from error
-    raise StillUncertain(f"{effect}: {TRIES} tries")
+    uncertain = StillUncertain(f"{effect}: {TRIES} tries")
+    uncertain.is_busy = all(status == 429 for status in statuses)
+    raise uncertain
 
 
-def _tried(effect: Effect[A], *, wait_seconds: float) -> bool:
-    """One call; True if its answer ended it one way or the other.
-
-    Raises:
-        gateway.StripeUncertain: of a look-up.
-    """
+def _called(effect: Effect[A]) -> gateway.StripeUncertain | None:
+    """One call; what it said, unless that ended it one way or the other."""
     try:
         answer = effect.call()
     except gateway.StripeRefused as error:
-        if error.http_status in (401, 403):
+        if error.http_status in OUR_FAULT:
             raise  # we were refused, not this; nothing was done and the intent stays
         effect.refuse(error)
-        return True
     except gateway.StripeUncertain as error:
-        logger.warning("Stripe's answer is uncertain effect=%s error=%s", effect, error)
-        if error.is_key_spent:
-            # The key would only repeat this answer, which does not say whether it was done.
-            found = effect.find()
-            if found is not None:
-                effect.book(found)
-                return True
-            effect.next_attempt()
-        time.sleep(min(error.retry_after_seconds or wait_seconds, LONGEST_WAIT_SECONDS))
-        return False
-    effect.book(answer)
-    return True
+        return error
+    else:
+        effect.book(answer)
+    return None
+
+
+def _found_after(effect: Effect[A], error: gateway.StripeUncertain, *, wait_seconds: float) -> bool:
+    """After an uncertain answer: whether it was done all the same; otherwise ready to be called again, a little later.
+
+    Raises:
+        gateway.StripeUncertain: of the look-up.
+    """
+    logger.warning("Stripe's answer is uncertain effect=%s error=%s", effect, error)
+    if error.is_key_spent:
+        # The key would only repeat this answer, which does not say whether it was done.
+        found = effect.find()
+        if found is not None:
+            effect.book(found)
+            return True
+        effect.next_attempt()
+    time.sleep(min(error.retry_after_seconds or wait_seconds, LONGEST_WAIT_SECONDS))
+    return False

@@ -1,5 +1,6 @@
-"""Payouts: intent, then effect (DESIGN §5).
+"""Payouts: a run plans what is due; then intent and effect, batch by batch (DESIGN §5).
 
+    planned    who is to be paid and how much at most, whose money has waited longest first
     intended   payable → in_transit, committed before Stripe is called
     sent       Stripe made the transfer: in_transit → cash
     refused    Stripe definitely refused: booked back to payable; the next run tries anew
@@ -9,64 +10,217 @@ A refusal is definite, and yet a worker that was suspended in the middle of its 
 its successor was refused: the next run, and the bank's word, find it and book it as sent.
 
 A worker may die anywhere. The next attempt finds the intent, asks Stripe whether the transfer was made, and repeats the
-call with the same idempotency key while Stripe remembers it.
+call with the same idempotency key while Stripe remembers it. Of a batch the tries are committed in one transaction, the calls
+made side by side at the rate that `pacing` allows, and the answers booked in one transaction.
+
+A run stops for a person (approval, pause) and for funds; it goes on where it was, hours or days later. A large one is cut into
+shards of about a minute, which several workers carry out.
 """
 
 import logging
-import time
-from datetime import timedelta
-from typing import Any
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
-from django.db import transaction
-from django.db.models import Q, QuerySet, Sum
+from django.conf import settings
+from django.db import connection, transaction
+from django.db.models import Count, Q, QuerySet
 from django.utils import timezone
 
 from marketplace import clock, jobs
+from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.jobs import Job
+from marketplace.models import AuditEvent, User
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import chart, gateway, ledger
-from payouts.errors import TransferMismatch
+from payouts.errors import PayoutRunNotStoppable, TransferMismatch
 from payouts.models import (
     Dispute,
-    DivisionLine,
     JournalEntry,
     PayeeAccount,
     Payout,
     PayoutRun,
-    Reclaim,
+    PayoutShard,
+    PlannedPayout,
     RoyaltyPool,
-    TransferReversal,
-    WriteOff,
 )
-from payouts.services import clawbacks, recoveries
-from payouts.services.attempts import KEY_LIFE, LONGEST_WAIT_SECONDS, TRIES, StillUncertain
+from payouts.services import attempts, clawbacks, pacing, plans, recoveries
+from payouts.services.attempts import KEY_LIFE, StillUncertain
+from payouts.services.plans import due_micros
+from payouts.services.refusals import OUR_FAULT
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["KEY_LIFE", "StillUncertain", "confirm_in_bank", "due_micros", "execute_payout_run", "request_payout_run"]
+__all__ = [
+    "KEY_LIFE",
+    "StillUncertain",
+    "approve_payout_run",
+    "confirm_in_bank",
+    "due_micros",
+    "execute_payout_run",
+    "execute_payout_shard",
+    "pause_payout_run",
+    "reject_payout_run",
+    "request_payout_run",
+    "resume_payout_run",
+    "resume_when_funded",
+]
+
+State, Outcome = PayoutRun.State, PlannedPayout.Outcome
 
 #: How long after its last try a refused payout's transfer is looked for: no HTTP call sleeps longer.
 LATE = timedelta(days=2)
+#: So many payouts are intended, noted as tried, and booked in a transaction each.
+AT_ONCE = 100
+SHARD_SECONDS = 60
+NO_FUNDS = "balance_insufficient"
+#: What waits for somebody is looked at again so often, should nobody wake it.
+LOOK_AGAIN = timedelta(hours=1)
+SHARDS_LOOK_AGAIN = timedelta(minutes=2)
+BUSY_PAUSE = timedelta(seconds=30)
 
 
 @transaction.atomic
-def request_payout_run(*, currency: str, key: str) -> PayoutRun:
+def request_payout_run(*, currency: str, key: str, user: User | None = None) -> PayoutRun:
     """Ask for everything that is due by now in one currency; the same key asks once.
+
+    Args:
+        user: who started it; None: the schedule.
 
     Raises:
         ValueError: a currency in which the platform holds no balance.
+        NotAllowed: the user is not staff.
     """
     if currency not in MINOR_DIGITS:
         raise ValueError(f"No balance is held in {currency!r}")
-    run, is_new = PayoutRun.objects.get_or_create(key=key, defaults={"currency": currency, "due_until": clock.now()})
+    if user is not None:
+        _require_staff(user, to="start a payout run")
+    defaults = {"currency": currency, "due_until": clock.now(), "started_by": user}
+    run, is_new = PayoutRun.objects.get_or_create(key=key, defaults=defaults)
     if is_new:
+        _audit(run, user, "payout_run.requested")
         logger.info("Requested payout run=%s key=%s due_until=%s", run.pk, key, run.due_until)
         jobs.wake(run)
     return run
 
 
+def open_runs(currency: str) -> QuerySet[PayoutRun]:
+    """Those that are not at their end: what falls due meanwhile is the next one's."""
+    return PayoutRun.objects.filter(currency=currency, status__in=[Job.Status.QUEUED, Job.Status.RUNNING])
+
+
+# --- a person's word --------------------------------------------------------------------------------------------------
+
+
+def approve_payout_run(*, run: PayoutRun, by: User) -> PayoutRun:
+    """A second person agrees to a run above the limit: it sends what was planned, and nothing more.
+
+    Raises:
+        NotAllowed: not staff, or the person who started it.
+        PayoutRunNotStoppable: it does not wait for approval.
+    """
+    _require_staff(by, to="approve a payout run")
+    if run.started_by_id is not None and run.started_by_id == by.pk:
+        raise NotAllowed("Whoever started a payout run cannot approve it; ask a colleague.")
+    wall = timezone.now()
+    return _moved(run, by, "approved", [State.AWAITING_APPROVAL], State.SENDING, approved_by=by, approved_at=wall)
+
+
+def reject_payout_run(*, run: PayoutRun, by: User, reason: str) -> PayoutRun:
+    """A person says no before anything was sent; what is due stays due, and the next run plans it anew.
+
+    Raises:
+        NotAllowed: not staff.
+        InvalidInput: no reason.
+        PayoutRunNotStoppable: it does not wait for approval.
+    """
+    _require_staff(by, to="reject a payout run")
+    return _moved(run, by, "rejected", [State.AWAITING_APPROVAL], State.REJECTED, note=_reason(reason))
+
+
+def pause_payout_run(*, run: PayoutRun, by: User, reason: str) -> PayoutRun:
+    """Stop before the next batch, for as long as it takes; what is on its way to Stripe is brought to its end.
+
+    Raises:
+        NotAllowed: not staff.
+        InvalidInput: no reason.
+        PayoutRunNotStoppable: it does not send, or has ended.
+    """
+    _require_staff(by, to="pause a payout run")
+    states = [State.SENDING, State.SHORT_OF_FUNDS]
+    return _moved(run, by, "paused", states, State.PAUSED, note=_reason(reason), paused_at=timezone.now())
+
+
+def resume_payout_run(*, run: PayoutRun, by: User) -> PayoutRun:
+    """Go on where it was.
+
+    Raises:
+        NotAllowed: not staff.
+        PayoutRunNotStoppable: it is not paused.
+    """
+    _require_staff(by, to="resume a payout run")
+    return _moved(run, by, "resumed", [State.PAUSED], State.SENDING, note="")
+
+
+@transaction.atomic
+def _moved(run: PayoutRun, by: User, what: str, from_: Sequence[str], to: str, **changes: object) -> PayoutRun:
+    unfinished = PayoutRun.objects.filter(
+        pk=run.pk, state__in=from_, status__in=[Job.Status.QUEUED, Job.Status.RUNNING]
+    )
+    if not unfinished.update(state=to, **changes):
+        run.refresh_from_db()
+        raise PayoutRunNotStoppable(
+            f"Payout run {run.pk} is {run.get_state_display().lower()}; it cannot be {what} now."
+        )
+    run.refresh_from_db()
+    _audit(run, by, f"payout_run.{what}", **({"reason": run.note} if run.note else {}))
+    for job in (run, *run.shards.filter(status=Job.Status.QUEUED)):
+        jobs.resume(job)
+    logger.info("Payout run=%s %s by user=%s", run.pk, what, by.pk)
+    return run
+
+
+def resume_when_funded() -> int:
+    """Wake the runs whose rest waits for funds, after some became available; returns how many."""
+    short = PayoutRun.objects.filter(state=State.SHORT_OF_FUNDS, status=Job.Status.QUEUED).order_by("due_until", "pk")
+    return sum(jobs.resume(run) for run in short)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Done:
+    """How a stretch of work ended."""
+
+    n_tried: int = 0
+    n_uncertain: int = 0
+    is_busy: bool = True  # of the uncertain ones: Stripe only ever said that it was too much
+    is_short: bool = False
+    is_stopped: bool = False
+    mismatches: list[str] = field(default_factory=list)
+
+    def require_clear(self, of: Job) -> None:
+        """
+        Raises:
+            TransferMismatch, StillUncertain: see `execute_payout_run`.
+        """
+        if self.mismatches:
+            raise TransferMismatch(" ".join(self.mismatches))
+        if self.n_uncertain:
+            raise StillUncertain(f"{self.n_uncertain} of {self.n_tried} payouts of {of}")
+
+    def waits_for_stripe(self, job: Job) -> bool:
+        """Put the job off without counting a failure, if all that went wrong is that Stripe was asked too much."""
+        if self.mismatches or not (self.n_uncertain and self.is_busy):
+            return False
+        job.postpone(timezone.now() + BUSY_PAUSE)
+        return True
+
+
 def execute_payout_run(run: PayoutRun) -> None:
-    """Intend what is due, then send what is intended, this run's and what finished runs have left behind.
+    """Plan what is due, then intend and send it, this run's and what finished runs have left behind.
 
     Harmless to run again: a payee has one payout in a run, and each transfer happens once.
 
@@ -78,29 +232,136 @@ def execute_payout_run(run: PayoutRun) -> None:
     """
     if run.planned_at is None:
         _book_late_transfers(run)
-        for payee in _payees_with_something_due(run):
-            with transaction.atomic():
-                run.lock()
-                _intend(run, payee)
-        run.write(planned_at=clock.now())
-    left_behind = Q(run__currency=run.currency, run__status__in=[Job.Status.DONE, Job.Status.FAILED])
-    waiting = list(
-        Payout.objects.filter(Q(run=run) | left_behind, status=Payout.Status.INTENDED)
-        .order_by("pk")
-        .values_list("pk", flat=True)
+        with transaction.atomic():
+            run.lock()
+            plans.write_plan(run)
+    run.refresh_from_db(fields=["state"])
+    if run.state in PayoutRun.STOPPED:
+        if run.state != State.REJECTED:
+            run.postpone(timezone.now() + LOOK_AGAIN)
+        return
+    done = _Done()
+    left_behind = Payout.objects.filter(
+        run__currency=run.currency,
+        run__status__in=[Job.Status.DONE, Job.Status.FAILED],
+        status=Payout.Status.INTENDED,
     )
-    n_uncertain, mismatches = 0, []
-    for number, pk in enumerate(waiting, start=1):
-        try:
-            n_uncertain += not _send(run, pk)
-        except TransferMismatch as error:  # one of them must not stop everybody else's money
-            logger.exception("Payout needs a person payout=%s", pk)
-            mismatches.append(str(error))
-        run.progress(done=number, total=len(waiting))
-    if mismatches:
-        raise TransferMismatch(" ".join(mismatches))
-    if n_uncertain:
-        raise StillUncertain(f"{n_uncertain} of {len(waiting)} payouts of run {run.pk}")
+    _send(run, left_behind.exclude(run=run).order_by("pk").values_list("pk", flat=True), done)
+    if run.n_planned <= shard_size():
+        _work(run, run, 0, plans.funded_until(run), done)
+    else:
+        if _have_shards_to_finish(run):
+            return
+        _work(run, run, 0, run.funded_until, done)  # what shards had to leave: funds that were gone after all
+        if not (done.is_short or done.is_stopped or done.n_uncertain) and _cut(run):
+            return
+    _end(run, done)
+
+
+def execute_payout_shard(shard: PayoutShard) -> None:
+    """Intend and send one shard of a run; harmless to run again. Whoever ends last wakes the run.
+
+    Raises: see `execute_payout_run`.
+    """
+    run, done = shard.run, _Done()
+    _work(run, shard, shard.first, shard.end, done)
+    if done.is_stopped:
+        shard.postpone(timezone.now() + LOOK_AGAIN)
+        return
+    if done.waits_for_stripe(shard):
+        return
+    done.require_clear(shard)
+    shard.finish()
+    if not _unfinished_shards(run).exists():
+        jobs.resume(run)
+
+
+def shard_size() -> int:
+    """Payees in about a minute at the rate that Stripe is asked at."""
+    return max(AT_ONCE, int(SHARD_SECONDS * settings.STRIPE_REQUESTS_PER_SECOND))
+
+
+def _unfinished_shards(run: PayoutRun) -> QuerySet[PayoutShard]:
+    return run.shards.filter(status__in=[Job.Status.QUEUED, Job.Status.RUNNING])
+
+
+def _have_shards_to_finish(run: PayoutRun) -> bool:
+    """Put the run off while its shards work; the last one wakes it."""
+    if not _unfinished_shards(run).exists():
+        return False
+    ended = run.planned_payouts.exclude(outcome=Outcome.WAITING).count()
+    run.progress(done=ended, total=run.n_planned)
+    run.postpone(timezone.now() + SHARDS_LOOK_AGAIN)
+    if not _unfinished_shards(run).exists():
+        jobs.resume(run)  # the last one ended in between and found the run running
+    return True
+
+
+def _cut(run: PayoutRun) -> bool:
+    """Give what the funds reach to shards, and wait for them; False if there is nothing to give."""
+    reach, size = plans.funded_until(run), shard_size()
+    if reach <= run.funded_until:
+        return False
+    with transaction.atomic():
+        run.lock()
+        shards = PayoutShard.objects.bulk_create(
+            PayoutShard(run=run, first=first, end=min(first + size, reach))
+            for first in range(run.funded_until, reach, size)
+        )
+        run.write(funded_until=reach)
+        for shard in shards:
+            jobs.wake(shard)
+    logger.info("Cut payout run=%s shards=%s until=%s of=%s", run.pk, len(shards), reach, run.n_planned)
+    return _have_shards_to_finish(run)
+
+
+def _end(run: PayoutRun, done: _Done) -> None:
+    if done.is_stopped:
+        run.postpone(timezone.now() + LOOK_AGAIN)
+        return
+    if done.waits_for_stripe(run):
+        return
+    if run.shards.filter(status=Job.Status.FAILED).exists():
+        done.mismatches += run.shards.filter(status=Job.Status.FAILED).values_list("error_message", flat=True)
+    done.require_clear(run)
+    counted = dict(run.planned_payouts.values_list("outcome").annotate(n=Count("pk")))
+    is_short = bool(counted.get(Outcome.WAITING))
+    run.progress(done=run.n_planned - counted.get(Outcome.WAITING, 0), total=run.n_planned)
+    moving = PayoutRun.objects.filter(pk=run.pk, state__in=[State.PLANNING, State.SENDING, State.SHORT_OF_FUNDS])
+    moving.update(state=State.SHORT_OF_FUNDS if is_short else State.ENDED)
+    if is_short:
+        logger.warning("Funds do not suffice run=%s waiting=%s", run.pk, counted[Outcome.WAITING])
+        run.postpone(timezone.now() + LOOK_AGAIN)
+
+
+def _work(run: PayoutRun, job: Job, first: int, end: int, done: _Done) -> None:
+    """Intend and send the positions from `first` to `end`, batch by batch, until one must stop."""
+    waiting = run.planned_payouts.filter(outcome=Outcome.WAITING, position__gte=first, position__lt=end)
+    mine = Q(party__in=run.planned_payouts.filter(position__gte=first, position__lt=end).values("party"))
+    unsent = Payout.objects.filter(run=run, status=Payout.Status.INTENDED).order_by("pk")
+    if job is not run:
+        unsent = unsent.filter(mine)
+    if not _is_stopped(run, done):
+        _send(job, unsent.values_list("pk", flat=True), done)  # what an attempt that died has left
+    while not (done.is_short or _is_stopped(run, done)):
+        batch = list(waiting.order_by("position").values_list("party", flat=True)[:AT_ONCE])
+        if not batch:
+            return
+        payees = {payee.party_id: payee for payee in PayeeAccount.objects.filter(party__in=batch)}
+        with transaction.atomic():
+            job.lock()
+            intended, is_enough = _intend(run, *(payees[party] for party in batch if party in payees))
+        _send(job, [payout.pk for payout in intended], done)
+        done.is_short |= not is_enough
+        n_waiting = waiting.count() if job is not run else run.planned_payouts.filter(outcome=Outcome.WAITING).count()
+        total = end - first if job is not run else run.n_planned
+        job.progress(done=total - n_waiting, total=total)
+
+
+def _is_stopped(run: PayoutRun, done: _Done) -> bool:
+    run.refresh_from_db(fields=["state"])
+    done.is_stopped = run.state in PayoutRun.STOPPED
+    return done.is_stopped
 
 
 def confirm_in_bank(*, account: str, bank_payout: str) -> list[Payout]:
@@ -135,78 +396,81 @@ def group_of(payout: Payout) -> str:
     return f"payout:{payout.pk}"
 
 
-def due_micros(*, party_id: int, currency: str, until: object) -> int:
-    """What has fallen due to a party and was neither sent nor intended, in micros; before rounding.
-
-    Below zero where more went back to buyers than the party was still owed; what it earns next pays that first.
-    """
-    lines = DivisionLine.objects.filter(party=party_id, division__currency=currency, due_at__lte=until)
-    taken_back = Reclaim.objects.filter(
-        division_line__party=party_id,
-        division_line__division__currency=currency,
-        division_line__due_at__lte=until,
-        clawback_line__clawback__undo=None,
-    )
-    payouts = Payout.objects.filter(party=party_id, currency=currency).exclude(status=Payout.Status.REFUSED)
-    fetched_back = TransferReversal.objects.filter(
-        payout__party=party_id, currency=currency, state=TransferReversal.State.SENT
-    )
-    forgiven = WriteOff.objects.filter(party=party_id, currency=currency)
-    return _sum(lines) - _sum(taken_back) - _sum(payouts) + _sum(fetched_back) + _sum(forgiven)
-
-
-def _sum(rows: "QuerySet[Any]") -> int:
-    return int(rows.aggregate(sum=Sum("amount_micros", default=0))["sum"])
-
-
 # --- intent -----------------------------------------------------------------------------------------------------------
 
 
-def _payees_with_something_due(run: PayoutRun) -> list[PayeeAccount]:
-    due = DivisionLine.objects.filter(division__currency=run.currency, due_at__lte=run.due_until)
-    return list(PayeeAccount.objects.filter(party__in=due.values("party"), transfers_active=True).order_by("pk"))
+def _intend(run: PayoutRun, *payees: PayeeAccount) -> tuple[list[Payout], bool]:
+    """Inside a transaction: promise payees what is due, in this order, as far as Stripe's available funds go.
 
+    Nobody gets more than was planned for them, and whoever cannot be paid any more is passed over with the reason.
 
-def _intend(run: PayoutRun, payee: PayeeAccount) -> None:
-    """Inside a transaction: promise one payee what is due, as far as it is payable and Stripe's available funds go."""
+    Returns:
+        The payouts, and whether the funds sufficed: with the first for whom they do not, it stops.
+    """
     recoveries.lock(run.currency)  # two runs must not promise the same available funds, nor what a refund takes back
-    payee = PayeeAccount.objects.select_for_update().get(pk=payee.pk)
-    if not payee.is_ready or Payout.objects.filter(run=run, party=payee.party_id).exists():
-        return
-    recoveries.net(parties=[payee.party_id], currency=run.currency)
-    due = due_micros(party_id=payee.party_id, currency=run.currency, until=run.due_until)
-    payable = -ledger.balance(chart.payable(payee.party_id, run.currency))
-    amount = Money(max(0, min(due, payable)), run.currency).floor_to_minor()
-    if not amount:
-        return
-    # in_transit and refunding are liabilities, so adding them takes off what is promised already.
-    free = sum(ledger.balance(of(run.currency)) for of in (chart.cash_available, chart.in_transit, chart.refunding))
-    if amount.micros > free:
-        logger.warning(
-            "Funds do not suffice run=%s party=%s micros=%s free=%s", run.pk, payee.party_id, amount.micros, free
-        )
-        return
-    payout = Payout.objects.create(
-        run=run,
-        party_id=payee.party_id,
-        destination=payee.stripe_account_id,
-        amount_micros=amount.micros,
-        currency=amount.currency,
-        intended_at=clock.now(),
-    )
-    _book_intent(payout, key=f"payout:{payout.pk}:intent")
-    logger.info("Intended payout=%s run=%s party=%s micros=%s", payout.pk, run.pk, payee.party_id, amount.micros)
+    parties = [payee.party_id for payee in payees]
+    held = {payee.party_id: payee for payee in _held(parties)}
+    standing = Payout.objects.filter(run=run, party__in=parties).exclude(status=Payout.Status.REFUSED)
+    paid_before = set(standing.values_list("party", flat=True))
+    planned = dict(run.planned_payouts.filter(party__in=parties).values_list("party", "amount_micros"))
+    recoveries.net(parties=parties, currency=run.currency)
+    due = plans.due_of(parties, currency=run.currency, until=run.due_until)
+    least = plans.minimums(parties, run.currency)
+    free = plans.free_micros(run.currency)
+    outcomes: dict[int, PlannedPayout.Outcome] = {}
+    intended: list[Payout] = []
+    now, is_enough = clock.now(), True
+    for party in parties:
+        amount = Money(max(0, min(due[party], planned.get(party, due[party]))), run.currency).floor_to_minor()
+        if party in paid_before:
+            outcomes[party] = Outcome.INTENDED
+        elif not held[party].is_ready:
+            outcomes[party] = Outcome.NOT_READY
+        elif not amount:
+            outcomes[party] = Outcome.NOT_DUE
+        elif amount.micros < least[party]:
+            outcomes[party] = Outcome.BELOW_MINIMUM
+        elif amount.micros > free:
+            logger.warning("Funds do not suffice run=%s party=%s micros=%s free=%s", run.pk, party, amount.micros, free)
+            is_enough = False
+            break
+        else:
+            outcomes[party] = Outcome.INTENDED
+            free -= amount.micros
+            intended.append(
+                Payout(
+                    run=run,
+                    party_id=party,
+                    destination=held[party].stripe_account_id,
+                    amount_micros=amount.micros,
+                    currency=run.currency,
+                    intended_at=now,
+                )
+            )
+    Payout.objects.bulk_create(intended)
+    ledger.post_many([_intent_of(payout, key=f"payout:{payout.pk}:intent") for payout in intended])
+    for outcome in set(outcomes.values()):
+        those = [party for party, one in outcomes.items() if one == outcome]
+        run.planned_payouts.filter(party__in=those).update(outcome=outcome)
+    if intended:
+        micros = sum(payout.amount_micros for payout in intended)
+        logger.info("Intended payouts=%s run=%s from=%s micros=%s", len(intended), run.pk, intended[0].pk, micros)
+    return intended, is_enough
 
 
-def _book_intent(payout: Payout, *, key: str) -> None:
-    ledger.post(
+def _held(parties: Iterable[int]) -> QuerySet[PayeeAccount]:
+    return PayeeAccount.objects.select_for_update().filter(party__in=parties).order_by("pk")
+
+
+def _intent_of(payout: Payout, *, key: str) -> ledger.Draft:
+    return ledger.Draft(
         key=key,
         kind=JournalEntry.Kind.PAYOUT_INTENT,
         postings={
             chart.payable(payout.party_id, payout.currency): payout.amount_micros,
             chart.in_transit(payout.currency): -payout.amount_micros,
         },
-        booked_at=clock.now(),
+        booked_at=clock.now() if payout.status == Payout.Status.REFUSED else payout.intended_at,
     )
 
 
@@ -215,6 +479,7 @@ def _book_late_transfers(run: PayoutRun) -> None:
     lately = timezone.now() - LATE
     refused = Payout.objects.filter(currency=run.currency, status=Payout.Status.REFUSED, first_tried_at__gt=lately)
     for payout in refused.order_by("pk"):
+        pacing.wait_for_turn()
         if found := gateway.find_transfer(group_of(payout)):
             _book_sent(payout, found, run)
 
@@ -222,44 +487,75 @@ def _book_late_transfers(run: PayoutRun) -> None:
 # --- effect -----------------------------------------------------------------------------------------------------------
 
 
-def _send(run: PayoutRun, pk: int) -> bool:
-    """Bring one intended payout to an end; False while its outcome is unknown."""
-    payout = Payout.objects.get(pk=pk)
-    if payout.status != Payout.Status.INTENDED:
-        return True
-    try:
-        if payout.first_tried_at is not None:
-            # Somebody tried before us and did not live to book the answer.
-            if found := gateway.find_transfer(group_of(payout)):
-                _book_sent(payout, found, run)
-                return True
-            if timezone.now() - payout.first_tried_at > KEY_LIFE:
-                _next_attempt(run, payout)
-        elif _is_disputed_since(payout):
+def _send(job: Job, pks: Iterable[int], done: _Done) -> None:
+    """Bring intended payouts to an end; how many have none yet, and what needs a person, is added to `done`."""
+    left = list(pks)
+    for start in range(0, len(left), AT_ONCE):
+        batch = list(Payout.objects.filter(pk__in=left[start : start + AT_ONCE]).order_by("pk"))
+        batch = [payout for payout in batch if payout.status == Payout.Status.INTENDED]
+        done.n_tried += len(batch)
+        # Of those tried before, somebody did not live to book the answer: they are looked up first, one by one.
+        for payout in batch:
+            if payout.first_tried_at is not None:
+                _pursue(job, payout, done)
+        answers = _ask(_noted(job, [payout for payout in batch if payout.first_tried_at is None]))
+        sent = [(payout, answer) for payout, answer in answers if isinstance(answer, gateway.Transfer)]
+        right = [(payout, transfer) for payout, transfer in sent if _is_right(payout, transfer)]
+        _book_all_sent(job, right)
+        for payout, answer in answers:
+            if isinstance(answer, gateway.StripeUncertain):
+                _pursue(job, payout, done, answered=answer)
+            elif isinstance(answer, gateway.StripeRefused):
+                if answer.http_status in OUR_FAULT:
+                    raise answer  # we were refused, not this payout; nothing was sent and the intents stay
+                _refuse(job, payout, answer, done)
+            elif not _is_right(payout, answer):
+                _pursue(job, payout, done)
+
+
+def _noted(job: Job, payouts: list[Payout]) -> list[Payout]:
+    """Those that may be tried now, committed as tried before any call; what is disputed since its intent is booked back."""
+    if not payouts:
+        return []
+    first = min(payout.created_at for payout in payouts)
+    if Dispute.objects.filter(status__in=Dispute.OPEN, created_at__gt=first).exists():
+        for payout in [payout for payout in payouts if _is_disputed_since(payout)]:
+            payouts.remove(payout)
             message = (
                 "A payment that it is made of was disputed before it was sent; what is not disputed goes out next."
             )
-            _book_refused(run, payout, code="disputed", message=message)
-            return True
-        else:
-            _note_try(run, payout)
-        for number in range(TRIES):
-            outcome = _try(run, payout, wait_seconds=0.5 * 2**number)
-            if outcome:
-                return True
-    except gateway.StripeUncertain as error:  # of a look-up
-        logger.warning("Payout is uncertain payout=%s error=%s", payout.pk, error)
-    return False
+            _book_refused(job, payout, code="disputed", message=message)
+    wall = timezone.now()
+    with transaction.atomic():
+        job.lock()
+        Payout.objects.filter(pk__in=[payout.pk for payout in payouts]).update(first_tried_at=wall)
+    for payout in payouts:
+        payout.first_tried_at = wall
+    return payouts
 
 
-def _try(run: PayoutRun, payout: Payout, *, wait_seconds: float) -> bool:
-    """One call to Stripe; True if its answer ended the payout one way or the other.
+Answer = gateway.Transfer | gateway.StripeRefused | gateway.StripeUncertain
 
-    Raises:
-        gateway.StripeUncertain: of a look-up.
-    """
+
+def _ask(payouts: list[Payout]) -> list[tuple[Payout, Answer]]:
+    """One call for each, several side by side; what Stripe said is returned, not raised. No database is touched here."""
+    if len(payouts) <= 1 or settings.STRIPE_CONNECTIONS == 1:
+        return [(payout, _asked(payout)) for payout in payouts]
+    with ThreadPoolExecutor(settings.STRIPE_CONNECTIONS, thread_name_prefix="transfer") as pool:
+        return list(zip(payouts, pool.map(_asked, payouts), strict=True))
+
+
+def _asked(payout: Payout) -> Answer:
     try:
-        transfer = gateway.create_transfer(
+        return _create_transfer(payout)
+    except (gateway.StripeRefused, gateway.StripeUncertain) as error:
+        return error
+
+
+def _create_transfer(payout: Payout) -> gateway.Transfer:
+    pacing.wait_for_turn()
+    try:
+        return gateway.create_transfer(
             amount_minor=payout.amount.to_minor(),
             currency=payout.currency,
             destination=payout.destination,
@@ -267,23 +563,74 @@ def _try(run: PayoutRun, payout: Payout, *, wait_seconds: float) -> bool:
             key=f"payout:{payout.pk}:{payout.attempt}",
             metadata={"payout": str(payout.pk), "run": str(payout.run_id)},
         )
-    except gateway.StripeRefused as error:
-        if error.http_status in (401, 403):
-            raise  # we were refused, not this payout; nothing was sent and the intent stays
-        _book_refused(run, payout, code=error.code, message=error.message)
-        return True
     except gateway.StripeUncertain as error:
-        logger.warning("Payout is uncertain payout=%s attempt=%s error=%s", payout.pk, payout.attempt, error)
-        if error.is_key_spent:
-            # The key would only repeat this answer, which does not say whether a transfer was made.
-            if found := gateway.find_transfer(group_of(payout)):
-                _book_sent(payout, found, run)
-                return True
-            _next_attempt(run, payout)
-        time.sleep(min(error.retry_after_seconds or wait_seconds, LONGEST_WAIT_SECONDS))
-        return False
-    _book_sent(payout, transfer, run)
-    return True
+        if error.http_status == 429:
+            pacing.back_off(retry_after_seconds=error.retry_after_seconds, number=0)
+        raise
+
+
+def _is_right(payout: Payout, transfer: gateway.Transfer) -> bool:
+    return (transfer.amount_minor, transfer.currency) == (payout.amount.to_minor(), payout.currency)
+
+
+def _pursue(job: Job, payout: Payout, done: _Done, *, answered: gateway.StripeUncertain | None = None) -> None:
+    try:
+        attempts.pursue(_Sending(job, payout, done), answered=answered)
+    except StillUncertain as error:
+        done.n_uncertain += 1
+        done.is_busy &= error.is_busy
+    except TransferMismatch as error:  # one of them must not stop everybody else's money
+        logger.exception("Payout needs a person payout=%s", payout.pk)
+        done.mismatches.append(str(error))
+
+
+class _Sending:
+    """See `attempts.Effect`."""
+
+    def __init__(self, job: Job, payout: Payout, done: _Done) -> None:
+        self.job = job
+        self.payout = payout
+        self.done = done
+
+    def __str__(self) -> str:
+        return f"payout={self.payout.pk}"
+
+    @property
+    def first_tried_at(self) -> datetime | None:
+        return self.payout.first_tried_at
+
+    def note_try(self) -> None:
+        self._note(self.payout.attempt)
+
+    def next_attempt(self) -> None:
+        self._note(self.payout.attempt + 1)
+
+    @transaction.atomic
+    def _note(self, attempt: int) -> None:
+        self.job.lock()
+        self.payout.attempt, self.payout.first_tried_at = attempt, timezone.now()
+        self.payout.save(update_fields=["attempt", "first_tried_at"])
+
+    def find(self) -> gateway.Transfer | None:
+        pacing.wait_for_turn()
+        return gateway.find_transfer(group_of(self.payout))
+
+    def call(self) -> gateway.Transfer:
+        return _create_transfer(self.payout)
+
+    def book(self, answer: gateway.Transfer) -> None:
+        _book_sent(self.payout, answer, self.job)
+
+    def refuse(self, error: gateway.StripeRefused) -> None:
+        _refuse(self.job, self.payout, error, self.done)
+
+
+def _refuse(job: Job, payout: Payout, error: gateway.StripeRefused, done: _Done) -> None:
+    """Book it back; where only funds were missing at Stripe, its payee waits at their place for the run to go on."""
+    _book_refused(job, payout, code=error.code, message=error.message)
+    if error.code == NO_FUNDS:
+        done.is_short = True
+        PlannedPayout.objects.filter(run=payout.run_id, party=payout.party_id).update(outcome=Outcome.WAITING)
 
 
 def _is_disputed_since(payout: Payout) -> bool:
@@ -295,25 +642,45 @@ def _is_disputed_since(payout: Payout) -> bool:
 
 
 @transaction.atomic
-def _note_try(run: PayoutRun, payout: Payout) -> None:
-    """Committed before the call: from here on the transfer may exist."""
-    run.lock()
-    payout.first_tried_at = timezone.now()
-    payout.save(update_fields=["first_tried_at"])
+def _book_all_sent(job: Job, sent: list[tuple[Payout, gateway.Transfer]]) -> None:
+    """Book a batch of answers that are what was intended."""
+    if not sent:
+        return
+    job.lock()
+    now = clock.now()
+    still = Payout.objects.select_for_update().filter(pk__in=[payout.pk for payout, _ in sent])
+    unsent = set(still.filter(status=Payout.Status.INTENDED).order_by("pk").values_list("pk", flat=True))
+    booked = [
+        (payout, transfer) for payout, transfer in sent if payout.pk in unsent
+    ]  # not what a webhook was faster with
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            UPDATE payouts_payout SET status = 'sent', sent_at = %s, transfer_id = told.transfer_id
+            FROM unnest(%s::bigint[], %s::text[]) AS told (id, transfer_id) WHERE payouts_payout.id = told.id
+            """,
+            [now, [payout.pk for payout, _ in booked], [transfer.id for _, transfer in booked]],
+        )
+    ledger.post_many([_sent_of(payout, at=now) for payout, _ in booked])
+    logger.info("Sent payouts=%s first=%s", len(booked), sent[0][0].pk)
+
+
+def _sent_of(payout: Payout, *, at: datetime) -> ledger.Draft:
+    return ledger.Draft(
+        key=f"payout:{payout.pk}:sent",
+        kind=JournalEntry.Kind.PAYOUT_SENT,
+        postings={
+            chart.in_transit(payout.currency): payout.amount_micros,
+            chart.cash_available(payout.currency): -payout.amount_micros,
+        },
+        booked_at=at,
+    )
 
 
 @transaction.atomic
-def _next_attempt(run: PayoutRun, payout: Payout) -> None:
-    run.lock()
-    payout.attempt += 1
-    payout.first_tried_at = timezone.now()
-    payout.save(update_fields=["attempt", "first_tried_at"])
-
-
-@transaction.atomic
-def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None = None) -> None:
-    if run is not None:
-        run.lock()
+def _book_sent(payout: Payout, transfer: gateway.Transfer, job: Job | None = None) -> None:
+    if job is not None:
+        job.lock()
     if Payout.objects.filter(pk=payout.pk, status=Payout.Status.REFUSED).exists():
         recoveries.lock(payout.currency)  # before the payout's row, as everywhere
     locked = Payout.objects.select_for_update().get(pk=payout.pk)
@@ -327,38 +694,30 @@ def _book_sent(payout: Payout, transfer: gateway.Transfer, run: PayoutRun | None
     now = clock.now()
     if locked.status == Payout.Status.REFUSED:
         logger.error("A refused payout was sent after all payout=%s transfer=%s", locked.pk, transfer.id)
-        _book_intent(locked, key=f"payout:{locked.pk}:intent-again")
+        ledger.post_many([_intent_of(locked, key=f"payout:{locked.pk}:intent-again")])
         recoveries.net(
             parties=[locked.party_id], currency=locked.currency
         )  # what it was sent beyond what is payable, it owes
     locked.status, locked.transfer_id, locked.sent_at = Payout.Status.SENT, transfer.id, now
     locked.save(update_fields=["status", "transfer_id", "sent_at"])
-    ledger.post(
-        key=f"payout:{locked.pk}:sent",
-        kind=JournalEntry.Kind.PAYOUT_SENT,
-        postings={
-            chart.in_transit(locked.currency): locked.amount_micros,
-            chart.cash_available(locked.currency): -locked.amount_micros,
-        },
-        booked_at=now,
-    )
+    ledger.post_many([_sent_of(locked, at=now)])
     logger.info("Sent payout=%s transfer=%s micros=%s", locked.pk, transfer.id, locked.amount_micros)
 
 
-def _book_refused(run: PayoutRun, payout: Payout, *, code: str, message: str) -> None:
+def _book_refused(job: Job, payout: Payout, *, code: str, message: str) -> None:
     """Book the intent back to payable; what of it an open dispute is about is frozen in the same transaction."""
-    while not _booked_refused(run, payout, code=code, message=message):
+    while not _booked_refused(job, payout, code=code, message=message):
         logger.info("A dispute was opened or closed meanwhile payout=%s", payout.pk)
 
 
 @transaction.atomic
-def _booked_refused(run: PayoutRun, payout: Payout, *, code: str, message: str) -> bool:
+def _booked_refused(job: Job, payout: Payout, *, code: str, message: str) -> bool:
     """False, with nothing booked, if a dispute was opened or closed before the payables' lock was held: its freeze counted this as sent."""
     disputed = clawbacks.disputed_payments_of(party=payout.party_id, currency=payout.currency)
     payments = list(disputed.select_for_update(of=("self",)))  # before the payables' lock, as everywhere
     pools = RoyaltyPool.objects.filter(order_line__order__in=[one.order_id for one in payments]).order_by("pk")
     list(pools.select_for_update(of=("self",)))
-    run.lock()
+    job.lock()
     recoveries.lock(payout.currency)
     if set(disputed.values_list("pk", flat=True)) != {one.pk for one in payments}:
         return False
@@ -378,3 +737,23 @@ def _booked_refused(run: PayoutRun, payout: Payout, *, code: str, message: str) 
         clawbacks.freeze_again(payment)
     logger.warning("Refused payout=%s code=%s", locked.pk, code)
     return True
+
+
+def _require_staff(user: User, *, to: str) -> None:
+    if not (user.is_staff and user.is_active):
+        raise NotAllowed(f"Only staff can {to}.")
+
+
+def _reason(text: str) -> str:
+    if not text.strip():
+        raise InvalidInput("Say why, in words: whoever looks at the run reads it.", pointers={"/reason": "missing"})
+    return text.strip()
+
+
+def _audit(run: PayoutRun, user: User | None, action: str, **detail: object) -> None:
+    AuditEvent.objects.create(
+        actor=user,
+        action=action,
+        target=f"payout_run:{run.pk}",
+        detail={"key": run.key, "currency": run.currency} | detail,
+    )
