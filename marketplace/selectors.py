@@ -139,11 +139,12 @@ def money_counts(version: DatasetVersion) -> list[MoneyCount]:
     nobody labelled counts for its rights holder in both roles.
     """
     with hash_joins() as cursor:
-        cursor.execute(_MONEY_COUNTS, {"version": version.pk})
+        cursor.execute(f"{MONEY_COUNTS} ORDER BY 2, 1", {"version": version.pk})
         return [MoneyCount(*row) for row in cursor.fetchall()]
 
 
-_MONEY_COUNTS = """
+#: `money_counts` as a statement for whoever keeps or compares them without fetching: (party, role, records) of `version`.
+MONEY_COUNTS = """
 WITH paid AS (
     SELECT holder.party_id AS holder, coalesce(labeller.party_id, holder.party_id) AS labeller
     FROM marketplace_recordfingerprint f
@@ -163,7 +164,6 @@ WITH paid AS (
 SELECT holder, 'rights_holder', count(*) FROM paid GROUP BY holder
 UNION ALL
 SELECT labeller, 'labeller', count(*) FROM paid GROUP BY labeller
-ORDER BY 2, 1
 """
 
 

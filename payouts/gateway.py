@@ -150,6 +150,15 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class BankPayout:
+    """Money on its way from a connected account to its bank."""
+
+    id: str
+    status: str  # pending, in_transit, paid, failed, canceled
+    failure_code: str  # account_closed, no_account, …; "" unless it failed
+
+
+@dataclass(frozen=True)
 class BalanceTransaction:
     """One movement of the platform's Stripe balance; `amount_minor` and `net_minor` are signed."""
 
@@ -595,15 +604,42 @@ def charge_marks(charge: str) -> dict[str, str]:
 def transfers_in_payout(*, account: str, payout: str) -> list[str]:
     """The transfers that one automatic payout of a connected account carried to its bank, by id.
 
+    Of a payout that a bank has sent back, the money goes out again with a later one: it counts there.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    carried: list[str] = []
+    looked_at: set[str] = set()
+    to_look_at = [payout]
+    while to_look_at:
+        identifier = to_look_at.pop()
+        if identifier in looked_at:
+            continue
+        looked_at.add(identifier)
+        for kind in ("payment", "payout_failure"):
+            with _translated():
+                movements = _client().v1.balance_transactions.list(
+                    {"payout": identifier, "type": kind, "limit": 100, "expand": ["data.source"]},
+                    {"stripe_account": account},
+                )
+                sources = [_plain(movement)["source"] for movement in movements.auto_paging_iter()]
+            if kind == "payment":
+                carried += [source["source_transfer"] for source in sources if source["source_transfer"]]
+            else:
+                to_look_at += [source["id"] for source in sources]
+    return carried
+
+
+def get_bank_payout(*, account: str, payout: str) -> BankPayout:
+    """How one payout of a connected account to its bank stands now.
+
     Raises:
         StripeRefused, StripeUncertain: see the module.
     """
     with _translated():
-        movements = _client().v1.balance_transactions.list(
-            {"payout": payout, "type": "payment", "limit": 100, "expand": ["data.source"]}, {"stripe_account": account}
-        )
-        sources = [_plain(movement)["source"] for movement in movements.auto_paging_iter()]
-    return [source["source_transfer"] for source in sources if source["source_transfer"]]
+        body = _plain(_client().v1.payouts.retrieve(payout, {}, {"stripe_account": account}))
+    return BankPayout(id=body["id"], status=body["status"], failure_code=body["failure_code"] or "")
 
 
 def balance() -> dict[str, tuple[int, int]]:

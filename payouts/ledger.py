@@ -4,12 +4,14 @@ PostgreSQL refuses what must not be (migration `0002_ledger_rules`); what is che
 message. Debits are positive, credits negative. A balance is the account's latest snapshot and the postings after it.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.db import OperationalError, connection, transaction
 from django.db.models import Sum
@@ -31,6 +33,7 @@ __all__ = [
     "batches",
     "post",
     "post_many",
+    "post_split",
     "reverse",
     "take_snapshots",
 ]
@@ -44,6 +47,7 @@ SNAPSHOT_POSTINGS = 1_000
 #: Held shared by every transaction that makes an entry (migration `0002_ledger_rules`), alone by whoever takes snapshots.
 LEDGER_LOCK = 1_818_584_935
 LOCK_WAIT_MILLISECONDS = 1_000
+ROOM = "256MB"
 
 
 class EntryKeyReused(DomainError):
@@ -86,7 +90,7 @@ def post(
 
 @transaction.atomic
 def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
-    """Write many entries in one transaction and three statements, each exactly once per key, as `post` writes one.
+    """Write many entries in one transaction and one statement, each exactly once per key, as `post` writes one.
 
     Returns:
         The entries in the order of the drafts.
@@ -115,49 +119,151 @@ def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
         )
         for draft in in_order
     }
+    columns = zip(
+        *(
+            (e.key, str(e.kind), e.currency, e.n_legs, e.booked_at, e.created_at, e.reverses_id)
+            for e in entries.values()
+        ),
+        strict=True,
+    )
+    rows = [(key, leg, code, micros) for key in entries for leg, (code, micros) in enumerate(legs[key].items())]
     with connection.cursor() as cursor:
-        columns = zip(
-            *(
-                (
-                    entry.key,
-                    str(entry.kind),
-                    entry.currency,
-                    entry.n_legs,
-                    entry.booked_at,
-                    entry.created_at,
-                    entry.reverses_id,
-                )
-                for entry in entries.values()
-            ),
-            strict=True,
-        )
-        cursor.execute(_INSERT_ENTRIES, [list(column) for column in columns])
-        made = dict(cursor.fetchall())
-        for key, pk in made.items():
-            entries[key].pk = pk
-            entries[key]._state.adding = False
+        # One statement for what is nearly always so: the keys are new and the accounts are open.
+        cursor.execute(_POST, [list(column) for column in (*columns, *zip(*rows, strict=True))])
+        told, unopened = cursor.fetchone()
+        made: dict[str, int] = json.loads(told)
         if len(made) < len(entries):
             entries |= _found_before([draft for draft in in_order if draft.key not in made], legs)
-        new_legs = {key: legs[key] for key in entries if key in made}  # in the order of the keys
-        accounts = _open_accounts({code for of in new_legs.values() for code in of})
-        rows = [
-            (made[key], number, accounts[code], micros)
-            for key, of in new_legs.items()
-            for number, (code, micros) in enumerate(of.items())
-        ]
-        if rows:
-            cursor.execute(_INSERT_POSTINGS, [list(column) for column in zip(*rows, strict=True)])
+        if unopened:
+            accounts = _open_accounts(unopened)
+            rest = [
+                (made[key], leg, accounts[code], micros)
+                for key, leg, code, micros in rows
+                if key in made and code in accounts
+            ]
+            cursor.execute(_POST_REST, [list(column) for column in zip(*rest, strict=True)])
+    for key, pk in made.items():
+        entries[key].pk = pk
+        entries[key]._state.adding = False
     return [entries[draft.key] for draft in drafts]
 
 
-_INSERT_ENTRIES = """
-INSERT INTO payouts_journalentry (key, kind, currency, n_legs, booked_at, created_at, reverses_id)
-SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::int[], %s::timestamptz[], %s::timestamptz[], %s::bigint[])
-ON CONFLICT (key) DO NOTHING RETURNING key, id
+# The triggers of a statement fire at its end, so they see the entries that it made before the legs.
+_POST = """
+WITH made AS (
+    INSERT INTO payouts_journalentry (key, kind, currency, n_legs, booked_at, created_at, reverses_id)
+    SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::int[], %s::timestamptz[], %s::timestamptz[], %s::bigint[])
+    ON CONFLICT (key) DO NOTHING RETURNING key, id
+), legs AS (
+    SELECT made.id AS entry_id, g.leg, g.code, a.id AS account_id, g.micros
+    FROM unnest(%s::text[], %s::int[], %s::text[], %s::bigint[]) AS g (key, leg, code, micros)
+    JOIN made ON made.key = g.key LEFT JOIN payouts_account a ON a.code = g.code
+), posted AS (
+    INSERT INTO payouts_posting (entry_id, leg, account_id, amount_micros)
+    SELECT entry_id, leg, account_id, micros FROM legs WHERE account_id IS NOT NULL ORDER BY entry_id, leg
+)
+SELECT (SELECT coalesce(jsonb_object_agg(key, id), '{}') FROM made),
+    (SELECT array_agg(DISTINCT code) FROM legs WHERE account_id IS NULL)
 """
-_INSERT_POSTINGS = """
+_POST_REST = """
 INSERT INTO payouts_posting (entry_id, leg, account_id, amount_micros)
 SELECT * FROM unnest(%s::bigint[], %s::int[], %s::bigint[], %s::bigint[])
+"""
+
+
+@contextmanager
+def room_to_sort() -> Iterator[Any]:
+    """A cursor whose statements, inside this transaction, may sort a million rows in memory rather than on disk."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(f"SET LOCAL work_mem = '{ROOM}'")
+        yield cursor
+        cursor.execute("SET LOCAL work_mem TO DEFAULT")
+
+
+def post_split(
+    *,
+    key: str,
+    kind: JournalEntry.Kind,
+    source: str,
+    currency: str,
+    booked_at: datetime,
+    dues: str,
+    parameters: Mapping[str, object],
+) -> int:
+    """Move one amount from a source to many payables, as entries `key:0`, `key:1`, … of up to `MAX_LEGS` legs.
+
+    The parties are cut into entries in the order of their ids. Inside a transaction, and once: its caller's own key says so.
+
+    Args:
+        dues: a statement of ours that selects (party, micros), each party once and all micros above 0.
+
+    Returns:
+        How many entries.
+
+    Raises:
+        EntryKeyReused: there is an entry under the first key; nothing was booked.
+    """
+    if JournalEntry.objects.filter(key=f"{key}:0").exists():
+        raise EntryKeyReused(f"The key {key}:0 was used before.")
+    with room_to_sort() as cursor:
+        cursor.execute(f"{dues} LIMIT {MAX_LEGS}", parameters)
+        few = dict(cursor.fetchall())
+        if len(few) < MAX_LEGS:  # with the source's leg they fit into one
+            postings = {source: sum(few.values())}
+            postings |= {chart.payable(party, currency): -micros for party, micros in sorted(few.items())}
+            return len(post_many([Draft(f"{key}:0", kind, postings, booked_at)]))
+        _open_accounts([source])
+        cursor.execute(
+            f"CREATE TEMPORARY TABLE ledger_split ON COMMIT DROP AS {_NUMBERED.format(dues=dues)}", parameters
+        )
+        cursor.execute("ANALYZE ledger_split")
+        given = {
+            "key": key,
+            "kind": str(kind),
+            "source": source,
+            "currency": currency,
+            "booked_at": booked_at,
+            "now": timezone.now(),
+            "size": MAX_LEGS - 1,
+        }
+        cursor.execute(_OPEN_PAYABLES, given)
+        cursor.execute(_SPLIT_ENTRIES, given)
+        n_entries = int(cursor.rowcount)
+        cursor.execute(_SPLIT_POSTINGS, given)
+        cursor.execute("DROP TABLE ledger_split")
+    return n_entries
+
+
+_NUMBERED = (
+    "SELECT row_number() OVER (ORDER BY party) - 1 AS position, party, micros FROM ({dues}) dues (party, micros)"
+)
+_OPEN_PAYABLES = """
+INSERT INTO payouts_account (code, kind, currency, party_id, created_at)
+SELECT 'payable:' || party || ':' || %(currency)s, 'liability', %(currency)s, party, %(now)s
+FROM ledger_split s
+WHERE NOT EXISTS (SELECT FROM payouts_account a WHERE a.code = 'payable:' || s.party || ':' || %(currency)s)
+ORDER BY 1 ON CONFLICT (code) DO NOTHING
+"""
+_SPLIT_ENTRIES = """
+INSERT INTO payouts_journalentry (key, kind, currency, n_legs, booked_at, created_at)
+SELECT %(key)s || ':' || position / %(size)s, %(kind)s, %(currency)s, count(*) + 1, %(booked_at)s, %(now)s
+FROM ledger_split GROUP BY position / %(size)s ORDER BY position / %(size)s
+"""
+_SPLIT_POSTINGS = """
+WITH numbered AS MATERIALIZED (
+    SELECT n.batch, e.id AS entry_id, n.micros
+    FROM (SELECT position / %(size)s AS batch, sum(micros)::bigint AS micros FROM ledger_split GROUP BY 1) n
+    JOIN payouts_journalentry e ON e.key = %(key)s || ':' || n.batch
+)
+INSERT INTO payouts_posting (entry_id, leg, account_id, amount_micros)
+SELECT entry_id, leg, account_id, micros FROM (
+    SELECT n.entry_id, 0 AS leg, a.id AS account_id, n.micros
+    FROM numbered n, payouts_account a WHERE a.code = %(source)s
+    UNION ALL
+    SELECT n.entry_id, s.position %% %(size)s + 1, a.id, -s.micros
+    FROM ledger_split s JOIN numbered n ON n.batch = s.position / %(size)s
+    JOIN payouts_account a ON a.code = 'payable:' || s.party || ':' || %(currency)s
+) legs ORDER BY entry_id, leg
 """
 
 

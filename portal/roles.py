@@ -29,6 +29,7 @@ APPEND_ONLY = frozenset(
         "payouts_journalentry",
         "payouts_posting",
         "payouts_balancesnapshot",
+        "payouts_payeecount",
         "payouts_division",
         "payouts_divisionline",
         "payouts_royaltyreport",

@@ -7,6 +7,10 @@ Beside Stripe's endpoints and pages there are some of the local Stripe's own, fo
     GET  /_control/webhooks                         → {"pending": n, "delivered": n, "abandoned": n}
     POST /_control/disputes {"charge": id}          → the dispute; amount, reason and is_inquiry may be given
     POST /_control/disputes {"dispute": id, "verdict": won | lost | escalated}   → the dispute, decided
+    POST /_control/accounts {"account": id, "currently_due": […]}   → the account, of which Stripe now asks this; disabled_reason,
+                                                      payouts_enabled and transfers (active, inactive) may be given
+    POST /_control/limits {"requests_per_second": n, "retry_after_seconds": m}   → the same: what is more is answered 429;
+                                                      null: no limit. Kept in memory
 """
 
 import hashlib
@@ -14,6 +18,7 @@ import hmac
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import Map, Rule
 from werkzeug.wrappers import Request, Response
 
-from payouts.local_stripe import endpoints, funds, pages, schema, store
+from payouts.local_stripe import endpoints, funds, objects, pages, schema, store
 from payouts.local_stripe.delivery import Courier
 from payouts.local_stripe.errors import StripeError
 from payouts.local_stripe.store import PLATFORM, Body, Store
@@ -60,6 +65,7 @@ class LocalStripe:
         self._payout_days = payout_days
         self._in_progress: set[tuple[str, str]] = set()
         self._in_progress_lock = threading.Lock()
+        self._limit = _Limit()
         self.courier = Courier(self._store, settle=self._settle_quietly)
         rules = [
             Rule(path.replace("{", "<").replace("}", ">"), methods=[method], endpoint=("api", path))
@@ -74,6 +80,8 @@ class LocalStripe:
                 Rule("/_control/clock", methods=["GET", "POST"], endpoint=("clock", "")),
                 Rule("/_control/webhooks", methods=["GET"], endpoint=("webhooks", "")),
                 Rule("/_control/disputes", methods=["POST"], endpoint=("disputes", "")),
+                Rule("/_control/accounts", methods=["POST"], endpoint=("accounts", "")),
+                Rule("/_control/limits", methods=["POST"], endpoint=("limits", "")),
             ]
         )
         schema.operations()  # the document is read at the start, not inside the first request
@@ -103,7 +111,7 @@ class LocalStripe:
             return self._api(request, path, values)
         if kind == "front":
             return pages.front()
-        if kind in ("clock", "webhooks", "disputes"):
+        if kind in ("clock", "webhooks", "disputes", "accounts", "limits"):
             return self._control(request, kind)
         try:
             request.form  # noqa: B018 - read before the writer's turn: a slow client must not hold it
@@ -142,7 +150,7 @@ class LocalStripe:
         try:
             status, body, headers = self._perform(request, request_id, path, values)
         except StripeError as error:
-            status, body = _refused(error)
+            (status, body), headers = _refused(error), error.headers
         except HTTPException as error:  # a body that is too large
             status, body = _refused(StripeError(error.description or error.name, status=error.code or 400))
         except Exception as error:
@@ -178,6 +186,7 @@ class LocalStripe:
         self, request: Request, request_id: str, path: str, values: Mapping[str, Any]
     ) -> tuple[int, str, dict[str, str]]:
         self._authenticate(request)
+        self._limit.draw()
         version = request.headers.get("Stripe-Version", schema.API_VERSION)
         if version != schema.API_VERSION:
             raise StripeError(
@@ -313,12 +322,17 @@ class LocalStripe:
                     counts = {"pending": 0, "delivered": 0, "abandoned": 0}
                     counts |= dict(db.execute("SELECT state, COUNT(*) FROM deliveries GROUP BY state").fetchall())
                     return Response(json.dumps(counts), content_type="application/json")
+                if kind == "limits":
+                    self._limit = _Limit(**_limits(request))
+                    return Response(json.dumps(_limits(request)), content_type="application/json")
                 if kind == "clock" and request.method == "POST":
                     store.move_clock(db, _advance(request))
                 world = self._world(db, request)
                 funds.settle(world)
                 if kind == "disputes":
                     state = _disputed(world, request)
+                elif kind == "accounts":
+                    state = _asked_of_account(world, request)
                 else:
                     state = {"now": world.now, "offset_seconds": store.clock_offset(db)}
             self._wake(world)
@@ -365,6 +379,77 @@ def _disputed(world: World, request: Request) -> Body:
             is_inquiry=given.get("is_inquiry", False),
         )
     return public(dispute)
+
+
+class _Limit:
+    """How many requests of the API a second are answered; Stripe's is a token bucket too."""
+
+    def __init__(self, requests_per_second: float | None = None, retry_after_seconds: int | None = None) -> None:
+        self._rate, self._retry_after = requests_per_second, retry_after_seconds
+        self._tokens = requests_per_second or 0.0
+        self._at = time.monotonic()
+        self._lock = threading.Lock()
+
+    def draw(self) -> None:
+        """
+        Raises:
+            StripeError: 429; nothing was done, and no key remembers it.
+        """
+        if self._rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate)
+            self._at = now
+            if self._tokens >= 1:
+                self._tokens -= 1
+                return
+        raise StripeError(
+            "Request rate limit exceeded. You can learn more about rate limits here https://stripe.com/docs/rate-limits.",
+            status=429,
+            code="rate_limit",
+            remembered=False,
+            headers={"Stripe-Rate-Limited-Reason": "global-rate"}
+            | ({"Retry-After": str(self._retry_after)} if self._retry_after else {}),
+        )
+
+
+def _limits(request: Request) -> dict[str, Any]:
+    given = request.get_json(silent=True) or {}
+    rate, retry_after = given.get("requests_per_second"), given.get("retry_after_seconds")
+    if rate is not None and not (isinstance(rate, int | float) and rate > 0):
+        raise StripeError("requests_per_second is a number above 0, or null.", param="requests_per_second")
+    if retry_after is not None and not (isinstance(retry_after, int) and retry_after > 0):
+        raise StripeError("retry_after_seconds is a whole number above 0, or null.", param="retry_after_seconds")
+    return {"requests_per_second": rate, "retry_after_seconds": retry_after}
+
+
+def _asked_of_account(world: World, request: Request) -> Body:
+    """Play Stripe's risk or tax team, which wants to know something of a payee; an empty list: it has all it wants.
+
+    Raises:
+        StripeError: no such account, or not a list of names.
+    """
+    given = request.get_json(silent=True) or {}
+    account = world.get("account", str(given.get("account")), account=PLATFORM, param="account")
+    due = given.get("currently_due", [])
+    if not isinstance(due, list) or not all(isinstance(name, str) for name in due):
+        raise StripeError(
+            "currently_due is a list of Stripe's names, such as individual.id_number.", param="currently_due"
+        )
+    before = {name: account[name] for name in ("requirements", "payouts_enabled", "capabilities")}
+    reason = given.get("disabled_reason")
+    account["requirements"] = objects.requirements(due) | {"disabled_reason": reason, "past_due": due if reason else []}
+    account["payouts_enabled"] = bool(given.get("payouts_enabled", account["payouts_enabled"]))
+    account["capabilities"] = account["capabilities"] | (
+        {"transfers": given["transfers"]} if given.get("transfers") in ("active", "inactive") else {}
+    )
+    world.save(account)
+    previous = {name: value for name, value in before.items() if account[name] != value}
+    world.emit("account.updated", account, account=account["id"], previous=previous)
+    if account["payouts_enabled"]:
+        funds.plan_payout(world, account)
+    return public(account)
 
 
 def _fingerprint(request: Request, params: dict[str, Any]) -> str:

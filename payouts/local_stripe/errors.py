@@ -10,6 +10,7 @@ class StripeError(Exception):
         message: for the developer who reads it.
         code: Stripe's own error code, where it has one for the case.
         param: the parameter at fault, as the form names it: `line_items[0][quantity]`.
+        headers: what the answer carries beside its body.
         remembered: whether an idempotency key keeps the answer; it does once an endpoint began to execute.
     """
 
@@ -22,6 +23,7 @@ class StripeError(Exception):
         code: str | None = None,
         param: str | None = None,
         remembered: bool = True,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -30,6 +32,7 @@ class StripeError(Exception):
         self.code = code
         self.param = param
         self.remembered = remembered
+        self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
         error = {"type": self.kind, "message": self.message}

@@ -457,9 +457,41 @@ def _arrive(world: World, targets: list[str]) -> None:
     for target in targets:
         payout = store.find(world.db, "payout", target, account=None)
         assert payout is not None
+        owner = store.owner(world.db, target)
+        account = store.find(world.db, "account", owner, account=PLATFORM) if owner != PLATFORM else None
+        if account is not None and (code := account.get("_bank_refuses")):
+            _send_back(world, payout, account, code)
+            continue
         payout["status"] = "paid"
         world.save(payout)
-        world.emit("payout.paid", payout, account=store.owner(world.db, target))
+        world.emit("payout.paid", payout, account=owner)
+
+
+BANKS_WORDS = {
+    "no_account": "The bank account details on file are probably incorrect. No bank account exists with those details.",
+    "account_closed": "The bank account has been closed.",
+    "insufficient_funds": "Your Stripe account has insufficient funds to cover the payout.",
+}
+
+
+def _send_back(world: World, payout: Body, account: Body, code: str) -> None:
+    """The bank takes no money for the account: it is in the balance again, and no more goes there before a new account is named."""
+    sent = payout["balance_transaction"]
+    entry = book(world, payout, kind="payout_failure", amount=payout["amount"], account=account["id"])
+    payout |= {
+        "status": "failed",
+        "balance_transaction": sent,
+        "failure_balance_transaction": entry["id"],
+        "failure_code": code,
+        "failure_message": BANKS_WORDS[code],
+    }
+    world.save(payout)
+    world.emit("payout.failed", payout, account=account["id"], previous={"status": "pending"})
+    before = {name: account[name] for name in ("payouts_enabled", "requirements")}
+    account["payouts_enabled"] = False
+    account["requirements"] = objects.requirements(["external_account"])
+    world.save(account)
+    world.emit("account.updated", account, account=account["id"], previous=before)
 
 
 def _expire(world: World, targets: list[str]) -> None:

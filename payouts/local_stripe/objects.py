@@ -456,7 +456,12 @@ def dispute(charge: Body, *, amount: int, reason: str, is_inquiry: bool, now: in
 
 
 #: Where the finance reports file a movement, for the kinds whose name is not already that.
-REPORTED_AS = {"payment": "charge", "payment_refund": "refund", "transfer_refund": "transfer_reversal"}
+REPORTED_AS = {
+    "payment": "charge",
+    "payment_refund": "refund",
+    "transfer_refund": "transfer_reversal",
+    "payout_failure": "payout_reversal",
+}
 
 
 def balance_transaction(

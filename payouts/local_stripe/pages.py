@@ -438,6 +438,15 @@ def _check_bank(given: dict[str, str], number: str, *, country: str) -> dict[str
     return wrong
 
 
+#: Stripe's own test accounts whose bank sends a payout back, and with which code.
+REFUSING_BANKS = {
+    "000111111116": "no_account",
+    "000111111113": "account_closed",
+    "000222222227": "insufficient_funds",
+    "DE62370400440532013001": "no_account",
+}
+
+
 def complete_onboarding(world: World, account: Body, *, name: str, number: str, routing: str | None) -> None:
     """Everything Stripe asks for is there: the account can receive transfers and is paid out."""
     before = {
@@ -463,6 +472,7 @@ def complete_onboarding(world: World, account: Body, *, name: str, number: str, 
         "tos_acceptance": {**account["tos_acceptance"], "date": world.now},
         "_bank": bank["id"],
         "_holder": name,
+        "_bank_refuses": REFUSING_BANKS.get(number, ""),
     }
     if account["business_profile"]["name"] is None:
         account["business_profile"]["name"] = name

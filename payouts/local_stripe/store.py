@@ -36,6 +36,31 @@ CREATE INDEX IF NOT EXISTS funds ON objects (
     account, json_extract(body, '$.currency'), json_extract(body, '$.status'), json_extract(body, '$.net')
 ) WHERE kind = 'balance_transaction';
 
+-- What each account holds, kept by the database beside the balance transactions: a sum over all of them for every transfer
+-- would make a run of n transfers cost n * n.
+CREATE TABLE IF NOT EXISTS holdings (
+    account TEXT NOT NULL, currency TEXT NOT NULL, status TEXT NOT NULL, net INTEGER NOT NULL,
+    PRIMARY KEY (account, currency, status)
+) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS booked AFTER INSERT ON objects WHEN NEW.kind = 'balance_transaction' BEGIN
+    INSERT INTO holdings VALUES (NEW.account, json_extract(NEW.body, '$.currency'), json_extract(NEW.body, '$.status'),
+        json_extract(NEW.body, '$.net'))
+    ON CONFLICT DO UPDATE SET net = net + excluded.net;
+END;
+CREATE TRIGGER IF NOT EXISTS became_available AFTER UPDATE OF body ON objects
+WHEN NEW.kind = 'balance_transaction' AND json_extract(NEW.body, '$.status') <> json_extract(OLD.body, '$.status') BEGIN
+    UPDATE holdings SET net = net - json_extract(OLD.body, '$.net')
+    WHERE account = OLD.account AND currency = json_extract(OLD.body, '$.currency')
+        AND status = json_extract(OLD.body, '$.status');
+    INSERT INTO holdings VALUES (NEW.account, json_extract(NEW.body, '$.currency'), json_extract(NEW.body, '$.status'),
+        json_extract(NEW.body, '$.net'))
+    ON CONFLICT DO UPDATE SET net = net + excluded.net;
+END;
+-- A file from before this table.
+INSERT INTO holdings
+SELECT account, json_extract(body, '$.currency'), json_extract(body, '$.status'), SUM(json_extract(body, '$.net'))
+FROM objects WHERE kind = 'balance_transaction' AND NOT EXISTS (SELECT 1 FROM holdings) GROUP BY 1, 2, 3;
+
 CREATE TABLE IF NOT EXISTS agenda (  -- what falls due as the clock moves
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     due_at INTEGER NOT NULL,
@@ -208,13 +233,9 @@ def take_due(db: sqlite3.Connection, *, until: int) -> tuple[int, str, list[str]
 
 
 def funds(db: sqlite3.Connection, account: str) -> dict[str, dict[str, int]]:
-    """Currency → {"pending": minor, "available": minor}, from the balance transactions."""
+    """Currency → {"pending": minor, "available": minor}: the sum of the account's balance transactions."""
     found: dict[str, dict[str, int]] = {}
-    for currency, status, net in db.execute(
-        """SELECT json_extract(body, '$.currency'), json_extract(body, '$.status'), SUM(json_extract(body, '$.net'))
-           FROM objects WHERE kind = 'balance_transaction' AND account = ? GROUP BY 1, 2""",
-        (account,),
-    ):
+    for currency, status, net in db.execute("SELECT currency, status, net FROM holdings WHERE account = ?", (account,)):
         found.setdefault(currency, {"pending": 0, "available": 0})[status] = net
     return found
 

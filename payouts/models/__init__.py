@@ -3,7 +3,7 @@
 from payouts.models.ledger import Account, BalanceSnapshot, JournalEntry, Posting
 from payouts.models.payees import PayeeAccount
 from payouts.models.payments import EventSweep, Payment, StripeEvent
-from payouts.models.pools import Division, DivisionLine, RoyaltyPool
+from payouts.models.pools import Division, DivisionLine, PayeeCount, RoyaltyPool
 from payouts.models.refunds import (
     Clawback,
     ClawbackLine,
@@ -33,6 +33,7 @@ __all__ = [
     "JournalEntry",
     "Movement",
     "PayeeAccount",
+    "PayeeCount",
     "Payment",
     "Payout",
     "PayoutMinimum",

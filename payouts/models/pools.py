@@ -48,6 +48,27 @@ class RoyaltyPool(models.Model):
         return Money(self.amount_micros, self.currency)
 
 
+class PayeeCount(models.Model):
+    """Distinct records of a published version that one party is paid for in one role; written once, all of a version at once.
+
+    What `marketplace.selectors.money_counts` says of a published version never changes, and it reads every record to say it.
+    """
+
+    version = models.ForeignKey("marketplace.DatasetVersion", models.PROTECT, related_name="+")
+    role = models.CharField(max_length=13)  # of DivisionLine.Role
+    party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="+")
+    n_records = models.PositiveBigIntegerField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["version", "role", "party"], name="one_count_per_version_role_party"),
+            models.CheckConstraint(condition=Q(n_records__gt=0), name="payee_count_positive"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.party}: {self.n_records} of {self.version}"
+
+
 class Division(models.Model):
     """One amount divided among one version's payees: an upfront share, a pool, or a dataset's part of a royalty."""
 

@@ -2,33 +2,36 @@
 
 The labellers' pot is `labellers_bps` of the amount, the rights holders' the rest. Each pot is divided by the paid shares of
 its own partition, or by count where no result measured it (DESIGN §5, "Division").
+
+All of it happens inside the database, set-wise: a million payees cost this process no memory, and records are counted once per
+version.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+import re
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from django.conf import settings
-from django.db import transaction
+from django.db import connection, transaction
 from django.db.models import Q
+from django.utils import timezone
 
-from attribution.models import AttributionResult, Share
-from attribution.selectors import weights_by_payee
+from attribution.models import AttributionResult
 from marketplace import clock
-from marketplace.models import DatasetVersion, OrderLine, Party, RecordCopy
+from marketplace.models import DatasetVersion, OrderLine, Party
 from marketplace.money import Money
-from marketplace.selectors import money_counts
+from marketplace.planning import hash_joins
+from marketplace.selectors import MONEY_COUNTS
 from payouts import chart, ledger
-from payouts.allocation import allocate
 from payouts.errors import ResultNotPublished
 from payouts.models import (
     Dispute,
     Division,
     DivisionLine,
     JournalEntry,
+    PayeeCount,
     Payment,
-    Payout,
     RoyaltyInvoiceLine,
     RoyaltyPool,
 )
@@ -45,12 +48,47 @@ ENTRY_KINDS = {
 
 @dataclass(frozen=True)
 class Pot:
-    """What one role's payees divide, and by which integers; `counts` are the records behind each weight."""
+    """What one role's payees divide, and by which integers: the paid shares of a result, or counts where it is None."""
 
     role: DivisionLine.Role
     amount: Money
-    weights: Mapping[int, int]
-    counts: Mapping[int, int]
+    version: int
+    result: int | None
+    weight_total: int
+
+    def weights(self) -> tuple[str, dict[str, object]]:
+        """A statement that selects (party, weight, records) of the pot's payees, with its parameters."""
+        return (_COUNTED if self.result is None else _MEASURED), {
+            "version": self.version,
+            "role": self.role.value,
+            "result": self.result,
+        }
+
+
+_MEASURED = """SELECT party_id, paid_ppq AS weight, n_records FROM attribution_share
+WHERE result_id = %(result)s AND version_id = %(version)s AND partition = %(role)s AND paid_ppq > 0"""
+_COUNTED = """SELECT party_id, n_records AS weight, n_records FROM payouts_payeecount
+WHERE version_id = %(version)s AND role = %(role)s"""
+
+#: Hamilton's method of `payouts.allocation`, by the database: whole floors, then one micro each to the largest remainders, ties
+#: to the lower party. `numeric`, because pool · weight has up to 31 digits.
+ALLOCATED = """
+SELECT party_id, weight, n_records, floor + (rank <= %(micros)s - all_floors)::int AS micros FROM (
+    SELECT party_id, weight, n_records, floor, sum(floor) OVER () AS all_floors,
+        row_number() OVER (ORDER BY remainder DESC, party_id) AS rank
+    FROM (
+        SELECT party_id, weight, n_records, div(%(micros)s::numeric * weight, %(total)s::numeric) AS floor,
+            mod(%(micros)s::numeric * weight, %(total)s::numeric) AS remainder
+        FROM ({weights}) weights
+    ) parts
+) ranked
+"""
+
+
+def allocated(pot: Pot) -> tuple[str, dict[str, object]]:
+    """A statement that selects (party, weight, records, micros) of a pot's payees, zero micros included."""
+    weights, parameters = pot.weights()
+    return ALLOCATED.format(weights=weights), parameters | {"micros": pot.amount.micros, "total": pot.weight_total}
 
 
 def pots_of(
@@ -61,15 +99,54 @@ def pots_of(
     In the labellers' pot a record without a labeller counts for its rights holder, so if nobody labelled the two pots
     would be divided alike.
     """
-    holders = _weights(version, result, Role.RIGHTS_HOLDER)
-    labellers = _weights(version, result, Role.LABELLER)
-    is_one_pot = labellers[0] == holders[0]
-    labellers_part = Money(0, amount.currency) if is_one_pot else amount.share(labellers_bps)
-    pots = [
-        Pot(Role.RIGHTS_HOLDER, amount - labellers_part, *holders),
-        Pot(Role.LABELLER, labellers_part, *labellers),
-    ]
-    return [pot for pot in pots if pot.amount]
+    keep_counts(version)
+    pots = [_pot(version, result, role) for role in (Role.RIGHTS_HOLDER, Role.LABELLER)]
+    labellers_part = Money(0, amount.currency) if _are_alike(*pots) else amount.share(labellers_bps)
+    parts = [amount - labellers_part, labellers_part]
+    return [replace(pot, amount=part) for pot, part in zip(pots, parts, strict=True) if part]
+
+
+def keep_counts(version: DatasetVersion) -> None:
+    """Count a published version's records by payee, once; the next division reads what was counted."""
+    if PayeeCount.objects.filter(version=version).exists():
+        return
+    with hash_joins() as cursor:
+        cursor.execute(
+            f"""INSERT INTO payouts_payeecount (version_id, role, party_id, n_records)
+            SELECT %(version)s, role, party_id, n FROM ({MONEY_COUNTS}) counted (party_id, role, n)
+            ORDER BY role, party_id ON CONFLICT DO NOTHING""",  # noqa: S608
+            {"version": version.pk},
+        )
+
+
+def _pot(version: DatasetVersion, result: AttributionResult | None, role: DivisionLine.Role) -> Pot:
+    """Measured weights, or counts where nothing was measured; of no amount yet."""
+    pot = Pot(role, Money(0, "USD"), version.pk, result and result.pk, 0)
+    with connection.cursor() as cursor:
+        for by in (pot, replace(pot, result=None)) if result else (pot,):
+            weights, parameters = by.weights()
+            cursor.execute(f"SELECT sum(weight) FROM ({weights}) weights", parameters)  # noqa: S608
+            (total,) = cursor.fetchone()
+            if total:
+                return replace(by, weight_total=int(total))
+    return pot
+
+
+def _are_alike(one: Pot, other: Pot) -> bool:
+    """Whether both pots have the same payees with the same weights."""
+    if one.weight_total != other.weight_total:
+        return False
+    (ours, parameters), (theirs, theirs_parameters) = one.weights(), other.weights()
+    theirs = re.sub(r"%\((\w+)\)s", r"%(other_\1)s", theirs)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"""SELECT NOT EXISTS (
+                SELECT FROM ({ours}) ours FULL JOIN ({theirs}) theirs USING (party_id, weight)
+                WHERE ours.party_id IS NULL OR theirs.party_id IS NULL
+            )""",  # noqa: S608
+            parameters | {f"other_{name}": value for name, value in theirs_parameters.items()},
+        )
+        return bool(cursor.fetchone()[0])
 
 
 @transaction.atomic
@@ -104,7 +181,7 @@ def divide(
     due_at = now + timedelta(days=_hold_days(is_known=_is_known_buyer(buyer, payment)))
     if payment is not None and payment.available_on is not None:
         due_at = max(due_at, payment.available_on)
-    totals = {pot.role: sum(pot.weights.values()) for pot in pots}
+    totals = {pot.role: pot.weight_total for pot in pots}
     division = Division.objects.create(
         key=key,
         source=source,
@@ -121,26 +198,58 @@ def divide(
         due_at=due_at,
         divided_at=now,
     )
-    payees = {party for pot in pots for party in pot.weights}
-    due_by_party = _due_dates(division, payees)
-    lines = [
-        DivisionLine(
-            division=division,
-            party_id=party,
-            role=pot.role,
-            n_records=pot.counts.get(party, 0),
-            weight=pot.weights[party],
-            amount_micros=due.micros,
-            due_at=due_by_party[party],
-        )
-        for pot in pots
-        for party, due in sorted(allocate(pot.amount, pot.weights).items())
-        if due
-    ]
-    DivisionLine.objects.bulk_create(lines, batch_size=1_000)
-    _book(division, lines)
-    logger.info("Divided key=%s result=%s micros=%s lines=%s", key, result and result.pk, amount.micros, len(lines))
+    n_lines = sum(_write_lines(division, pot) for pot in pots)
+    ledger.post_split(
+        key=division.key,
+        kind=ENTRY_KINDS[source],
+        source=source_account(division),
+        currency=amount.currency,
+        booked_at=now,
+        dues="SELECT party_id, sum(amount_micros)::bigint FROM payouts_divisionline WHERE division_id = %(division)s GROUP BY 1",
+        parameters={"division": division.pk},
+    )
+    logger.info("Divided key=%s result=%s micros=%s lines=%s", key, result and result.pk, amount.micros, n_lines)
     return division
+
+
+def _write_lines(division: Division, pot: Pot) -> int:
+    """One statement for a pot, however many payees it has; returns how many lines it made.
+
+    Each line has its own due date: later for new payees, and for whoever is paid for copies, so that a claim can overturn it.
+    """
+    statement, parameters = allocated(pot)
+    with ledger.room_to_sort() as cursor:
+        cursor.execute(
+            _WRITE_LINES.format(allocated=statement),
+            parameters
+            | {
+                "division": division.pk,
+                "due_at": division.due_at,
+                "for_new": division.divided_at + timedelta(days=_hold_days(is_known=False)),
+                "for_known": division.divided_at + timedelta(days=_hold_days(is_known=True)),
+                "created_at": timezone.now(),
+            },
+        )
+        return int(cursor.rowcount)
+
+
+_WRITE_LINES = """
+WITH copies AS MATERIALIZED (
+    SELECT payee_id AS party_id FROM marketplace_recordcopy WHERE version_id = %(version)s
+    UNION
+    SELECT labeller_id FROM marketplace_recordcopy WHERE version_id = %(version)s AND labeller_id IS NOT NULL
+), known AS MATERIALIZED (
+    SELECT DISTINCT party_id FROM payouts_payout WHERE status IN ('sent', 'paid')
+    EXCEPT SELECT party_id FROM copies
+)
+INSERT INTO payouts_divisionline
+    (division_id, party_id, role, n_records, weight, amount_micros, due_at, created_at)
+SELECT %(division)s, party_id, %(role)s, n_records, weight, micros,
+    greatest(%(due_at)s, CASE WHEN known.party_id IS NULL THEN %(for_new)s ELSE %(for_known)s END), %(created_at)s
+FROM ({allocated}) dues LEFT JOIN known USING (party_id)
+WHERE micros > 0
+ORDER BY party_id
+"""
 
 
 def source_account(division: Division) -> str:
@@ -158,35 +267,6 @@ def source_account(division: Division) -> str:
             return chart.royalty(division.invoice_line, division.currency)
 
 
-def _book(division: Division, lines: list[DivisionLine]) -> None:
-    dues: dict[int, int] = {}
-    for line in lines:
-        dues[line.party_id] = dues.get(line.party_id, 0) + line.amount_micros
-    source = source_account(division)
-    for number, batch in enumerate(ledger.batches(dues, size=ledger.MAX_LEGS - 1)):
-        ledger.post(
-            key=f"{division.key}:{number}",
-            kind=ENTRY_KINDS[Division.Source(division.source)],
-            postings={source: sum(batch.values())}
-            | {chart.payable(party, division.currency): -micros for party, micros in batch.items()},
-            booked_at=division.divided_at,
-        )
-
-
-def _weights(
-    version: DatasetVersion, result: AttributionResult | None, role: DivisionLine.Role
-) -> tuple[dict[int, int], dict[int, int]]:
-    """Positive weights by payee and the records behind them: measured ones, or counts where nothing was measured."""
-    counts = {count.party_id: count.n_records for count in money_counts(version) if count.role == role}
-    if result is not None:
-        measured = weights_by_payee(version=version, result=result, partition=role.value)
-        measured = {party: weight for party, weight in measured.items() if weight > 0}
-        if measured:
-            shares = Share.objects.filter(result=result, version=version, partition=role.value)
-            return measured, dict(shares.values_list("party", "n_records"))
-    return counts, counts
-
-
 def _hold_days(*, is_known: bool) -> int:
     days: int = settings.HOLD_DAYS_KNOWN if is_known else settings.HOLD_DAYS_NEW
     return days
@@ -201,22 +281,3 @@ def _is_known_buyer(buyer: Party, payment: Payment | None) -> bool:
     if payment is not None:
         earlier = earlier.exclude(pk=payment.pk)
     return earlier.exists()
-
-
-def _due_dates(division: Division, payees: set[int]) -> dict[int, datetime]:
-    """Each payee's own date: later for the new ones, and for whoever is paid for copies, so that a claim can overturn it."""
-    paid_before = set(
-        Payout.objects.filter(party__in=payees, status__in=[Payout.Status.SENT, Payout.Status.PAID])
-        .values_list("party", flat=True)
-        .distinct()
-    )
-    copies = RecordCopy.objects.filter(version=division.version_id)
-    of_copies = set(copies.values_list("payee", flat=True).distinct())
-    of_copies |= set(copies.filter(labeller__isnull=False).values_list("labeller", flat=True).distinct())
-    return {
-        party: max(
-            division.due_at,
-            division.divided_at + timedelta(days=_hold_days(is_known=party in paid_before and party not in of_copies)),
-        )
-        for party in payees
-    }

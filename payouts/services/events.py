@@ -103,8 +103,8 @@ def apply_event(row: StripeEvent) -> None:
             disputes.refresh_dispute(thing["id"])
         case StripeEvent.Endpoint.CONNECT, "account.updated":
             payees.refresh_payee(row.account)
-        case StripeEvent.Endpoint.CONNECT, "payout.paid":
-            transfers.confirm_in_bank(account=row.account, bank_payout=thing["id"])
+        case StripeEvent.Endpoint.CONNECT, "payout.paid" | "payout.failed" | "payout.canceled":
+            transfers.refresh_bank_payout(account=row.account, bank_payout=thing["id"])
 
 
 def retry_failed_events() -> int:

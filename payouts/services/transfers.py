@@ -61,6 +61,7 @@ __all__ = [
     "execute_payout_run",
     "execute_payout_shard",
     "pause_payout_run",
+    "refresh_bank_payout",
     "reject_payout_run",
     "request_payout_run",
     "resume_payout_run",
@@ -391,6 +392,35 @@ def confirm_in_bank(*, account: str, bank_payout: str) -> list[Payout]:
     return arrived
 
 
+def refresh_bank_payout(*, account: str, bank_payout: str) -> None:
+    """Write down how a connected account's payout to its bank stands now; events may come late or out of order.
+
+    Raises:
+        gateway.StripeRefused, gateway.StripeUncertain: ask again.
+    """
+    state = gateway.get_bank_payout(account=account, payout=bank_payout)
+    if state.status == "paid":
+        confirm_in_bank(account=account, bank_payout=bank_payout)
+    elif state.status in ("failed", "canceled"):
+        _note_bank_failure(account=account, bank_payout=bank_payout, code=state.failure_code or state.status)
+
+
+def _note_bank_failure(*, account: str, bank_payout: str, code: str) -> list[Payout]:
+    """The bank took the money for nobody: it lies in the payee's balance at Stripe, and is sent anew once they name another account."""
+    transfers = gateway.transfers_in_payout(account=account, payout=bank_payout)
+    failed = []
+    for payout in Payout.objects.filter(transfer_id__in=transfers, destination=account).order_by("pk"):
+        # A later payout that carried the same money to the bank has its own id there.
+        standing = Q(status=Payout.Status.SENT) | Q(status=Payout.Status.PAID, bank_payout_id=bank_payout)
+        changed = Payout.objects.filter(standing, pk=payout.pk).update(
+            status=Payout.Status.SENT, bank_failure_code=code[:60], bank_failed_at=clock.now(), paid_at=None
+        )
+        if changed:
+            logger.warning("Bank refused payout=%s bank_payout=%s code=%s", payout.pk, bank_payout, code)
+            failed.append(payout)
+    return failed
+
+
 def group_of(payout: Payout) -> str:
     """By this the transfer is found again when its key is forgotten."""
     return f"payout:{payout.pk}"
@@ -510,7 +540,15 @@ def _send(job: Job, pks: Iterable[int], done: _Done) -> None:
                     raise answer  # we were refused, not this payout; nothing was sent and the intents stay
                 _refuse(job, payout, answer, done)
             elif not _is_right(payout, answer):
-                _pursue(job, payout, done)
+                _found_wrong(job, payout, answer, done)
+
+
+def _found_wrong(job: Job, payout: Payout, transfer: gateway.Transfer, done: _Done) -> None:
+    try:
+        _book_sent(payout, transfer, job)
+    except TransferMismatch as error:  # one of them must not stop everybody else's money
+        logger.exception("Payout needs a person payout=%s", payout.pk)
+        done.mismatches.append(str(error))
 
 
 def _noted(job: Job, payouts: list[Payout]) -> list[Payout]:

@@ -478,13 +478,13 @@ WORKER = textwrap.dedent(
     gateway.create_transfer = then_die
     if os.environ.get("DIE") == "planning":
         intend = transfers._intend
-        def once(run, payee):
+        def once(run, *payees):
             global calls
             calls += 1
             if calls == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            intend(run, payee)
-        transfers._intend = once
+            return intend(run, *payees)
+        transfers._intend, transfers.AT_ONCE = once, 1
     tasks.execute_payout_run(int(sys.argv[1]))
     """
 )
@@ -512,6 +512,7 @@ def test_a_killed_worker_is_succeeded_and_each_transfer_happens_once(
         "DJANGO_SETTINGS_MODULE": "portal.settings",
         "STRIPE_API_BASE": settings.STRIPE_API_BASE,
         "STRIPE_API_KEY": settings.STRIPE_API_KEY,
+        "STRIPE_CONNECTIONS": "1",  # one call after the other, so that the second is the one it dies in
     }
     connections.close_all()
 

@@ -1,0 +1,93 @@
+"""A migrated database of the benchmark's own, on the server that `TEST_DATABASE_URL` names or on an embedded one, dropped afterwards."""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def database(name: str) -> Iterator[str]:
+    """Django is set up on it; gives the superuser's URL of the scratch database."""
+    with ExitStack() as held:
+        superuser, redis = os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")
+        sys.path.insert(0, str(ROOT))
+        from portal import embedded
+        from portal.environment import role_url
+
+        if not (superuser and redis):
+            urls = held.enter_context(embedded.servers(ROOT / "var" / "bench"))
+            superuser, redis = urls.database, urls.redis
+        scratch = f"bench_{name}_{os.getpid()}"
+        var = tempfile.mkdtemp(prefix="residual-bench-")
+        held.callback(shutil.rmtree, var, ignore_errors=True)
+        with psycopg.connect(superuser, autocommit=True) as server:
+            server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(scratch)))
+        url = role_url(superuser, "postgres", scratch)
+        os.environ.update(
+            RESIDUAL_MODE="demo",
+            RESIDUAL_VAR=var,
+            SECRET_KEY="only-for-benchmarks-" + "0" * 40,
+            DATABASE_URL=url,
+            REDIS_URL=f"{redis.rpartition('/')[0]}/1",
+            STRIPE_API_KEY="sk_test_bench",
+            DJANGO_SETTINGS_MODULE="portal.settings",
+            LOG_LEVEL="WARNING",
+        )
+        try:
+            import django
+
+            django.setup()
+            import logging
+
+            logging.disable(logging.INFO)
+            from django.core.management import call_command
+            from django.db import connections
+
+            call_command("migrate", verbosity=0)
+            yield url
+            connections.close_all()
+        finally:
+            with psycopg.connect(superuser, autocommit=True) as server:
+                server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(scratch)))
+
+
+class Clock:
+    """Seconds of the wall and of this process since it was made or read last."""
+
+    def __init__(self) -> None:
+        self.lap()
+
+    def lap(self) -> tuple[float, float]:
+        now = time.perf_counter(), time.process_time()
+        passed = tuple(end - start for end, start in zip(now, getattr(self, "_at", now), strict=True))
+        self._at = now
+        return passed[0], passed[1]
+
+
+def backend_cpu_seconds(pid: int) -> float:
+    """CPU time of a PostgreSQL backend on this machine; 0 where it is not to be seen."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def backend_peak_bytes(pid: int) -> int:
+    """The most memory of its own that a PostgreSQL backend held; shared buffers are not counted."""
+    try:
+        status = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    private = [line.split() for line in status.splitlines() if line.startswith(("Private_Dirty", "Private_Clean"))]
+    return sum(int(fields[1]) for fields in private) * 1024
