@@ -143,15 +143,18 @@ class Contenders:
         return f"bench:{os.getpid()}:{self._number}"
 
     def ours(self, n: int, batch: int, legs: dict[str, int]) -> float:
+        from django.utils import timezone
+
         from payouts import ledger
         from payouts.models import JournalEntry
 
+        now = timezone.now()  # the demo's movable clock is a query, and no part of the ledger
         started = time.perf_counter()
         for _ in range(n):
             if batch == 1:
-                ledger.post(key=self._key(), kind=JournalEntry.Kind.SALE, postings=legs)
+                ledger.post(key=self._key(), kind=JournalEntry.Kind.SALE, postings=legs, booked_at=now)
             else:
-                ledger.post_many([ledger.Draft(self._key(), JournalEntry.Kind.SALE, legs) for _ in range(batch)])
+                ledger.post_many([ledger.Draft(self._key(), JournalEntry.Kind.SALE, legs, now) for _ in range(batch)])
         return time.perf_counter() - started
 
     def bare(self, n: int, batch: int, legs: dict[str, int]) -> float:

@@ -55,10 +55,12 @@ class Pot:
     version: int
     result: int | None
     weight_total: int
+    is_kept: bool = True  # whether the version's counts are; otherwise its records are counted
 
     def weights(self) -> tuple[str, dict[str, object]]:
         """A statement that selects (party, weight, records) of the pot's payees, with its parameters."""
-        return (_COUNTED if self.result is None else _MEASURED), {
+        counted = _COUNTED if self.is_kept else _COUNTED_ANEW
+        return (counted if self.result is None else _MEASURED), {
             "version": self.version,
             "role": self.role.value,
             "result": self.result,
@@ -69,6 +71,8 @@ _MEASURED = """SELECT party_id, paid_ppq AS weight, n_records FROM attribution_s
 WHERE result_id = %(result)s AND version_id = %(version)s AND partition = %(role)s AND paid_ppq > 0"""
 _COUNTED = """SELECT party_id, n_records AS weight, n_records FROM payouts_payeecount
 WHERE version_id = %(version)s AND role = %(role)s"""
+_COUNTED_ANEW = f"""SELECT party_id, n AS weight, n AS n_records FROM ({MONEY_COUNTS}) counted (party_id, role, n)
+WHERE role = %(role)s"""  # noqa: S608
 
 #: Hamilton's method of `payouts.allocation`, by the database: whole floors, then one micro each to the largest remainders, ties
 #: to the lower party. `numeric`, because pool · weight has up to 31 digits.
@@ -99,7 +103,6 @@ def pots_of(
     In the labellers' pot a record without a labeller counts for its rights holder, so if nobody labelled the two pots
     would be divided alike.
     """
-    keep_counts(version)
     pots = [_pot(version, result, role) for role in (Role.RIGHTS_HOLDER, Role.LABELLER)]
     labellers_part = Money(0, amount.currency) if _are_alike(*pots) else amount.share(labellers_bps)
     parts = [amount - labellers_part, labellers_part]
@@ -121,7 +124,8 @@ def keep_counts(version: DatasetVersion) -> None:
 
 def _pot(version: DatasetVersion, result: AttributionResult | None, role: DivisionLine.Role) -> Pot:
     """Measured weights, or counts where nothing was measured; of no amount yet."""
-    pot = Pot(role, Money(0, "USD"), version.pk, result and result.pk, 0)
+    is_kept = PayeeCount.objects.filter(version=version).exists()
+    pot = Pot(role, Money(0, "USD"), version.pk, result and result.pk, 0, is_kept)
     with connection.cursor() as cursor:
         for by in (pot, replace(pot, result=None)) if result else (pot,):
             weights, parameters = by.weights()
@@ -176,6 +180,7 @@ def divide(
     if found := Division.objects.filter(key=key).first():
         return found
 
+    keep_counts(version)
     now = clock.now()
     pots = pots_of(version=version, amount=amount, labellers_bps=labellers_bps, result=result)
     due_at = now + timedelta(days=_hold_days(is_known=_is_known_buyer(buyer, payment)))

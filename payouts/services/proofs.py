@@ -1,16 +1,21 @@
-"""Every invariant of the books, derived again from the rows alone; nothing that a service computed is believed."""
+"""Every invariant of the books, derived again from the rows alone; nothing that a service computed is believed.
+
+Sums over all payees are made by the database, and only what does not agree is fetched: memory does not grow with the books.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 from django.db import connection, transaction
-from django.db.models import Count, Q, Sum
+from django.db.models import Q, Sum
 
 from marketplace.models import OrderLine
-from marketplace.money import Money
-from payouts import chart
-from payouts.allocation import allocate
+from marketplace.money import MINOR_DIGITS
+from marketplace.selectors import MONEY_COUNTS
+from payouts import chart, ledger
 from payouts.ledger import postings_of
 from payouts.models import (
     Account,
@@ -20,6 +25,7 @@ from payouts.models import (
     DivisionLine,
     JournalEntry,
     Movement,
+    PayeeCount,
     Payment,
     Payout,
     Posting,
@@ -27,10 +33,8 @@ from payouts.models import (
     Refund,
     RoyaltyInvoice,
     RoyaltyPool,
-    TransferReversal,
-    WriteOff,
 )
-from payouts.services.divisions import ENTRY_KINDS, pots_of, source_account
+from payouts.services.divisions import ENTRY_KINDS, allocated, pots_of, source_account
 from payouts.services.royalties import parts_of
 
 
@@ -76,28 +80,57 @@ Balances = dict[str, int]
 
 
 def _balances() -> Balances:
-    rows = Posting.objects.values("account__code").annotate(sum=Sum("amount_micros"))
-    return {row["account__code"]: int(row["sum"]) for row in rows}
+    """Of the accounts that are no party's: there are as many as pools and lines, not as many as payees."""
+    rows = Posting.objects.filter(account__party=None).values("account__code").annotate(sum=Sum("amount_micros"))
+    return {row["account__code"]: int(row["sum"]) for row in rows.iterator()}
+
+
+def _rows(statement: str, parameters: Mapping[str, object] | None = None) -> Iterator[tuple[Any, ...]]:
+    """What a statement finds, fetched a thousand at a time from a cursor of the server's."""
+    name = f"proof_{next(_numbers)}"
+    with connection.cursor() as cursor:
+        cursor.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {statement}", parameters or {})
+        while rows := _fetched(cursor, name):
+            yield from rows
+        cursor.execute(f"CLOSE {name}")
+
+
+def _fetched(cursor: Any, name: str) -> list[tuple[Any, ...]]:
+    cursor.execute(f"FETCH 1000 FROM {name}")
+    rows: list[tuple[Any, ...]] = cursor.fetchall()
+    return rows
+
+
+_numbers = count(1)
 
 
 def _entries(balances: Balances) -> Iterator[Finding]:
     """As many legs as declared, zero sum, one currency, each on an account that its code describes."""
-    sums = JournalEntry.objects.annotate(
-        legs=Count("postings"),
-        total=Sum("postings__amount_micros", default=0),
-    )
-    for entry in sums.exclude(Q(total=0)).order_by("pk"):
-        yield Finding("entry_unbalanced", f"{entry.key} sums to {entry.total}")
-    for entry in sums.order_by("pk").iterator():
-        if entry.legs != entry.n_legs or entry.legs < 2:
-            yield Finding("entry_incomplete", f"{entry.key} declares {entry.n_legs} legs and has {entry.legs}")
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT e.key, a.code FROM payouts_posting p JOIN payouts_journalentry e ON e.id = p.entry_id"
-            " JOIN payouts_account a ON a.id = p.account_id WHERE a.currency <> e.currency ORDER BY p.id"
-        )
-        for key, code in cursor.fetchall():
-            yield Finding("entry_mixes_currencies", f"{key} has a leg on {code}")
+    for key, declared, legs, total, foreign in _rows(
+        """
+        SELECT e.key, e.n_legs, count(p.id), coalesce(sum(p.amount_micros), 0), min(a.code) FILTER (WHERE a.currency <> e.currency)
+        FROM payouts_journalentry e LEFT JOIN payouts_posting p ON p.entry_id = e.id
+        LEFT JOIN payouts_account a ON a.id = p.account_id
+        GROUP BY e.id
+        HAVING count(p.id) <> e.n_legs OR count(p.id) < 2 OR coalesce(sum(p.amount_micros), 0) <> 0
+            OR bool_or(a.currency <> e.currency)
+        ORDER BY e.id
+        """
+    ):
+        if total:
+            yield Finding("entry_unbalanced", f"{key} sums to {total}")
+        if legs != declared or legs < 2:
+            yield Finding("entry_incomplete", f"{key} declares {declared} legs and has {legs}")
+        if foreign:
+            yield Finding("entry_mixes_currencies", f"{key} has a leg on {foreign}")
+    for posting, entry, account in _rows(
+        """
+        SELECT p.id, p.entry_id, p.account_id FROM payouts_posting p
+        LEFT JOIN payouts_journalentry e ON e.id = p.entry_id LEFT JOIN payouts_account a ON a.id = p.account_id
+        WHERE e.id IS NULL OR a.id IS NULL ORDER BY p.id
+        """
+    ):
+        yield Finding("posting_of_nothing", f"posting {posting} names entry {entry} and account {account}")
     for account in Account.objects.order_by("pk").iterator():
         try:
             code = chart.parse(account.code)
@@ -107,7 +140,8 @@ def _entries(balances: Balances) -> Iterator[Finding]:
         if (account.kind, account.currency, account.party_id) != (code.purpose.kind, code.currency, code.party):
             yield Finding("account_misdescribed", account.code)
     # Each reversal undoes one entry, leg by leg.
-    for reversal in JournalEntry.objects.filter(reverses__isnull=False).select_related("reverses").order_by("pk"):
+    reversals = JournalEntry.objects.filter(reverses__isnull=False).select_related("reverses").order_by("pk")
+    for reversal in reversals.iterator():
         assert reversal.reverses is not None
         undone = {code: -micros for code, micros in postings_of(reversal.reverses).items()}
         if postings_of(reversal) != undone:
@@ -135,7 +169,7 @@ def _snapshots(balances: Balances) -> Iterator[Finding]:
             yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
 
 
-LIABILITIES = ("payable", "pool", "in_transit", "refunding", "clearing:upfront", "clearing:royalty")
+LIABILITIES = ("pool", "in_transit", "refunding", "clearing:upfront", "clearing:royalty")
 
 
 def _balances_in_range(balances: Balances) -> Iterator[Finding]:
@@ -144,8 +178,17 @@ def _balances_in_range(balances: Balances) -> Iterator[Finding]:
         name = chart.parse(code).name if _is_known(code) else ""
         if name in LIABILITIES and micros > 0:
             yield Finding("liability_overdrawn", f"{code} stands at {micros}")
-        if name == "receivable" and micros < 0:
-            yield Finding("receivable_negative", f"{code} stands at {micros}")
+    for code, micros in _rows(
+        """
+        SELECT a.code, sum(p.amount_micros) FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id
+        WHERE a.party_id IS NOT NULL GROUP BY a.id
+        HAVING starts_with(a.code, 'payable:') AND sum(p.amount_micros) > 0
+            OR starts_with(a.code, 'receivable:') AND sum(p.amount_micros) < 0
+        ORDER BY a.code
+        """
+    ):
+        is_payable = code.startswith("payable:")
+        yield Finding("liability_overdrawn" if is_payable else "receivable_negative", f"{code} stands at {micros}")
     # Refunds and disputes take what they take, whatever there is; without any, no heap of cash falls below nothing.
     moved = set(Movement.objects.values_list("currency", flat=True).distinct())
     for code, micros in sorted(balances.items()):
@@ -153,87 +196,132 @@ def _balances_in_range(balances: Balances) -> Iterator[Finding]:
             yield Finding("cash_negative", f"{code} stands at {micros}")
 
 
+def _counts(balances: Balances) -> Iterator[Finding]:
+    """What was kept of each version's records by payee is what its records say."""
+    for version in PayeeCount.objects.values_list("version", flat=True).distinct().order_by("version"):
+        for role, party, kept, counted in _rows(
+            f"""
+            SELECT role, party_id, kept.n_records, counted.n
+            FROM (SELECT role, party_id, n_records FROM payouts_payeecount WHERE version_id = %(version)s) kept
+            FULL JOIN ({MONEY_COUNTS}) counted (party_id, role, n) USING (role, party_id)
+            WHERE kept.n_records IS DISTINCT FROM counted.n ORDER BY role, party_id
+            """,  # noqa: S608
+            {"version": version},
+        ):
+            yield Finding(
+                "count_differs", f"version {version}, party {party} as {role}: kept {kept}, counted {counted}"
+            )
+
+
 def _divisions(balances: Balances) -> Iterator[Finding]:
     """Amount = lines = entries, to the micro; and the lines are what their weights give, computed anew."""
-    lines: dict[int, dict[tuple[str, int], DivisionLine]] = defaultdict(dict)
-    for line in DivisionLine.objects.order_by("pk").iterator():
-        lines[line.division_id][line.role, line.party_id] = line
     divisions = Division.objects.select_related("version", "result", "pool", "order_line", "invoice_line")
-    for division in divisions.order_by("pk").iterator():
-        mine = lines[division.pk]
-        total = sum(line.amount_micros for line in mine.values())
-        if total != division.amount_micros:
-            yield Finding("division_differs_from_lines", f"{division.key}: {division.amount_micros} and {total}")
-        yield from _booked_as_divided(division, mine)
-        yield from _divided_as_weighed(division, mine)
+    summed = divisions.annotate(divided=Sum("lines__amount_micros", default=0))
+    for division in summed.order_by("pk").iterator(chunk_size=100):
+        if division.divided != division.amount_micros:
+            yield Finding(
+                "division_differs_from_lines", f"{division.key}: {division.amount_micros} and {division.divided}"
+            )
+        yield from _booked_as_divided(division)
+        yield from _divided_as_weighed(division)
 
 
-def _booked_as_divided(division: Division, lines: dict[tuple[str, int], DivisionLine]) -> Iterator[Finding]:
-    owed: dict[str, int] = defaultdict(int)
-    for (_, party), line in lines.items():
-        owed[chart.payable(party, division.currency)] -= line.amount_micros
-    owed[source_account(division)] += division.amount_micros
-    entries = JournalEntry.objects.filter(key__startswith=f"{division.key}:")
-    booked = {
-        row["account__code"]: int(row["sum"])
-        for row in Posting.objects.filter(entry__in=entries, entry__kind=ENTRY_KINDS[Division.Source(division.source)])
-        .values("account__code")
-        .annotate(sum=Sum("amount_micros"))
-    }
-    if booked != {code: micros for code, micros in owed.items() if micros}:
+def _booked_as_divided(division: Division) -> Iterator[Finding]:
+    found = _rows(
+        """
+        WITH owed AS (
+            SELECT 'payable:' || party_id || ':' || %(currency)s AS code, -sum(amount_micros) AS micros
+            FROM payouts_divisionline WHERE division_id = %(division)s GROUP BY party_id
+            UNION ALL SELECT %(source)s, %(amount)s
+        ), booked AS (
+            SELECT a.code, sum(p.amount_micros) AS micros
+            FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id JOIN payouts_account a ON a.id = p.account_id
+            WHERE e.key LIKE %(keys)s AND e.kind = %(kind)s GROUP BY a.code
+        )
+        SELECT code FROM owed FULL JOIN booked USING (code) WHERE owed.micros IS DISTINCT FROM booked.micros LIMIT 1
+        """,
+        {
+            "division": division.pk,
+            "currency": division.currency,
+            "source": source_account(division),
+            "amount": division.amount_micros,
+            "keys": f"{_escaped(division.key)}:%",
+            "kind": ENTRY_KINDS[Division.Source(division.source)].value,
+        },
+    )
+    if list(found):
         yield Finding("division_differs_from_entries", division.key)
 
 
-def _divided_as_weighed(division: Division, lines: dict[tuple[str, int], DivisionLine]) -> Iterator[Finding]:
+def _escaped(prefix: str) -> str:
+    """For LIKE, in which an underscore is any letter."""
+    return prefix.replace("\\", "\\\\").replace("_", "\\_").replace("%", "\\%")
+
+
+def _divided_as_weighed(division: Division) -> Iterator[Finding]:
     """Results and counts of a published version never change, so the division must come out the same today."""
     pots = pots_of(
         version=division.version, amount=division.amount, labellers_bps=division.labellers_bps, result=division.result
     )
-    anew = {
-        (pot.role.value, party): (pot.weights[party], due.micros)
-        for pot in pots
-        for party, due in allocate(pot.amount, pot.weights).items()
-        if due
-    }
-    stored = {key: (line.weight, line.amount_micros) for key, line in lines.items()}
-    for role, party in sorted(anew.keys() | stored.keys()):
-        if anew.get((role, party)) != stored.get((role, party)):
+    by_role = {pot.role: pot for pot in pots}
+    for role in DivisionLine.Role:
+        anew, parameters = "SELECT 0::bigint, 0::bigint, 0::bigint, 0::bigint WHERE false", {"role": role.value}
+        if role in by_role:
+            anew, parameters = allocated(by_role[role])
+        for party, stored_weight, stored, weight, computed in _rows(
+            f"""
+            SELECT party_id, l.weight, l.amount_micros, anew.weight, anew.micros
+            FROM (
+                SELECT party_id, weight, amount_micros FROM payouts_divisionline
+                WHERE division_id = %(division)s AND role = %(role)s
+            ) l
+            FULL JOIN (SELECT * FROM ({anew}) a (party_id, weight, n_records, micros) WHERE micros > 0) anew USING (party_id)
+            WHERE (l.weight, l.amount_micros) IS DISTINCT FROM (anew.weight, anew.micros::bigint) ORDER BY party_id
+            """,  # noqa: S608
+            parameters | {"division": division.pk},
+        ):
             yield Finding(
                 "line_does_not_recompute",
-                f"{division.key}, party {party} as {role}: stored {stored.get((role, party))}, "
-                f"computed {anew.get((role, party))}",
+                f"{division.key}, party {party} as {role.value}: stored {_pair(stored_weight, stored)}, "
+                f"computed {_pair(weight, computed)}",
             )
+
+
+def _pair(weight: int | None, micros: int | None) -> tuple[int, int] | None:
+    return None if weight is None or micros is None else (int(weight), int(micros))
 
 
 def _payables(balances: Balances) -> Iterator[Finding]:
     """What is owed to each party, less what it owes: lines − reclaims − payouts + reversals + write-offs, by currency."""
-    owed: dict[tuple[int, str], int] = defaultdict(int)
-    taken_back = Reclaim.objects.filter(clawback_line__clawback__undo=None)
-    for rows, party_field, currency_field, sign in (
-        (taken_back, "division_line__party", "division_line__division__currency", -1),
-        (TransferReversal.objects.filter(state=TransferReversal.State.SENT), "payout__party", "currency", 1),
-        (WriteOff.objects.all(), "party", "currency", 1),
+    for party, currency, booked, owed in _rows(
+        """
+        WITH moved AS (
+            SELECT l.party_id, d.currency, l.amount_micros AS micros
+            FROM payouts_divisionline l JOIN payouts_division d ON d.id = l.division_id
+            UNION ALL
+            SELECT l.party_id, d.currency, -r.amount_micros FROM payouts_reclaim r
+            JOIN payouts_clawbackline c ON c.id = r.clawback_line_id
+            JOIN payouts_divisionline l ON l.id = r.division_line_id JOIN payouts_division d ON d.id = l.division_id
+            WHERE NOT EXISTS (SELECT FROM payouts_clawbackundo u WHERE u.clawback_id = c.clawback_id)
+            UNION ALL
+            SELECT party_id, currency, -amount_micros FROM payouts_payout WHERE status <> 'refused'
+            UNION ALL
+            SELECT o.party_id, r.currency, r.amount_micros FROM payouts_transferreversal r
+            JOIN payouts_payout o ON o.id = r.payout_id WHERE r.state = 'sent'
+            UNION ALL
+            SELECT party_id, currency, amount_micros FROM payouts_writeoff
+        ), owed AS (
+            SELECT party_id, currency, sum(micros) AS micros FROM moved GROUP BY 1, 2
+        ), booked AS (
+            SELECT a.party_id, a.currency, -sum(p.amount_micros) AS micros
+            FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id WHERE a.party_id IS NOT NULL GROUP BY 1, 2
+        )
+        SELECT party_id, currency, coalesce(booked.micros, 0), coalesce(owed.micros, 0)
+        FROM owed FULL JOIN booked USING (party_id, currency)
+        WHERE coalesce(booked.micros, 0) <> coalesce(owed.micros, 0) ORDER BY 1, 2
+        """
     ):
-        summed = rows.values(party_field, currency_field).annotate(sum=Sum("amount_micros"))
-        for party, currency, micros in summed.values_list(party_field, currency_field, "sum"):
-            owed[party, currency] += sign * int(micros)
-    earned = DivisionLine.objects.values("party", "division__currency").annotate(sum=Sum("amount_micros"))
-    for party, currency, micros in earned.values_list("party", "division__currency", "sum"):
-        owed[party, currency] += int(micros)
-    promised = Payout.objects.exclude(status=Payout.Status.REFUSED).values("party", "currency")
-    for party, currency, micros in promised.annotate(sum=Sum("amount_micros")).values_list("party", "currency", "sum"):
-        owed[party, currency] -= int(micros)
-    booked: dict[tuple[int, str], int] = defaultdict(int)
-    for account, micros in balances.items():
-        party = chart.parse(account).party if _is_known(account) else None
-        if party is not None:
-            booked[party, chart.parse(account).currency] -= micros
-    for party, currency in sorted(owed.keys() | booked.keys()):
-        if owed[party, currency] != booked[party, currency]:
-            yield Finding(
-                "payable_differs",
-                f"{chart.payable(party, currency)}: {booked[party, currency]} booked, {owed[party, currency]} by lines",
-            )
+        yield Finding("payable_differs", f"{chart.payable(party, currency)}: {booked} booked, {owed} by lines")
 
 
 def _pools(balances: Balances) -> Iterator[Finding]:
@@ -292,32 +380,47 @@ def _payments(balances: Balances) -> Iterator[Finding]:
 
 def _payouts(balances: Balances) -> Iterator[Finding]:
     """in_transit is what is intended; each payout has the entries of its status, and only those."""
-    intended: dict[str, int] = defaultdict(int)
-    entries = dict(JournalEntry.objects.filter(key__startswith="payout:").values_list("key", "pk"))
-    expected = set()
-    for payout in Payout.objects.order_by("pk").iterator():
-        if payout.status == Payout.Status.INTENDED:
-            intended[chart.in_transit(payout.currency)] += payout.amount_micros
-        stages = {
-            Payout.Status.INTENDED: ["intent"],
-            Payout.Status.SENT: ["intent", "sent"],
-            Payout.Status.PAID: ["intent", "sent"],
-            Payout.Status.REFUSED: ["intent", "refused"],
-        }[Payout.Status(payout.status)]
-        if payout.refusal_code and "sent" in stages:  # made at Stripe after all, and booked when it was found
-            stages = ["intent", "refused", "intent-again", "sent"]
-        expected |= {f"payout:{payout.pk}:{stage}" for stage in stages}
-        moved = _postings(f"payout:{payout.pk}:intent").get(chart.payable(payout.party_id, payout.currency))
-        if (
-            moved != payout.amount_micros
-            or payout.amount != Money(payout.amount_micros, payout.currency).floor_to_minor()
+    for pk, amount, moved in _rows(
+        """
+        SELECT o.id, o.amount_micros, (
+            SELECT sum(p.amount_micros) FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id
+            JOIN payouts_account a ON a.id = p.account_id
+            WHERE e.key = 'payout:' || o.id || ':intent' AND a.code = 'payable:' || o.party_id || ':' || o.currency
+        ) AS moved
+        FROM payouts_payout o ORDER BY o.id
+        """
+    ):
+        if moved != amount:
+            yield Finding("payout_differs", f"payout {pk} of {amount}, booked {moved}")
+    for currency, digits in MINOR_DIGITS.items():
+        unit = 10 ** (6 - digits)
+        for pk, amount in _rows(
+            "SELECT id, amount_micros FROM payouts_payout WHERE currency = %(currency)s AND amount_micros %% %(unit)s <> 0",
+            {"currency": currency, "unit": unit},
         ):
-            yield Finding("payout_differs", f"payout {payout.pk} of {payout.amount_micros}, booked {moved}")
-    for key in sorted(entries.keys() ^ expected):
-        yield Finding("payout_stage_differs", f"{key} is {'missing' if key in expected else 'too many'}")
+            yield Finding("payout_differs", f"payout {pk} of {amount} is no whole number of minor units")
+    # One that was refused and made at Stripe after all was booked when it was found.
+    for key, is_expected in _rows(
+        """
+        WITH expected AS (
+            SELECT 'payout:' || o.id || ':' || stage AS key FROM payouts_payout o, LATERAL unnest(
+                CASE WHEN o.status = 'intended' THEN ARRAY['intent'] WHEN o.status = 'refused' THEN ARRAY['intent', 'refused']
+                WHEN o.refusal_code <> '' THEN ARRAY['intent', 'refused', 'intent-again', 'sent']
+                ELSE ARRAY['intent', 'sent'] END
+            ) stage
+        ), booked AS (SELECT key FROM payouts_journalentry WHERE starts_with(key, 'payout:'))
+        SELECT key, expected.key IS NOT NULL FROM expected FULL JOIN booked USING (key)
+        WHERE expected.key IS NULL OR booked.key IS NULL ORDER BY 1
+        """
+    ):
+        yield Finding("payout_stage_differs", f"{key} is {'missing' if is_expected else 'too many'}")
+    sums = Payout.objects.filter(status=Payout.Status.INTENDED).values("currency").annotate(sum=Sum("amount_micros"))
+    intended = {chart.in_transit(row["currency"]): int(row["sum"]) for row in sums}
     for code in sorted(intended.keys() | {code for code in balances if code.startswith("in_transit:")}):
-        if intended[code] != -balances.get(code, 0):
-            yield Finding("in_transit_differs", f"{code}: {-balances.get(code, 0)} booked, {intended[code]} intended")
+        if intended.get(code, 0) != -balances.get(code, 0):
+            yield Finding(
+                "in_transit_differs", f"{code}: {-balances.get(code, 0)} booked, {intended.get(code, 0)} intended"
+            )
 
 
 def _refunds(balances: Balances) -> Iterator[Finding]:
@@ -339,7 +442,8 @@ def _refunds(balances: Balances) -> Iterator[Finding]:
         Refund.State.SENT: [Movement.Kind.REFUND],
         Refund.State.FAILED: [Movement.Kind.REFUND, Movement.Kind.REFUND_FAILURE],
     }
-    for refund in Refund.objects.select_related("clawback__undo").prefetch_related("movements").order_by("pk"):
+    refunds = Refund.objects.select_related("clawback__undo").prefetch_related("movements")
+    for refund in refunds.order_by("pk").iterator(chunk_size=1_000):
         state = Refund.State(refund.state)
         if state == Refund.State.INTENDED:
             refunding[chart.refunding(refund.currency)] += refund.amount_micros
@@ -363,7 +467,8 @@ def _refunds(balances: Balances) -> Iterator[Finding]:
 
 def _clawbacks(balances: Balances) -> Iterator[Finding]:
     """A clawback is its lines, a line its fee, pool and reclaims, and each entry what they say; the fee is in proportion."""
-    for clawback in Clawback.objects.select_related("payment", "undo").prefetch_related("lines").order_by("pk"):
+    clawbacks = Clawback.objects.select_related("payment", "undo").prefetch_related("lines")
+    for clawback in clawbacks.order_by("pk").iterator(chunk_size=1_000):
         owed: dict[str, int] = defaultdict(int)
         for line in clawback.lines.all():
             reclaims = list(
@@ -437,7 +542,7 @@ def _frozen(balances: Balances) -> Iterator[Finding]:
         given = free.aggregate(sum=Sum("amount_micros", default=0))["sum"]
         back = Reclaim.objects.filter(division_line__in=free, clawback_line__clawback__undo=None)
         most = int(given) - int(back.aggregate(sum=Sum("amount_micros", default=0))["sum"])
-        owed = -balances.get(chart.payable(party, currency), 0)
+        owed = -ledger.balance(chart.payable(party, currency))
         if owed > most:
             yield Finding("disputed_not_frozen", f"party {party} is owed {owed} {currency}, at most {most} undisputed")
 
@@ -476,6 +581,7 @@ CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _entries,
     _snapshots,
     _balances_in_range,
+    _counts,
     _divisions,
     _payables,
     _pools,

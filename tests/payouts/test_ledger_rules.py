@@ -23,6 +23,7 @@ EVIDENCE = [
     "payouts_journalentry",
     "payouts_posting",
     "payouts_balancesnapshot",
+    "payouts_payeecount",
     "payouts_division",
     "payouts_divisionline",
     "payouts_royaltyreport",
@@ -213,13 +214,21 @@ def test_the_application_owns_no_ledger_table_and_cannot_switch_its_rules_off(db
 @pytest.mark.parametrize("as_role", [APP, None], ids=["app", "owner"])
 def test_no_leg_joins_an_entry_of_an_earlier_transaction(committed_db: str, as_role: str | None) -> None:
     entry = ledger.post(key="sale:1", kind=JournalEntry.Kind.SALE, postings={"cash:pending:USD": 5, "pool:7:USD": -5})
-    cash, _ = (sql("SELECT id FROM payouts_account WHERE code = %s", code)[0] for code in CODES[:2])
+    ledger.post(key="other", kind=JournalEntry.Kind.SALE, postings={"pool:8:USD": 5, "pool:7:USD": -5})
+    cash, other = (
+        sql("SELECT id FROM payouts_account WHERE code = %s", code)[0] for code in ("cash:pending:USD", "pool:8:USD")
+    )
     if as_role:
         sql(f'SET ROLE "{as_role}"')
 
-    for leg in (0, 1, 2):
-        with pytest.raises(IntegrityError, match="was not made in this transaction"):
-            sql(LEG, entry.pk, leg, cash, 1)
+    for leg, account, why in (
+        (0, cash, "already exists"),
+        (1, other, "already exists"),
+        (2, cash, "already exists"),
+        (2, other, "was not made in this transaction"),
+    ):
+        with pytest.raises(IntegrityError, match=why):
+            sql(LEG, entry.pk, leg, account, 1)
 
 
 def test_two_writers_of_one_key_make_one_entry(committed_db: str) -> None:

@@ -20,7 +20,17 @@ from tests.factories.attribution import PublishedResultFactory
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory
 from tests.factories.payouts import PayeeAccountFactory, sell
 
-TABLES = ("payouts_account", "payouts_journalentry", "payouts_posting", "payouts_division", "payouts_divisionline")
+TABLES = (
+    "payouts_account",
+    "payouts_journalentry",
+    "payouts_posting",
+    "payouts_division",
+    "payouts_divisionline",
+    "payouts_payeecount",
+    "payouts_payout",
+    "payouts_payment",
+    "payouts_royaltypool",
+)
 
 
 def sql(statement: str, *args: Any) -> None:

@@ -478,10 +478,11 @@ WORKER = textwrap.dedent(
     gateway.create_transfer = then_die
     if os.environ.get("DIE") == "planning":
         intend = transfers._intend
+        batches = 0
         def once(run, *payees):
-            global calls
-            calls += 1
-            if calls == 2:
+            global batches
+            batches += 1
+            if batches == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return intend(run, *payees)
         transfers._intend, transfers.AT_ONCE = once, 1
