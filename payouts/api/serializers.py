@@ -1,11 +1,13 @@
 """What a client may say about money, and what it gets back."""
 
-from drf_spectacular.utils import OpenApiExample, extend_schema_serializer
+from drf_spectacular.utils import OpenApiExample, extend_schema_field, extend_schema_serializer
 from rest_framework import serializers
 
 from marketplace.api.fields import MoneyField, SignedMoneyField
 from marketplace.models import TrainedModel
-from payouts.models import Refund, RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
+from payouts.models import Payout, Refund, RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
+from payouts.selectors import Earnings
+from payouts.standing import Code, standings_of
 
 
 @extend_schema_serializer(
@@ -141,6 +143,38 @@ class WaitOutput(serializers.Serializer):
     n_lines = serializers.IntegerField()
 
 
+class StandingOutput(serializers.Serializer):
+    """One thing that part of the money waits for."""
+
+    code = serializers.ChoiceField(choices=[code.value for code in Code])
+    amount = MoneyField()
+    sentence = serializers.CharField(help_text="For a person.")
+    until = serializers.DateTimeField(allow_null=True)
+
+
+class PayoutOutput(serializers.ModelSerializer):
+    """One payment to your bank: intended, sent (at Stripe), paid (in the bank); or refused, and kept for you."""
+
+    amount = MoneyField()
+    status = serializers.ChoiceField(choices=Payout.Status.choices)
+    refusal = serializers.CharField(source="refusal_message", help_text="Why Stripe refused it.")
+    bank_failure = serializers.CharField(
+        source="bank_failure_code", help_text="Stripe's code of a bank that sent it back: the money is at Stripe."
+    )
+
+    class Meta:
+        model = Payout
+        fields = ["id", "amount", "status", "refusal", "bank_failure", "intended_at", "sent_at", "paid_at"]
+
+
+class MinimumInput(serializers.Serializer):
+    minimum = MoneyField(help_text="Less than this waits and adds up.")
+
+
+class MinimumOutput(serializers.Serializer):
+    minimum = MoneyField(source="*")
+
+
 class EarningsOutput(serializers.Serializer):
     """earned − taken_back = pending + due + in_transit + sent + paid."""
 
@@ -156,6 +190,12 @@ class EarningsOutput(serializers.Serializer):
     paid = MoneyField(help_text="In the bank.")
     reason = serializers.CharField(help_text="What the due money waits for.")
     waits = WaitOutput(many=True)
+    standings = serializers.SerializerMethodField(help_text="What the money waits for, what you must do first.")
+
+    @extend_schema_field(StandingOutput(many=True))
+    def get_standings(self, of: Earnings) -> list[dict[str, object]]:
+        party = self.context["party"]
+        return StandingOutput(standings_of(party, [of]), many=True).data  # type: ignore[return-value]
 
 
 class RefundOutput(serializers.ModelSerializer):

@@ -17,16 +17,22 @@ from rest_framework.viewsets import GenericViewSet
 from marketplace.api.keys import idempotency_key
 from marketplace.errors import InvalidInput
 from marketplace.models import ApiKey, Party
+from marketplace.money import MINOR_DIGITS
 from payouts.api.serializers import (
     CheckoutOutput,
     EarningsOutput,
+    MinimumInput,
+    MinimumOutput,
+    PayoutOutput,
     RoyaltyInvoiceOutput,
     RoyaltyReportInput,
     RoyaltyReportOutput,
     StatementOutput,
 )
-from payouts.models import RoyaltyInvoice, RoyaltyReport
-from payouts.selectors import earnings_of, reportable_models_of, royalty_invoices_of, royalty_reports_of
+from payouts.errors import NotFound
+from payouts.models import Payout, RoyaltyInvoice, RoyaltyReport
+from payouts.selectors import earnings_of, payouts_of, reportable_models_of, royalty_invoices_of, royalty_reports_of
+from payouts.services.plans import minimum_of, set_minimum
 from payouts.services.royalties import report_revenue, start_invoice_checkout
 from payouts.services.statements import Statement, statement, statement_csv
 
@@ -37,6 +43,7 @@ IDEMPOTENCY_KEY = OpenApiParameter(
     required=True,
     description="1 to 255 characters, new for each report and the same on a retry.",
 )
+CURRENCY = OpenApiParameter("currency", str, OpenApiParameter.PATH, enum=list(MINOR_DIGITS))
 MONTH = OpenApiParameter("month", str, OpenApiParameter.PATH, description="2026-03")
 
 
@@ -129,7 +136,57 @@ class EarningsView(APIView):
         responses={200: OpenApiResponse(EarningsOutput(many=True))},
     )
     def get(self, request: Request) -> Response:
-        return Response(EarningsOutput(earnings_of(_party(request)), many=True).data)
+        party = _party(request)
+        return Response(EarningsOutput(earnings_of(party), many=True, context={"party": party}).data)
+
+
+@extend_schema_view(list=extend_schema(summary="Your payouts"), retrieve=extend_schema(summary="One of your payouts"))
+class PayoutViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
+    serializer_class = PayoutOutput
+    queryset = Payout.objects.none()
+    lookup_url_kwarg = "id"
+    lookup_value_converter = "int"
+
+    def get_queryset(self) -> QuerySet[Payout]:
+        return payouts_of(_party(self.request))
+
+
+class PayoutMinimumView(APIView):
+    scopes: ClassVar[dict[str, str]] = {"put": ApiKey.Scope.REPORT}
+
+    @extend_schema(
+        summary="From how much on you are paid",
+        operation_id="payout_minimum_retrieve",
+        parameters=[CURRENCY],
+        responses={200: MinimumOutput},
+    )
+    def get(self, request: Request, currency: str) -> Response:
+        return Response(MinimumOutput(minimum_of(_party(request), _held(currency))).data)
+
+    @extend_schema(
+        summary="Change from how much on you are paid",
+        operation_id="payout_minimum_update",
+        parameters=[CURRENCY],
+        request=MinimumInput,
+        responses={200: MinimumOutput},
+    )
+    def put(self, request: Request, currency: str) -> Response:
+        data = MinimumInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        amount = data.validated_data["minimum"]
+        if amount.currency != _held(currency):
+            raise InvalidInput(
+                f"The minimum is in {amount.currency}, the address says {currency}.", pointers={"/minimum": "currency"}
+            )
+        assert isinstance(request.auth, ApiKey)
+        row = set_minimum(party=request.auth.party, amount=amount, user=None)
+        return Response(MinimumOutput(row.amount).data)
+
+
+def _held(currency: str) -> str:
+    if currency not in MINOR_DIGITS:
+        raise NotFound(f"No balance is held in {currency}; use one of {', '.join(MINOR_DIGITS)}.")
+    return currency
 
 
 def _party(request: Request) -> Party:

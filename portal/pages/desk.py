@@ -54,6 +54,7 @@ def desk(request: StaffRequest) -> HttpResponse:
         "disputes": payouts.open_disputes(),
         "refunds": payouts.unfinished_refunds()[:PER_PAGE],
         "debts": payouts.debts(),
+        "runs": payouts.payout_runs().exclude(status="done")[:10],
     }
     return render(request, "portal/desk.html", context)
 

@@ -6,11 +6,12 @@ from django.db.models import QuerySet
 
 from marketplace import clock
 from marketplace.models import TrainedModel
-from marketplace.money import InvalidMoney, Money
+from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
 from payouts.models import Payout, Refund
 from payouts.services.clawbacks import Part
 from payouts.services.disputes import EVIDENCE_FIELDS, MAX_EVIDENCE
+from payouts.services.plans import LEAST, MOST_TIMES
 
 
 class CountryForm(Form):
@@ -146,3 +147,24 @@ class WriteOffForm(AmountForm):
     def given(self) -> dict[str, Any]:
         """As `write_off` takes it, but the party."""
         return {name: self.cleaned_data[name] for name in ("amount", "reason")}
+
+
+class MinimumForm(AmountForm):
+    """The least a payee wants to be sent at once."""
+
+    def __init__(self, *args: Any, currency: str, **kwargs: Any) -> None:
+        super().__init__(*args, currency=currency, **kwargs)
+        least = Money(LEAST[currency], currency)
+        self.fields["amount"].label = f"Send me {currency} from"
+        self.fields[
+            "amount"
+        ].help_text = f"{least} to {Money(least.micros * MOST_TIMES, currency)}; less waits and adds up."
+
+
+class StartRunForm(Form):
+    currency = forms.ChoiceField(choices=[(currency, currency) for currency in MINOR_DIGITS])
+    key = forms.CharField(widget=forms.HiddenInput, max_length=64)
+
+
+class ReasonForm(Form):
+    reason = forms.CharField(max_length=500, label="Why, in words", help_text="Whoever looks at the run reads it.")

@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from portal.pages import desk, views
+from portal.pages import desk, desk_runs, views
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -21,7 +21,11 @@ urlpatterns = [
     path("royalties/<int:invoice_id>/checkout/", views.invoice_checkout, name="invoice-checkout"),
     path("earnings/", views.earnings, name="earnings"),
     path("earnings/onboarding/", views.onboarding, name="onboarding"),
+    path("earnings/minimum/<str:currency>/", views.payout_minimum, name="payout-minimum"),
     path("desk/", desk.desk, name="desk"),
+    path("desk/payout-runs/", desk_runs.payout_runs, name="desk-payout-runs"),
+    path("desk/payout-runs/<int:run_id>/", desk_runs.payout_run, name="desk-payout-run"),
+    path("desk/payees/<int:party_id>/", desk_runs.payee, name="desk-payee"),
     path("desk/payments/<int:payment_id>/", desk.payment, name="desk-payment"),
     path("desk/disputes/<int:dispute_id>/", desk.dispute, name="desk-dispute"),
     path("desk/debts/<int:party_id>/<str:currency>/", desk.debt, name="desk-debt"),

@@ -27,16 +27,17 @@ from marketplace import selectors as marketplace
 from marketplace.errors import DomainError
 from marketplace.export.citations import bibtex, csl_json
 from marketplace.models import Disclosure, Order, TrainedModel
-from marketplace.money import Money
+from marketplace.money import MINOR_DIGITS, Money
 from marketplace.services.disclosures import canonical_json
 from marketplace.services.parties import set_country
 from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
 from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
-from payouts.services import payees, refunds, royalties, sales, statements
+from payouts.services import payees, plans, refunds, royalties, sales, statements
+from payouts.standing import standings_of
 from portal.pages import selectors
 from portal.pages.forest import forest
-from portal.pages.forms import CountryForm, RevenueForm
+from portal.pages.forms import CountryForm, MinimumForm, RevenueForm
 
 PER_PAGE = 24
 N_DRAWN = 24
@@ -264,9 +265,20 @@ def earnings(request: ActingRequest) -> HttpResponse:
     party = request.party
     page = Paginator(payouts.lines_of(party), N_LINES).get_page(request.GET.get("page"))
     payee = payouts.payee_of(party)
+    earned = payouts.earnings_of(party)
     context = {
         "section": "earnings",
-        "earnings": [(of, of.in_transit + of.sent) for of in payouts.earnings_of(party)],
+        "earnings": [(of, of.in_transit + of.sent) for of in earned],
+        "standings": standings_of(party, earned),
+        "minimums": [
+            (
+                of.currency,
+                MinimumForm(
+                    currency=of.currency, initial={"amount": plans.minimum_of(party, of.currency).amount_text()}
+                ),
+            )
+            for of in earned
+        ],
         "next_payouts": payouts.next_payout(party),
         "taken_back": payouts.taken_back_of(party),
         "pools": [(pool, Money(pool.left_micros, pool.currency)) for pool in payouts.waiting_pools_of(party)],
@@ -279,6 +291,26 @@ def earnings(request: ActingRequest) -> HttpResponse:
         "came_from_stripe": request.GET.get("from") == "stripe",
     }
     return render(request, "portal/earnings.html", context)
+
+
+@acting_owner
+@require_http_methods(["GET", "POST"])
+def payout_minimum(request: ActingRequest, currency: str) -> HttpResponseBase:
+    """From how much on the party is sent its money."""
+    if currency not in MINOR_DIGITS:
+        raise Http404("No balance is held in this currency")
+    held = {"amount": plans.minimum_of(request.party, currency).amount_text()}
+    form = MinimumForm(request.POST or None, currency=currency, initial=held)
+    if form.is_valid():
+        try:
+            plans.set_minimum(party=request.party, amount=form.cleaned_data["amount"], user=request.user)
+        except DomainError as error:
+            form.add_refusal(error)
+        else:
+            messages.success(request, f"You are sent your money from {form.cleaned_data['amount']} on.")
+            return redirect("earnings")
+    context = {"section": "earnings", "form": form, "currency": currency}
+    return render(request, "portal/minimum_form.html", context, status=422 if form.errors else 200)
 
 
 @acting_owner

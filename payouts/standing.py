@@ -1,0 +1,218 @@
+"""Why a payee's money is where it is, in sentences that a person understands, and what they can do about it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from marketplace import clock
+from marketplace.models import Party
+from marketplace.money import Money
+from payouts.models import DivisionLine, PayeeAccount, Payout, PayoutRun, PlannedPayout
+from payouts.selectors import Earnings, earnings_of, payee_of
+from payouts.services.plans import minimum_of
+
+#: Stripe's names of what it asks a payee, from the most specific beginning on: https://docs.stripe.com/api/accounts/object
+ASKED = {
+    "external_account": "a bank account",
+    "individual.ssn_last_4": "your tax form (the last digits of your social security number)",
+    "individual.id_number": "your tax form (your tax identification number)",
+    "company.tax_id": "your tax form (the company's tax number)",
+    "company.vat_id": "the company's VAT number",
+    "tax": "your tax form",
+    "individual.verification": "a photo of your ID",
+    "person.verification": "a photo of an ID",
+    "company.verification": "a document about the company",
+    "individual.dob": "your date of birth",
+    "individual.address": "your address",
+    "individual.first_name": "your name",
+    "individual.last_name": "your name",
+    "individual.email": "your e-mail address",
+    "individual.phone": "your phone number",
+    "individual": "more about you",
+    "business_profile": "what your business does",
+    "business_type": "whether you are a person or a company",
+    "company": "more about the company",
+    "representative": "who acts for the company",
+    "owners": "who owns the company",
+    "directors": "who directs the company",
+    "tos_acceptance": "your agreement to its terms",
+}
+BANKS = {
+    "account_closed": "the account is closed",
+    "account_frozen": "the account is frozen",
+    "bank_account_restricted": "the account takes no payouts",
+    "bank_ownership_changed": "the account belongs to somebody else now",
+    "could_not_process": "it could not process it",
+    "debit_not_authorized": "it does not allow it",
+    "declined": "it declined it",
+    "incorrect_account_holder_name": "the holder's name does not match",
+    "incorrect_account_holder_address": "the holder's address does not match",
+    "invalid_account_number": "the account number is wrong",
+    "invalid_currency": "the account does not take this currency",
+    "no_account": "no such account exists",
+}
+
+
+class Code(StrEnum):
+    """What a client may rely on."""
+
+    OWES = "owes"
+    NOT_SET_UP = "not_set_up"
+    DETAILS_NEEDED = "details_needed"  # before anything can be sent
+    DETAILS_SOON = "details_soon"  # or Stripe stops paying the bank
+    BANK_REFUSED = "bank_refused"
+    STRIPE_REFUSED = "stripe_refused"
+    BELOW_MINIMUM = "below_minimum"
+    AWAITING_APPROVAL = "awaiting_approval"
+    PAUSED = "paused"
+    AWAITING_FUNDS = "awaiting_funds"
+    NEXT_RUN = "next_run"
+    ON_HOLD = "on_hold"
+
+
+#: What the payee mends on Stripe's pages.
+AT_STRIPE = frozenset({Code.NOT_SET_UP, Code.DETAILS_NEEDED, Code.DETAILS_SOON, Code.BANK_REFUSED})
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One thing that part of the money waits for."""
+
+    code: Code
+    amount: Money
+    sentence: str
+    until: datetime | None = None
+
+    @property
+    def is_for_payee(self) -> bool:
+        return self.code in AT_STRIPE
+
+
+def standings_of(party: Party, earnings: Iterable[Earnings] | None = None) -> list[Standing]:
+    """What the party's money waits for, by currency, what the payee must do first; empty where nothing waits."""
+    payee = payee_of(party)
+    return [
+        standing
+        for of in (earnings_of(party) if earnings is None else earnings)
+        for standing in _standings(party, of, payee)
+    ]
+
+
+def asked_in_words(names: Iterable[str]) -> str:
+    """Stripe's requirements as a list to read: "a bank account and your tax form"."""
+    words = list(dict.fromkeys(_asked(name) for name in names))
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "something"
+
+
+def bank_in_words(code: str) -> str:
+    return BANKS.get(code, code.replace("_", " "))
+
+
+def _asked(name: str) -> str:
+    if name.startswith("person_"):  # person_1a2b.verification.document: somebody of a company
+        name = f"person.{name.partition('.')[2]}"
+    beginnings = [known for known in ASKED if name == known or name.startswith((f"{known}.", f"{known}_"))]
+    return ASKED[max(beginnings, key=len)] if beginnings else name.replace("_", " ").replace(".", ", ")
+
+
+def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterable[Standing]:
+    due, least = of.payable_now, minimum_of(party, of.currency)
+    if of.due.micros < 0:
+        sentence = "More went back to buyers than you were still owed: what you earn next pays it first."
+        yield Standing(Code.OWES, of.owed_back, sentence)
+    if payee is None:
+        yield Standing(Code.NOT_SET_UP, due, "Set up payouts with Stripe to be paid; until then it is kept for you.")
+    elif not payee.is_ready:
+        asked = asked_in_words(payee.requirements)
+        yield Standing(Code.DETAILS_NEEDED, due, f"Stripe needs {asked} before it can pay you.")
+    elif payee.requirements or not payee.payouts_enabled:
+        asked = asked_in_words(payee.requirements)
+        held = (
+            "Stripe needs {} before it pays your bank."
+            if not payee.payouts_enabled
+            else "Stripe needs {} soon, or it stops paying your bank."
+        )
+        yield Standing(Code.DETAILS_SOON, of.sent, held.format(asked))
+    yield from _refusals(party, of)
+    if payee is not None and payee.is_ready and due:
+        yield _waiting_for_a_run(party, due, least)
+    if of.waits:
+        first = of.waits[0]
+        sentence = f"On hold until {first.due_at:%-d %B %Y} because {_why_held(party, of.currency, first.due_at)}."
+        if len(of.waits) > 1:
+            sentence += f" {of.pending - first.amount} more later."
+        yield Standing(Code.ON_HOLD, first.amount, sentence, until=first.due_at)
+
+
+def _refusals(party: Party, of: Earnings) -> Iterable[Standing]:
+    latest = Payout.objects.filter(party=party, currency=of.currency).order_by("-pk").first()
+    failed = Payout.objects.filter(
+        party=party, currency=of.currency, status=Payout.Status.SENT, bank_failed_at__isnull=False
+    )
+    for payout in failed.order_by("pk"):
+        yield Standing(
+            Code.BANK_REFUSED,
+            payout.amount,
+            f"Your bank refused the payout of {payout.amount}: {bank_in_words(payout.bank_failure_code)}. The money is at Stripe; "
+            "name another account there and it is sent again.",
+        )
+    if (
+        latest is not None
+        and latest.status == Payout.Status.REFUSED
+        and latest.refusal_code not in ("disputed", "balance_insufficient")
+    ):
+        yield Standing(
+            Code.STRIPE_REFUSED,
+            latest.amount,
+            f"Stripe refused the payout of {latest.amount}: {latest.refusal_message.rstrip('.')}. It is kept, and tried again with "
+            "the next run.",
+        )
+
+
+def _waiting_for_a_run(party: Party, due: Money, least: Money) -> Standing:
+    planned = (
+        PlannedPayout.objects.filter(
+            party=party,
+            run__currency=due.currency,
+            run__status__in=["queued", "running"],
+            outcome=PlannedPayout.Outcome.WAITING,
+        )
+        .select_related("run")
+        .order_by("-pk")
+        .first()
+    )
+    if planned is not None:
+        match planned.run.state:
+            case PayoutRun.State.AWAITING_APPROVAL:
+                return Standing(
+                    Code.AWAITING_APPROVAL, due, "In a payout run that a second person looks at before it is sent."
+                )
+            case PayoutRun.State.PAUSED:
+                return Standing(Code.PAUSED, due, "In a payout run that is paused; it goes on where it was.")
+            case PayoutRun.State.SHORT_OF_FUNDS:
+                sentence = "Waits until the buyers' payments are available at Stripe; whoever has waited longest is paid first."
+                return Standing(Code.AWAITING_FUNDS, due, sentence)
+    if due.micros < least.micros:
+        return Standing(Code.BELOW_MINIMUM, due, f"Below your threshold of {least}: {due} waits until there is more.")
+    return Standing(
+        Code.NEXT_RUN, due, "Goes out with the next payout run, as soon as Stripe has made the funds available."
+    )
+
+
+def _why_held(party: Party, currency: str, due_at: datetime) -> str:
+    """By the first line of that day: the division's own date is the buyer's and the charge's, a later one the payee's."""
+    line = (
+        DivisionLine.objects.filter(
+            party=party, division__currency=currency, due_at__gte=due_at, due_at__gt=clock.now()
+        )
+        .select_related("division")
+        .order_by("due_at", "pk")
+        .first()
+    )
+    if line is None or line.due_at <= line.division.due_at:
+        return "the buyer's payment is new and could still be taken back"
+    is_new = not Payout.objects.filter(party=party, status__in=[Payout.Status.SENT, Payout.Status.PAID]).exists()
+    if is_new:
+        return "you're new"
+    return "the records repeat earlier ones, whose owners can still claim them"

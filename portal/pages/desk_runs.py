@@ -1,0 +1,126 @@
+"""The desk's pages of payout runs: what each pays and what failed, and a person's word on it; and of one payee."""
+
+import uuid
+
+from django.contrib import messages
+from django.core.paginator import Paginator
+from django.http import HttpResponse, HttpResponseBase
+from django.shortcuts import get_object_or_404, redirect, render
+from django.views.decorators.http import require_GET, require_http_methods
+
+from marketplace.errors import DomainError
+from marketplace.models import Party
+from marketplace.money import Money
+from payouts import selectors as payouts
+from payouts.models import Payout, PayoutRun
+from payouts.services import transfers
+from payouts.standing import bank_in_words, standings_of
+from portal.pages.desk import PER_PAGE, StaffRequest, staff_only
+from portal.pages.forms import ReasonForm, StartRunForm
+
+#: What staff may do to a run in each state: the act's name, the button, and whether it needs a reason.
+ACTS = {
+    PayoutRun.State.AWAITING_APPROVAL: [("approve", "Approve", False), ("reject", "Reject", True)],
+    PayoutRun.State.SENDING: [("pause", "Pause", True)],
+    PayoutRun.State.SHORT_OF_FUNDS: [("pause", "Pause", True)],
+    PayoutRun.State.PAUSED: [("resume", "Go on", False)],
+}
+SERVICES = {
+    "approve": transfers.approve_payout_run,
+    "reject": transfers.reject_payout_run,
+    "pause": transfers.pause_payout_run,
+    "resume": transfers.resume_payout_run,
+}
+DONE = {
+    "approve": "Approved. It sends what was planned.",
+    "reject": "Rejected. What is due stays due.",
+    "pause": "Paused. What is on its way to Stripe is brought to its end, and nothing more is sent.",
+    "resume": "It goes on where it was.",
+}
+SKIPPED = {"below_minimum": "below the payee’s minimum", "not_ready": "not set up at Stripe"}
+
+
+@staff_only
+@require_http_methods(["GET", "POST"])
+def payout_runs(request: StaffRequest) -> HttpResponseBase:
+    form = StartRunForm(request.POST or None, initial={"key": uuid.uuid4().hex})
+    if form.is_valid():
+        given = form.cleaned_data
+        try:
+            run = transfers.request_payout_run(
+                currency=given["currency"], key=f"desk:{given['currency']}:{given['key']}", user=request.user
+            )
+        except DomainError as error:
+            form.add_refusal(error)
+        else:
+            messages.success(request, "The run is planned now; above the limit it waits for a colleague.")
+            return redirect("desk-payout-run", run_id=run.pk)
+    page = Paginator(payouts.payout_runs(), PER_PAGE).get_page(request.GET.get("page"))
+    return render(
+        request, "portal/desk_payout_runs.html", {"page": page, "form": form}, status=422 if form.errors else 200
+    )
+
+
+@staff_only
+@require_http_methods(["GET", "POST"])
+def payout_run(request: StaffRequest, run_id: int) -> HttpResponseBase:
+    """One run: how far it is, what failed and why, who was passed over; and the acts its state allows."""
+    run = get_object_or_404(payouts.payout_runs(), pk=run_id)
+    acts = [] if run.is_finished else ACTS.get(PayoutRun.State(run.state), [])
+    act = request.POST.get("act", "")
+    needs_reason = {name: needs for name, _, needs in acts}.get(act)
+    form = ReasonForm(request.POST if needs_reason else None)
+    if request.method == "POST" and act in SERVICES and (not needs_reason or form.is_valid()):
+        given = {"reason": form.cleaned_data["reason"]} if needs_reason else {}
+        try:
+            SERVICES[act](run=run, by=request.user, **given)  # type: ignore[operator]
+        except DomainError as error:
+            messages.error(request, error.message)
+        else:
+            messages.success(request, DONE[act])
+        return redirect("desk-payout-run", run_id=run.pk)
+    failures = Paginator(payouts.run_failures(run), PER_PAGE).get_page(request.GET.get("page"))
+    context = {
+        "run": run,
+        "figures": payouts.run_figures(run),
+        "acts": acts,
+        "form": form if any(needs for _, _, needs in acts) else None,
+        "failures": failures,
+        "reasons": [(payout, _reason(payout)) for payout in failures],
+        "passed_over": payouts.passed_over_in(run)[:PER_PAGE],
+        "waiting": payouts.waiting_in(run)[:10],
+        "skipped": [
+            (SKIPPED.get(name, name), told["n"], Money(told["micros"], run.currency))
+            for name, told in run.skipped.items()
+        ],
+        "is_starter": run.started_by_id is not None and run.started_by_id == request.user.pk,
+    }
+    return render(request, "portal/desk_payout_run.html", context, status=422 if form.errors else 200)
+
+
+def _reason(payout: Payout) -> str:
+    if payout.bank_failed_at and payout.status == payout.Status.SENT:
+        return f"The payee’s bank sent it back: {bank_in_words(payout.bank_failure_code)}."
+    if payout.status == payout.Status.REFUSED:
+        return payout.refusal_message or payout.refusal_code
+    return "Stripe has not answered clearly; it is looked up and tried again."
+
+
+@staff_only
+@require_GET
+def payee(request: StaffRequest, party_id: int) -> HttpResponse:
+    """One payee as they see it: what their money waits for, and their payouts."""
+    party = get_object_or_404(Party, pk=party_id)
+    earned = payouts.earnings_of(party)
+    page = Paginator(payouts.payouts_of(party).select_related("run"), PER_PAGE).get_page(request.GET.get("page"))
+    context = {
+        "party": party,
+        "account": payouts.payee_of(party),
+        "earnings": earned,
+        "standings": standings_of(party, earned),
+        "page": page,
+        "reasons": [
+            (payout, _reason(payout) if payout.refusal_code or payout.bank_failed_at else "") for payout in page
+        ],
+    }
+    return render(request, "portal/desk_payee.html", context)
