@@ -188,7 +188,7 @@ def main() -> None:
 
         data = Path(folder) / "stripe"
         accounts = accounts_at_stripe(data, arguments.payees)
-        with process.start(data, secret_key="sk_test_of_the_benchmark", validate=False) as stripe:
+        with process.start(data, secret_key="sk_test_of_the_benchmark", validate=False) as stripe:  # noqa: S106
             os.environ |= {"STRIPE_API_BASE": stripe.url, "STRIPE_API_KEY": stripe.secret_key}
             settings.STRIPE_API_BASE, settings.STRIPE_API_KEY = stripe.url, stripe.secret_key
             started = time.perf_counter()

@@ -77,9 +77,13 @@ class JournalEntry(models.Model):
 class Posting(models.Model):
     """One leg of a journal entry: debits positive, credits negative; the legs sum to zero."""
 
-    entry = models.ForeignKey(JournalEntry, models.PROTECT, related_name="postings")
+    # No foreign keys in the database and no indexes of their own: both are looked up for each statement's legs at once (migration
+    # `0015_postings_without_row_checks`), entries and accounts are never deleted, and the indexes below begin with them.
+    entry = models.ForeignKey(
+        JournalEntry, models.PROTECT, related_name="postings", db_constraint=False, db_index=False
+    )
     leg = models.PositiveIntegerField()  # 0 … n_legs − 1, so that no leg can join a checked entry
-    account = models.ForeignKey(Account, models.PROTECT, related_name="postings")
+    account = models.ForeignKey(Account, models.PROTECT, related_name="postings", db_constraint=False, db_index=False)
     amount_micros = models.BigIntegerField()
 
     class Meta:

@@ -115,8 +115,9 @@ class DivisionLine(models.Model):
         RIGHTS_HOLDER = "rights_holder"
         LABELLER = "labeller"
 
-    division = models.ForeignKey(Division, models.PROTECT, related_name="lines")
-    party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="division_lines")
+    # The indexes below begin with each of the two.
+    division = models.ForeignKey(Division, models.PROTECT, related_name="lines", db_index=False)
+    party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="division_lines", db_index=False)
     role = models.CharField(max_length=13, choices=Role)
     n_records = models.PositiveBigIntegerField()
     weight = models.BigIntegerField()  # records when by count, parts per quadrillion when by result

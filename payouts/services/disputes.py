@@ -58,15 +58,11 @@ def sweep_disputes(*, days: int = 150, failures: list[Difference] | None = None)
     Raises:
         PaymentMismatch, gateway.StripeRefused, gateway.StripeUncertain: see `refresh_dispute`.
     """
-    known = dict(Dispute.objects.values_list("dispute_id", "status"))
-    news = [
-        answer
-        for answer in gateway.disputes_since(clock.now() - timedelta(days=days))
-        if known.get(answer.id) != answer.status or _unbooked(answer)
-    ]
     first: Exception | None = None
     n_news = 0
-    for answer in news:
+    for answer in gateway.disputes_since(clock.now() - timedelta(days=days)):
+        if Dispute.objects.filter(dispute_id=answer.id, status=answer.status).exists() and not _unbooked(answer):
+            continue
         try:
             _write_down(answer)
             n_news += 1

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from django.db import transaction
+from django.db import connection, transaction
 from django.utils import timezone
 
 from marketplace import clock
@@ -99,7 +100,6 @@ def reconcile(*, also: Sequence[Difference] = ()) -> Reconciliation:
         gateway.StripeRefused, gateway.StripeUncertain: Stripe did not tell.
     """
     cash = _compare_cash()
-    transactions = list(gateway.balance_transactions())
     differences = list(also)
     differences += [
         Difference(
@@ -110,11 +110,12 @@ def reconcile(*, also: Sequence[Difference] = ()) -> Reconciliation:
         for held in cash
         if not held.agrees
     ]
-    differences += _compare_transactions(transactions)
+    n_transactions, found = _compare_transactions()
+    differences += found
     differences += _waiting_too_long()
     for difference in differences:
         logger.error("Reconciliation found %s", difference)
-    return Reconciliation(differences, cash, len(transactions))
+    return Reconciliation(differences, cash, n_transactions)
 
 
 @transaction.atomic
@@ -151,24 +152,47 @@ def _compare_cash() -> list[Cash]:
     ]
 
 
-def _compare_transactions(transactions: list[gateway.BalanceTransaction]) -> Iterator[Difference]:
-    """Each of Stripe's has one of ours with its net; each of ours has one of Stripe's."""
-    charges = {
-        identifier: Money(amount - (fee or 0), currency)
-        for identifier, amount, fee, currency in Payment.objects.filter(status=Payment.Status.PAID).values_list(
-            "balance_transaction_id", "amount_micros", "fee_micros", "currency"
+def _compare_transactions() -> tuple[int, list[Difference]]:
+    """Each of Stripe's has one of ours with its net; each of ours has one of Stripe's. How many, and what does not agree.
+
+    Stripe's go into a temporary table page by page, and the database compares: memory grows with the differences alone.
+    """
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(
+            "CREATE TEMPORARY TABLE told_by_stripe (id text, kind text, source text, net numeric, currency text) ON COMMIT DROP"
         )
-    }
-    transfers = {
-        identifier: Money(-amount, currency)
-        for identifier, amount, currency in Payout.objects.filter(transfer_id__isnull=False).values_list(
-            "transfer_id", "amount_micros", "currency"
-        )
-    }
-    caused = {
-        movement.balance_transaction_id: Money(movement.net_micros, movement.currency)
-        for movement in Movement.objects.all()
-    }
+        # What is booked while Stripe's list is being read may be too new to be in it.
+        cursor.execute(f"CREATE TEMPORARY TABLE booked_before ON COMMIT DROP AS {_BOOKED}")
+        n_transactions = 0
+        with cursor.copy("COPY told_by_stripe FROM STDIN") as copy:
+            for theirs in gateway.balance_transactions_backwards():
+                net = Money.from_minor(theirs.net_minor, theirs.currency).micros
+                copy.write_row((theirs.id, MOVED_BY.get(theirs.kind, theirs.kind), theirs.source, net, theirs.currency))
+                n_transactions += 1
+        cursor.execute("CREATE INDEX ON told_by_stripe (id); CREATE INDEX ON told_by_stripe (source)")
+        cursor.execute("ANALYZE told_by_stripe")
+        differences = [*_theirs(cursor), *_ours(cursor)]
+        cursor.execute("DROP TABLE told_by_stripe, booked_before")
+    return n_transactions, differences
+
+
+#: What we booked of each of Stripe's, by its id; a transfer's is its source.
+_BOOKED = """
+SELECT 'charge' AS name, balance_transaction_id AS id, amount_micros - coalesce(fee_micros, 0) AS net, currency
+FROM payouts_payment WHERE status = 'paid'
+UNION ALL SELECT 'transfer', transfer_id, -amount_micros, currency FROM payouts_payout WHERE transfer_id IS NOT NULL
+UNION ALL SELECT 'movement', balance_transaction_id, amount_micros - fee_micros, currency FROM payouts_movement
+"""
+_NAMED = """
+SELECT id AS txn, CASE WHEN kind IN ('charge', 'payment') THEN 'charge' WHEN kind = 'transfer' THEN 'transfer'
+    WHEN kind = ANY(%(moved)s) THEN 'movement' ELSE 'unknown' END AS name,
+    CASE WHEN kind = 'transfer' THEN source ELSE id END AS id, kind, net, currency
+FROM told_by_stripe
+"""
+
+
+def _theirs(cursor: Any) -> Iterator[Difference]:
+    # Made, and its answer is not booked yet: the age of intents is checked by itself.
     may_be_on_its_way = Counter(
         (-payout.amount_micros, payout.currency) for payout in Payout.objects.filter(status=Payout.Status.INTENDED)
     )
@@ -179,32 +203,41 @@ def _compare_transactions(transactions: list[gateway.BalanceTransaction]) -> Ite
         (reversal.amount_micros, reversal.currency)
         for reversal in TransferReversal.objects.filter(state=TransferReversal.State.INTENDED)
     )
-    for theirs in transactions:
-        net = Money.from_minor(theirs.net_minor, theirs.currency)
-        if theirs.kind in ("charge", "payment"):
-            name, booked = "charge", charges.pop(theirs.id, None)
-        elif theirs.kind == "transfer":
-            name, booked = "transfer", transfers.pop(theirs.source, None)
-            if booked is None and may_be_on_its_way[net.micros, net.currency]:
-                may_be_on_its_way[net.micros, net.currency] -= 1
-                continue  # made, and its answer is not booked yet; the age of intents is checked by itself
-        elif theirs.kind in MOVED_BY:
-            name, booked = MOVED_BY[theirs.kind], caused.pop(theirs.id, None)
-            if booked is None and may_be_on_its_way_back[net.micros, net.currency]:
-                may_be_on_its_way_back[net.micros, net.currency] -= 1
-                continue
+    cursor.execute(
+        f"""
+        SELECT theirs.txn, theirs.name, theirs.kind, theirs.net, theirs.currency, booked.net, booked.currency
+        FROM ({_NAMED}) theirs LEFT JOIN ({_BOOKED}) booked ON booked.name = theirs.name AND booked.id = theirs.id
+        WHERE booked.id IS NULL OR booked.net <> theirs.net OR booked.currency <> theirs.currency ORDER BY theirs.txn
+        """,  # noqa: S608
+        {"moved": sorted(set(MOVED_BY.values()))},
+    )
+    for txn, name, kind, net_micros, currency, booked_micros, booked_currency in cursor.fetchall():
+        net = Money(int(net_micros), currency)
+        called = kind if name == "movement" else name
+        way = {"transfer": may_be_on_its_way, "movement": may_be_on_its_way_back}.get(name)
+        if name == "unknown":
+            yield Difference("unknown_movement", f"Stripe's {kind} {txn} of {net} is not in the ledger")
+        elif booked_micros is not None:
+            booked = Money(int(booked_micros), booked_currency)
+            yield Difference(f"{called}_differs", f"Stripe's {called} {txn} is {net}, the ledger has {booked}")
+        elif way is not None and way[net.micros, net.currency]:
+            way[net.micros, net.currency] -= 1
         else:
-            yield Difference("unknown_movement", f"Stripe's {theirs.kind} {theirs.id} of {net} is not in the ledger")
-            continue
-        if booked is None:
-            yield Difference(f"{name}_not_booked", f"Stripe's {name} {theirs.id} of {net} is not in the ledger")
-        elif booked != net:
-            yield Difference(f"{name}_differs", f"Stripe's {name} {theirs.id} is {net}, the ledger has {booked}")
-    for name, rest in (("charge", charges), ("transfer", transfers), ("movement", caused)):
-        for identifier, booked in rest.items():
-            yield Difference(
-                f"{name}_not_at_stripe", f"{identifier} of {booked} is booked, and Stripe does not have it"
-            )
+            yield Difference(f"{called}_not_booked", f"Stripe's {called} {txn} of {net} is not in the ledger")
+
+
+def _ours(cursor: Any) -> Iterator[Difference]:
+    cursor.execute(
+        f"""
+        SELECT booked.name, booked.id, booked.net, booked.currency
+        FROM booked_before booked LEFT JOIN ({_NAMED}) theirs ON theirs.name = booked.name AND theirs.id = booked.id
+        WHERE theirs.id IS NULL ORDER BY booked.name, booked.id
+        """,  # noqa: S608
+        {"moved": sorted(set(MOVED_BY.values()))},
+    )
+    for name, identifier, micros, currency in cursor.fetchall():
+        booked = Money(int(micros), currency)
+        yield Difference(f"{name}_not_at_stripe", f"{identifier} of {booked} is booked, and Stripe does not have it")
 
 
 def _waiting_too_long() -> Iterator[Difference]:

@@ -9,7 +9,9 @@ A refund as of right is of what was never downloaded. Staff may refund anything 
 """
 
 import logging
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
 
 from django.db import transaction
@@ -416,6 +418,17 @@ def retry_unended() -> int:
     return sum(jobs.reopen(row) for rows in unended for row in rows.order_by("pk"))
 
 
+def _with_our_state(answers: Iterable[gateway.Refund]) -> Iterator[tuple[gateway.Refund, str | None]]:
+    """Each with the state in which we know it, a page of them looked up at a time."""
+    told = iter(answers)
+    while page := list(islice(told, 100)):
+        known = dict(
+            Refund.objects.filter(refund_id__in=[answer.id for answer in page]).values_list("refund_id", "state")
+        )
+        for answer in page:
+            yield answer, known.get(answer.id)
+
+
 def sweep_refunds(*, days: int = 30, failures: list[Difference] | None = None) -> int:
     """Ask Stripe for its refunds of the last days, for what no event told; returns how many were news.
 
@@ -426,13 +439,12 @@ def sweep_refunds(*, days: int = 30, failures: list[Difference] | None = None) -
         gateway.StripeRefused, gateway.StripeUncertain: ask again.
     """
     first: Exception | None = None
-    known = dict(Refund.objects.exclude(refund_id=None).values_list("refund_id", "state"))
     n_news = 0
-    for answer in gateway.refunds_since(clock.now() - timedelta(days=days)):
+    for answer, state in _with_our_state(gateway.refunds_since(clock.now() - timedelta(days=days))):
         ended = {"succeeded": Refund.State.SENT, "failed": Refund.State.FAILED, "canceled": Refund.State.FAILED}
-        if known.get(answer.id) == ended.get(answer.status, Refund.State.PENDING):
+        if state == ended.get(answer.status, Refund.State.PENDING):
             continue
-        if answer.has_failed and known.get(answer.id) == Refund.State.REFUSED:
+        if answer.has_failed and state == Refund.State.REFUSED:
             continue  # it ended before any money moved
         try:
             n_news += _write_down(answer) is not None

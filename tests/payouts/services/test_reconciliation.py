@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from django.core.management import call_command
+from django.db import connection
 from django.utils import timezone
 
 from payouts import gateway, ledger
@@ -83,6 +84,8 @@ def test_reconcile_names_what_only_we_have(db: Any, stripe: Any) -> None:
 
 def test_reconcile_names_a_fee_that_we_booked_wrongly(db: Any, stripe: Any) -> None:
     payment = buy(stripe)
+    with connection.cursor() as cursor:  # as a hand at the database would, which the rules refuse
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE; ALTER TABLE payouts_payment DISABLE TRIGGER keep_payment")
     Payment.objects.filter(pk=payment.pk).update(fee_micros=1)
 
     assert [difference.code for difference in reconcile().differences] == ["charge_differs"]
