@@ -93,6 +93,7 @@ class License(models.Model):
     first_downloaded_at = models.DateTimeField(null=True, blank=True)  # the refund as of right ends here
     revoked_at = models.DateTimeField(null=True, blank=True)
     suspended_at = models.DateTimeField(null=True, blank=True)  # while the payment is disputed
+    in_arrears_at = models.DateTimeField(null=True, blank=True)  # while a royalty report or invoice is long overdue
 
     class Meta:
         ordering = ["-granted_at", "-pk"]
@@ -101,4 +102,5 @@ class License(models.Model):
         return f"License of {self.version} to {self.licensee}"
 
     def is_live(self, at: datetime) -> bool:
-        return self.revoked_at is None and self.suspended_at is None and self.granted_at <= at < self.expires_at
+        is_held = self.suspended_at is not None or self.in_arrears_at is not None
+        return self.revoked_at is None and not is_held and self.granted_at <= at < self.expires_at

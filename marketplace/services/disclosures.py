@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from django.core.files.storage import default_storage
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, connection, transaction
 from django.db.models import Max
 from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
@@ -133,6 +134,7 @@ def _write(
     owner: Party, user: User | None, document: dict[str, Any], digest: str, licenses: list[License]
 ) -> Disclosure:
     described = document["model"]
+    _hold_live(licenses)
     TrainedModel.objects.get_or_create(slug=described["slug"], defaults={"owner": owner, "name": described["name"]})
     model = TrainedModel.objects.select_for_update().get(slug=described["slug"])  # its disclosures are numbered in turn
     if model.owner_id != owner.pk:
@@ -170,6 +172,22 @@ def _write(
     return disclosure
 
 
+def _hold_live(licenses: list[License]) -> None:
+    """Inside the transaction: no cited license ends before the citation is there; a refund at this moment waits, or was first.
+
+    Shared, so that two disclosures of one license do not wait for each other; in order of keys, as whoever ends licenses
+    locks them.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT id FROM marketplace_license WHERE id = ANY(%s) ORDER BY id FOR SHARE",
+            [[license.pk for license in licenses]],
+        )
+    held = License.objects.select_related("version__dataset").in_bulk([license.pk for license in licenses])
+    for position, license in enumerate(licenses):
+        _check_live(f"/training_data/{position}", held[license.pk], clock.now())
+
+
 def _find_disclosure(owner: Party, digest: str) -> Disclosure | None:
     return Disclosure.objects.select_related("model").filter(document_sha256=digest, model__owner=owner).first()
 
@@ -189,21 +207,31 @@ def _check_citations(owner: Party, citations: list[dict[str, Any]]) -> list[Lice
         license = found.get(citation["license"])
         if license is None:
             raise _refused(f"{pointer}/license", f"{citation['license']} is none of your licenses.")
-        if license.suspended_at is not None and license.revoked_at is None:
-            raise _refused(
-                f"{pointer}/license",
-                f"The license of {license.version} is suspended while its payment is disputed at the card's bank.",
-            )
-        if not license.is_live(at):
-            raise _refused(
-                f"{pointer}/license",
-                f"The license of {license.version} is not in force: it ended on {license.revoked_at or license.expires_at:%d %B %Y}.",
-            )
+        _check_live(pointer, license, at)
         if any(license.version_id == earlier.version_id for earlier in licenses):
             raise _refused(pointer, f"{license.version} is cited twice; join the two selections.")
         _check_selection(pointer, citation, license.version)
         licenses.append(license)
     return licenses
+
+
+def _check_live(pointer: str, license: License, at: datetime) -> None:
+    if license.suspended_at is not None and license.revoked_at is None:
+        raise _refused(
+            f"{pointer}/license",
+            f"The license of {license.version} is suspended while its payment is disputed at the card's bank.",
+        )
+    if license.in_arrears_at is not None and license.revoked_at is None:
+        raise _refused(
+            f"{pointer}/license",
+            f"The license of {license.version} is suspended since {license.in_arrears_at:%d %B %Y}, because a royalty report or "
+            "invoice is overdue; it is back as soon as that is settled.",
+        )
+    if not license.is_live(at):
+        raise _refused(
+            f"{pointer}/license",
+            f"The license of {license.version} is not in force: it ended on {license.revoked_at or license.expires_at:%d %B %Y}.",
+        )
 
 
 def _check_selection(pointer: str, citation: dict[str, Any], version: DatasetVersion) -> None:

@@ -111,9 +111,9 @@ def note_first_download(*, license: License) -> None:
         LicenseNotLive: it was refunded since the file was opened.
     """
     at = clock.now()
-    still_held = License.objects.filter(pk=license.pk, revoked_at=None, suspended_at=None)
+    still_held = License.objects.filter(pk=license.pk, revoked_at=None, suspended_at=None, in_arrears_at=None)
     if not still_held.filter(first_downloaded_at=None).update(first_downloaded_at=at):
-        license.refresh_from_db(fields=["revoked_at", "suspended_at", "first_downloaded_at"])
+        license.refresh_from_db(fields=["revoked_at", "suspended_at", "in_arrears_at", "first_downloaded_at"])
         if license.first_downloaded_at is None:
             _check_live(license)
     else:
@@ -132,6 +132,11 @@ def _check_live(license: License) -> None:
         raise LicenseNotLive(
             f"The payment for this license is disputed at the card's bank since {license.suspended_at:%d %B %Y}; downloads "
             "resume if the bank decides for the payment."
+        )
+    if license.in_arrears_at is not None:
+        raise LicenseNotLive(
+            f"This license is suspended since {license.in_arrears_at:%d %B %Y}, because a royalty report or invoice is overdue; "
+            "downloads resume as soon as that is settled."
         )
     raise LicenseNotLive(
         f"This license ended on {license.expires_at:%d %B %Y}; order the dataset again to download it again."

@@ -7,7 +7,7 @@ from datetime import datetime
 from django.db import transaction
 from django.db.models import QuerySet
 
-from marketplace.models import AuditEvent, License, Order, OrderLine
+from marketplace.models import AuditEvent, License, Order, OrderLine, Party
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,27 @@ def resume_licenses(*, order: Order) -> None:
     """The dispute is over."""
     suspended = License.objects.filter(order_line__order=order).exclude(suspended_at=None)
     _note(suspended, "license.resumed", suspended_at=None)
+
+
+@transaction.atomic
+def match_arrears(*, licensee: Party, overdue: Collection[int], at: datetime) -> bool:
+    """Suspend the licenses whose royalty report or invoice is long overdue, and lift it from the licensee's others.
+
+    Harmless to call twice. While one is suspended nothing is sold to the licensee.
+
+    Args:
+        overdue: the ids of the licenses that are in arrears now.
+
+    Returns:
+        Whether anything changed.
+    """
+    theirs = License.objects.filter(licensee=licensee)
+    late = theirs.filter(pk__in=overdue, in_arrears_at=None)
+    settled = theirs.exclude(pk__in=overdue).exclude(in_arrears_at=None)
+    changed = late.exists() or settled.exists()
+    _note(late, "license.in_arrears", in_arrears_at=at)
+    _note(settled, "license.arrears_settled", in_arrears_at=None)
+    return changed
 
 
 def _note(licenses: "QuerySet[License]", action: str, **changes: datetime | None) -> None:

@@ -53,6 +53,13 @@ class SpendingLimitReached(DomainError):
     status = 403
 
 
+class BuyerInArrears(DomainError):
+    """A license of the buyer's is suspended for a royalty report or invoice that is long overdue."""
+
+    code = "buyer_in_arrears"
+    status = 403
+
+
 class OrderNotPayable(DomainError):
     """The order was cancelled, or its deadline is over."""
 
@@ -81,7 +88,7 @@ def place_order(
         KeyReused: the key stands for another request.
         NotAllowed: the user may not buy in the party's name.
         InvalidInput: no offers, one twice, the buyer's own, two currencies, no name, or too small a total.
-        OfferNotOpen, PriceChanged, SpendingLimitReached: see the classes.
+        BuyerInArrears, OfferNotOpen, PriceChanged, SpendingLimitReached: see the classes.
     """
     if (user is None) == (api_key is None):
         raise ValueError("An order is placed by a user or by an API key")
@@ -95,6 +102,7 @@ def place_order(
     if placed := _find_placed(buyer, key, request_sha256):
         return placed
     _check_request(buyer, offers, expected_total, accepted_name)
+    _check_arrears(buyer)
     _check_open(offers, expected_total)
     now = clock.now()
     try:
@@ -144,6 +152,7 @@ def hold_payable(order: Order) -> Order:
     Raises:
         OrderNotPayable: it was cancelled or paid, or its deadline is over.
         OfferNotOpen: what it orders is no longer for sale on those terms.
+        BuyerInArrears: see the class.
     """
     order = Order.objects.select_for_update(of=("self",)).get(pk=order.pk)
     if order.status != Order.Status.PLACED:
@@ -152,6 +161,7 @@ def hold_payable(order: Order) -> Order:
         raise OrderNotPayable(
             f"Order {order.public_id} was to be paid by {order.expires_at:%d %B %Y, %H:%M} UTC; place a new one."
         )
+    _check_arrears(order.buyer)
     lines = list(order.lines.select_related("offer").order_by("pk"))
     try:
         _check_open([line.offer for line in lines], order.total)
@@ -252,6 +262,16 @@ def _check_request(buyer: Party, offers: Sequence[Offer], total: Money, accepted
         raise InvalidInput(
             "Accept the contract by typing your full name (2 to 120 characters).",
             pointers={"/accepted_name": "missing" if not accepted_name else "wrong length"},
+        )
+
+
+def _check_arrears(buyer: Party) -> None:
+    suspended = License.objects.filter(licensee=buyer, revoked_at=None).exclude(in_arrears_at=None)
+    license = suspended.select_related("version__dataset").order_by("in_arrears_at").first()
+    if license is not None:
+        raise BuyerInArrears(
+            f"{buyer.name}'s license of {license.version.dataset.title} is suspended since {license.in_arrears_at:%d %B %Y}: a "
+            "royalty report or invoice is long overdue. Settle it under Royalties; then you can buy again."
         )
 
 

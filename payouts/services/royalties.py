@@ -134,7 +134,12 @@ def divide_what_is_ready() -> int:
 
 def _citing_results(pool: RoyaltyPool | OuterRef) -> Q:
     line = pool.order_line_id if isinstance(pool, RoyaltyPool) else pool
-    return Q(disclosure__citations__license__order_line=line, status=AttributionResult.Status.PUBLISHED)
+    deadline = pool.deadline if isinstance(pool, RoyaltyPool) else OuterRef("deadline")
+    return Q(
+        disclosure__citations__license__order_line=line,
+        status=AttributionResult.Status.PUBLISHED,
+        published_at__lte=deadline,  # what came after it decides nothing, even if the pool was released late
+    )
 
 
 def _pools_to_release() -> Iterable[RoyaltyPool]:
@@ -146,12 +151,9 @@ def _pools_to_release() -> Iterable[RoyaltyPool]:
 
 
 def _releasing_result(pool: RoyaltyPool) -> AttributionResult | None:
-    """The first replayed result; at the deadline without one, the latest of the strongest grade; or none: by count."""
-    citing = AttributionResult.objects.filter(_citing_results(pool)).distinct()
-    first = citing.filter(grade=AttributionResult.Grade.REPLAYED).order_by("published_at", "pk").first()
-    if first is not None:
-        return first
-    return min(citing.order_by("-published_at", "-pk"), key=lambda result: GRADES.index(_grade(result)), default=None)
+    """Of what was published by the deadline, the first result of the best grade; or none: by count."""
+    citing = AttributionResult.objects.filter(_citing_results(pool)).distinct().order_by("published_at", "pk")
+    return min(citing, key=lambda result: GRADES.index(_grade(result)), default=None)
 
 
 def _grade(result: AttributionResult) -> AttributionResult.Grade:

@@ -1,11 +1,13 @@
 import copy
 import hashlib
 import json
+import threading
 from datetime import timedelta
 
 import pyarrow.parquet as pq
 import pytest
 from django.core.files.storage import default_storage
+from django.db import connection, transaction
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,7 @@ from marketplace.services.disclosures import (
     selection_digest,
     validate_document,
 )
+from marketplace.services.licenses import match_refunded
 from tests.factories.marketplace import LicenseFactory, PartyFactory, PublishedVersionFactory
 
 SHA = "ab" * 32
@@ -308,6 +311,31 @@ def test_two_documents_at_once_are_numbered_in_turn(committed_db):
     assert sorted(set(numbers)) == [1, 2]
     assert numbers[0] == numbers[2]
     assert Disclosure.objects.filter(model__owner=owner).count() == 2
+
+
+def test_a_license_that_ends_while_its_disclosure_is_written_is_not_cited(committed_db):
+    license = LicenseFactory()
+    order, line = license.order_line.order, license.order_line_id
+    refused = []
+
+    def disclose():
+        try:
+            record_disclosure(owner=license.licensee, document=document(cite(license)))
+        except CitationInvalid as error:
+            refused.append(error.message)
+        finally:
+            connection.close()
+
+    with transaction.atomic():
+        match_refunded(order=order, refunded=[line], at=clock.now())
+        thread = threading.Thread(target=disclose)
+        thread.start()
+        thread.join(timeout=1.5)
+        assert thread.is_alive()  # it read the license as live, and waits for the refund's outcome
+    thread.join()
+
+    assert [message.partition(":")[0] for message in refused] == ["/training_data/0/license"]
+    assert Disclosure.objects.count() == Citation.objects.count() == 0
 
 
 cuts = st.lists(st.integers(0, 23), unique=True, min_size=2, max_size=8).map(sorted)

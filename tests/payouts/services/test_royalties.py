@@ -154,6 +154,22 @@ def test_at_its_deadline_the_best_result_there_is_releases_a_pool(version: Any, 
     assert ledger.balances(prefix="payable") == {chart.payable(bob, "USD"): -20_000_000}
 
 
+def test_the_first_result_of_the_best_grade_releases_a_pool_and_none_that_came_after_the_deadline(
+    version: Any, alice: Any, bob: Any
+) -> None:
+    pool = PoolFactory(amount=usd("20"), version=version)
+    first = PublishedResultFactory(license=license_of(pool), shares={bob: 1}, grade=Grade.ESTIMATED)
+    later = {"disclosure": first.disclosure, "version": version, "shares": {alice: 1}}
+    PublishedResultFactory(**later, grade=Grade.ESTIMATED)
+    PublishedResultFactory(**later, grade=Grade.REPLAYED, published_at=pool.deadline + timedelta(seconds=1))
+    assert divide_what_is_ready() == 0
+    clock.advance(pool.deadline - clock.now() + timedelta(days=1))  # nobody came to release it in time
+
+    assert divide_what_is_ready() == 1
+
+    assert Division.objects.get().result == first
+
+
 def test_at_its_deadline_without_a_result_a_pool_is_divided_by_count(version: Any, alice: Any, bob: Any) -> None:
     pool = PoolFactory(amount=usd("20"), version=version)
     PublishedResultFactory(version=version, shares={alice: 1})  # of somebody else's model and license
