@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from marketplace.models import OrderLine, Party
 from marketplace.money import MINOR_DIGITS
-from payouts.models import Account, Dispute, RoyaltyInvoiceLine, RoyaltyPool
+from payouts.models import Account, Dispute, DivisionCorrection, RoyaltyInvoiceLine, RoyaltyPool, TaxRate
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,15 @@ class Purpose:
 PURPOSES = {
     "cash:pending": Purpose(Account.Kind.ASSET, "charged, and not yet available at Stripe"),
     "cash:available": Purpose(Account.Kind.ASSET, "available at Stripe: what transfers are made of"),
+    "cash:bank": Purpose(Account.Kind.ASSET, "in our own bank account, by transfers that Stripe does not see"),
     "expense:stripe_fees": Purpose(Account.Kind.EXPENSE, "what Stripe kept of the charges"),
     "revenue:platform_fee": Purpose(Account.Kind.REVENUE, "the platform's part of sales and royalties"),
     "clearing:upfront": Purpose(Account.Kind.LIABILITY, "an order line's upfront share on its way to payees", True),
     "clearing:royalty": Purpose(Account.Kind.LIABILITY, "an invoice line's part on its way to payees", True),
+    "clearing:correction": Purpose(
+        Account.Kind.LIABILITY, "from payees who had too much to those who had too little", True
+    ),
+    "tax": Purpose(Account.Kind.LIABILITY, "tax collected from buyers at one rate, owed to its office", True),
     "pool": Purpose(Account.Kind.LIABILITY, "an order line's royalty pool, until it is released", True),
     "payable": Purpose(Account.Kind.LIABILITY, "owed to a party", True),
     "in_transit": Purpose(Account.Kind.LIABILITY, "promised to a payee, and Stripe has not yet answered"),
@@ -85,6 +90,10 @@ def cash_available(currency: str) -> str:
     return f"cash:available:{currency}"
 
 
+def cash_bank(currency: str) -> str:
+    return f"cash:bank:{currency}"
+
+
 def stripe_fees(currency: str) -> str:
     return f"expense:stripe_fees:{currency}"
 
@@ -99,6 +108,14 @@ def upfront(line: OrderLine, currency: str) -> str:
 
 def royalty(line: RoyaltyInvoiceLine, currency: str) -> str:
     return f"clearing:royalty:{line.pk}:{currency}"
+
+
+def correction(of: DivisionCorrection) -> str:
+    return f"clearing:correction:{of.pk}:{of.division.currency}"
+
+
+def tax(rate: TaxRate, currency: str) -> str:
+    return f"tax:{rate.pk}:{currency}"
 
 
 def royalty_pool(pool: RoyaltyPool) -> str:

@@ -39,6 +39,8 @@ APPEND_ONLY = frozenset(
         "payouts_clawbackline",
         "payouts_reclaim",
         "payouts_writeoff",
+        "payouts_document",
+        "payouts_correctionline",
     }
 )
 #: Rows that change state and are never deleted by the app: a missing payout would be paid again.

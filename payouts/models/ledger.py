@@ -56,6 +56,7 @@ class JournalEntry(models.Model):
         TRANSFER_BACK = "transfer_back"  # out of the payee's balance at Stripe
         RECOVERY = "recovery"  # what a party owes, netted with what it is owed
         WRITE_OFF = "write_off"
+        CORRECTION = "correction"  # of a division: from those who had too much to those who had too little
 
     key = models.CharField(max_length=160, unique=True)
     kind = models.CharField(max_length=16, choices=Kind)

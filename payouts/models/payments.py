@@ -1,27 +1,40 @@
-"""Money that comes in: a checkout per order or royalty invoice, and the events that Stripe sends."""
+"""Money that comes in: one payment per order or royalty invoice, at Stripe or into our bank account, and Stripe's events."""
 
 from typing import ClassVar
 
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, Q
 from django.utils import timezone
 
 from marketplace.jobs import Job
+from marketplace.models import Party
 from marketplace.money import Money
 
 
 class Payment(models.Model):
-    """One checkout at Stripe for one order or one royalty invoice: open → paid → settled (its funds are available)."""
+    """What is asked for one order or one royalty invoice, tax included: open → paid → settled (its funds are available).
+
+    It is paid on a page of Stripe's, or by a transfer to our bank account (`BankReceipt`).
+    """
 
     class Status(models.TextChoices):
         OPEN = "open"
         PAID = "paid"
 
+    class Method(models.TextChoices):
+        STRIPE = "stripe"
+        BANK = "bank"  # a transfer to our own account, which Stripe does not see
+
     order = models.OneToOneField("marketplace.Order", models.PROTECT, null=True, related_name="payment")
     invoice = models.OneToOneField("payouts.RoyaltyInvoice", models.PROTECT, null=True, related_name="payment")
     status = models.CharField(max_length=4, choices=Status, default=Status.OPEN)
     currency = models.CharField(max_length=3)
-    amount_micros = models.BigIntegerField()  # what the buyer is charged, whole minor units
+    amount_micros = models.BigIntegerField()  # what the buyer is charged, tax included, whole minor units
+    tax_micros = models.BigIntegerField(default=0)  # of it
+    tax_rate = models.ForeignKey("payouts.TaxRate", models.PROTECT, null=True, related_name="+")  # none: nothing to tax
+    purchase_order = models.CharField(max_length=60, blank=True)  # the buyer's own number for it
+    due_on = models.DateField(null=True)  # of what is paid by invoice
+    method = models.CharField(max_length=6, choices=Method, default=Method.STRIPE)
     checkout_id = models.CharField(max_length=255, unique=True, null=True)  # null until Stripe has answered
     checkout_url = models.TextField(blank=True)
     checkout_attempt = models.PositiveIntegerField(
@@ -43,8 +56,15 @@ class Payment(models.Model):
             ),
             models.CheckConstraint(condition=Q(amount_micros__gt=0), name="payment_positive"),
             models.CheckConstraint(
+                condition=Q(tax_micros__gte=0, tax_micros__lt=F("amount_micros"))
+                & (Q(tax_micros=0) | Q(tax_rate__isnull=False)),
+                name="tax_is_part_of_the_payment",
+            ),
+            models.CheckConstraint(
                 condition=Q(status="open")
+                | Q(method="bank", charge_id=None, fee_micros=0, paid_at__isnull=False, settled_at__isnull=False)
                 | Q(
+                    method="stripe",
                     charge_id__isnull=False,
                     balance_transaction_id__isnull=False,
                     fee_micros__isnull=False,
@@ -57,6 +77,70 @@ class Payment(models.Model):
 
     def __str__(self) -> str:
         return f"Payment {self.pk}: {self.amount}"
+
+    @property
+    def amount(self) -> Money:
+        return Money(self.amount_micros, self.currency)
+
+    @property
+    def tax(self) -> Money:
+        return Money(self.tax_micros, self.currency)
+
+    @property
+    def net(self) -> Money:
+        """What is divided into fee, upfront share and pool; tax is none of it."""
+        return self.amount - self.tax
+
+    @property
+    def asked_of(self) -> "Party":
+        if self.order is not None:
+            return self.order.buyer
+        assert self.invoice is not None  # a database check
+        licensee: Party = self.invoice.report.licensee
+        return licensee
+
+
+class BankReceipt(models.Model):
+    """A transfer that arrived in our bank account for one payment: recorded by one person, booked when another confirms it."""
+
+    class Status(models.TextChoices):
+        RECORDED = "recorded"
+        BOOKED = "booked"
+        REJECTED = "rejected"
+
+    payment = models.ForeignKey(Payment, models.PROTECT, related_name="receipts")
+    amount_micros = models.BigIntegerField()
+    currency = models.CharField(max_length=3)
+    reference = models.CharField(max_length=120)  # the bank statement's own number of the transfer
+    received_on = models.DateField()
+    status = models.CharField(max_length=8, choices=Status, default=Status.RECORDED)
+    recorded_by = models.ForeignKey("marketplace.User", models.PROTECT, related_name="+")
+    recorded_at = models.DateTimeField()  # business time
+    decided_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
+    decided_at = models.DateTimeField(null=True)
+
+    class Meta:
+        ordering = ["-pk"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["reference"], condition=~Q(status="rejected"), name="one_receipt_per_bank_transfer"
+            ),
+            models.UniqueConstraint(
+                fields=["payment"], condition=~Q(status="rejected"), name="one_receipt_per_payment"
+            ),
+            models.CheckConstraint(condition=Q(amount_micros__gt=0), name="receipt_positive"),
+            models.CheckConstraint(
+                condition=Q(status="recorded", decided_by=None, decided_at=None)
+                | (~Q(status="recorded") & Q(decided_by__isnull=False, decided_at__isnull=False)),
+                name="decided_receipt_knows_by_whom",
+            ),
+            models.CheckConstraint(
+                condition=~Q(status="booked") | ~Q(decided_by=F("recorded_by")), name="receipt_needs_a_second_person"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"Transfer {self.reference} of {self.amount}"
 
     @property
     def amount(self) -> Money:

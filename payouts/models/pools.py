@@ -76,15 +76,17 @@ class Division(models.Model):
         UPFRONT = "upfront"
         POOL = "pool"
         ROYALTY = "royalty"
+        CORRECTION = "correction"  # what payees gain by a corrected division
 
     key = models.CharField(max_length=120, unique=True)  # "upfront:line:3", "release:pool:3", "royalty:line:9"
-    source = models.CharField(max_length=7, choices=Source)
+    source = models.CharField(max_length=10, choices=Source)
     version = models.ForeignKey("marketplace.DatasetVersion", models.PROTECT, related_name="divisions")
     order_line = models.ForeignKey("marketplace.OrderLine", models.PROTECT, null=True, related_name="divisions")
     pool = models.OneToOneField(RoyaltyPool, models.PROTECT, null=True, related_name="division")
     invoice_line = models.OneToOneField(
         "payouts.RoyaltyInvoiceLine", models.PROTECT, null=True, related_name="division"
     )
+    corrects = models.OneToOneField("payouts.DivisionCorrection", models.PROTECT, null=True, related_name="gains")
     result = models.ForeignKey(
         "attribution.AttributionResult", models.PROTECT, null=True, related_name="divisions"
     )  # null: by count
@@ -98,7 +100,14 @@ class Division(models.Model):
     divided_at = models.DateTimeField()  # business time
 
     class Meta:
-        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="division_positive")]
+        constraints = [
+            models.CheckConstraint(condition=Q(amount_micros__gt=0), name="division_positive"),
+            models.CheckConstraint(
+                condition=Q(source="correction", corrects__isnull=False)
+                | (~Q(source="correction") & Q(corrects__isnull=True)),
+                name="only_a_correction_corrects",
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.key

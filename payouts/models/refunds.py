@@ -40,6 +40,7 @@ class Refund(Job):
         DUPLICATE = "duplicate", "bought twice"
         FRAUD = "fraud", "the card was stolen"
         GOODWILL = "goodwill", "goodwill"
+        CORRECTED = "corrected", "the licensee corrected its revenue report"
         AT_STRIPE = "at_stripe", "refunded in Stripe's dashboard"
 
     #: States in which the buyer has the money, or may have it.
@@ -172,12 +173,14 @@ class Clawback(models.Model):
         REFUND = "refund"
         FREEZE = "freeze"  # while a dispute is open: the unreleased pool and what was not sent yet
         DISPUTE = "dispute"  # a lost one
+        CORRECTION = "correction"  # of a division: what some payees lose to others; nothing goes back to the buyer
 
     key = models.CharField(max_length=60, unique=True)  # "refund:7", "freeze:3", "dispute:3"
-    kind = models.CharField(max_length=7, choices=Kind)
+    kind = models.CharField(max_length=10, choices=Kind)
     payment = models.ForeignKey("payouts.Payment", models.PROTECT, related_name="clawbacks")
     refund = models.OneToOneField(Refund, models.PROTECT, null=True, related_name="clawback")
     dispute = models.ForeignKey(Dispute, models.PROTECT, null=True, related_name="clawbacks")
+    correction = models.OneToOneField("payouts.DivisionCorrection", models.PROTECT, null=True, related_name="clawback")
     amount_micros = models.BigIntegerField()  # of the lines
     loss_micros = models.BigIntegerField(default=0)  # beyond them: the bank took what had been given back before
     currency = models.CharField(max_length=3)
@@ -186,8 +189,9 @@ class Clawback(models.Model):
     class Meta:
         constraints = [
             models.CheckConstraint(
-                condition=Q(kind="refund", refund__isnull=False, dispute__isnull=True)
-                | Q(kind__in=["freeze", "dispute"], refund__isnull=True, dispute__isnull=False),
+                condition=Q(kind="refund", refund__isnull=False, dispute=None, correction=None)
+                | Q(kind__in=["freeze", "dispute"], refund=None, dispute__isnull=False, correction=None)
+                | Q(kind="correction", refund=None, dispute=None, correction__isnull=False),
                 name="clawback_has_its_cause",
             ),
             models.CheckConstraint(condition=Q(amount_micros__gte=0, loss_micros__gte=0), name="clawback_not_negative"),
@@ -208,7 +212,7 @@ class ClawbackUndo(models.Model):
 
 
 class ClawbackLine(models.Model):
-    """One order or invoice line's part: amount = the platform's fee + of its pool + of its payees (the reclaims)."""
+    """One order or invoice line's part: amount = its tax + the platform's fee + of its pool + of its payees (the reclaims)."""
 
     clawback = models.ForeignKey(Clawback, models.PROTECT, related_name="lines")
     order_line = models.ForeignKey("marketplace.OrderLine", models.PROTECT, null=True, related_name="clawback_lines")
@@ -218,6 +222,7 @@ class ClawbackLine(models.Model):
     amount_micros = models.BigIntegerField()
     fee_micros = models.BigIntegerField()
     pool_micros = models.BigIntegerField()
+    tax_micros = models.BigIntegerField(default=0)
 
     class Meta:
         constraints = [
@@ -227,8 +232,8 @@ class ClawbackLine(models.Model):
                 name="clawback_line_is_of_one_thing",
             ),
             models.CheckConstraint(
-                condition=Q(fee_micros__gte=0, pool_micros__gte=0, amount_micros__gt=0)
-                & Q(amount_micros__gte=models.F("fee_micros") + models.F("pool_micros")),
+                condition=Q(fee_micros__gte=0, pool_micros__gte=0, tax_micros__gte=0, amount_micros__gt=0)
+                & Q(amount_micros__gte=models.F("fee_micros") + models.F("pool_micros") + models.F("tax_micros")),
                 name="clawback_line_adds_up",
             ),
         ]
