@@ -9,8 +9,9 @@ MICROS = 1_000_000
 MINOR_DIGITS = {"USD": 2, "EUR": 2, "GBP": 2, "JPY": 0}
 #: Far above any price, far below 2**63 micros, so that sums over a million lines still fit a bigint.
 MAX_MICROS = 10**9 * MICROS
-#: The most that Stripe charges at once: eight digits of the minor unit, in every currency.
-MAX_CHARGE_MINOR = 99_999_999
+#: The least and the most that Stripe charges at once, in minor units; what is less waits, what is more is paid by bank transfer.
+MIN_CHARGE_MINOR = {"USD": 50, "EUR": 50, "GBP": 30, "JPY": 50}
+MAX_CHARGE_MINOR = {"USD": 99_999_999, "EUR": 99_999_999, "GBP": 99_999_999, "JPY": 99_999_999}
 
 
 class InvalidMoney(ValueError):

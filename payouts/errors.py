@@ -87,3 +87,28 @@ class PayoutRunNotStoppable(DomainError):
     """The run is not in the state from which this can be done to it; nothing was changed."""
 
     code = "payout_run_state"
+
+
+class CorrectionNotPossible(DomainError):
+    """The division cannot be corrected as asked, or not now; nothing was booked."""
+
+    code = "correction_not_possible"
+
+
+class ReportNotCorrectable(DomainError):
+    """The report was replaced, or its money is on its way; nothing was written."""
+
+    code = "report_not_correctable"
+
+
+class PayByBankTransfer(DomainError):
+    """More than Stripe takes at once: it is paid by bank transfer, by invoice."""
+
+    code = "pay_by_bank_transfer"
+    status = 422
+
+
+class ReceiptNotPossible(DomainError):
+    """The transfer does not fit what is asked for, or was decided already; nothing was booked."""
+
+    code = "receipt_not_possible"

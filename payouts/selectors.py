@@ -14,7 +14,6 @@ from marketplace.models import License, Order, Party, TrainedModel
 from marketplace.money import Money
 from payouts.models import (
     Clawback,
-    ClawbackLine,
     Dispute,
     DivisionLine,
     PayeeAccount,
@@ -30,7 +29,7 @@ from payouts.models import (
     TransferReversal,
     WriteOff,
 )
-from payouts.services import recoveries
+from payouts.services import clawbacks, recoveries
 from payouts.services.plans import minimum_of
 
 #: An intent that Stripe has not answered for so long is shown among a run's failures.
@@ -48,7 +47,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class TakenBack:
-    """Something earned that went back to the buyer, or is held for a dispute, and why."""
+    """Something earned that went back to the buyer, is held for a dispute, or was another's by a correction; and why."""
 
     at: datetime
     dataset: str
@@ -199,6 +198,7 @@ def taken_back_of(party: Party) -> list[TakenBack]:
             "clawback_line__clawback__currency",
             "clawback_line__clawback__refund__reason",
             "clawback_line__clawback__dispute__reason",
+            "clawback_line__clawback__correction__reason",
             "division_line__division__version__dataset__title",
             "division_line__division__version__number",
         )
@@ -214,6 +214,7 @@ def taken_back_of(party: Party) -> list[TakenBack]:
                 row["clawback_line__clawback__kind"],
                 row["clawback_line__clawback__refund__reason"],
                 row["clawback_line__clawback__dispute__reason"],
+                row["clawback_line__clawback__correction__reason"],
             ),
             amount=Money(int(row["sum"]), row["clawback_line__clawback__currency"]),
             is_frozen=row["clawback_line__clawback__kind"] == Clawback.Kind.FREEZE,
@@ -234,14 +235,12 @@ def refundable_of_right(order: Order) -> Money | None:
     lines = License.objects.filter(
         order_line__order=order, first_downloaded_at=None, revoked_at=None, expires_at__gt=clock.now()
     )
-    given_back = ClawbackLine.objects.filter(
-        order_line__order=order, order_line__license__in=lines, clawback__undo=None
-    ).exclude(clawback__kind=Clawback.Kind.FREEZE)
-    left = (
-        lines.aggregate(sum=Sum("order_line__price_micros", default=0))["sum"]
-        - given_back.aggregate(sum=Sum("amount_micros", default=0))["sum"]
-    )
-    return Money(int(left), order.currency) if left > 0 else None
+    refundable = set(lines.values_list("order_line", flat=True))
+    payment = Payment.objects.select_related("order").filter(order=order).first()
+    if payment is None or not refundable:
+        return None
+    left = sum(part.left.micros for part in clawbacks.parts_left(payment) if part.line.pk in refundable)
+    return Money(left, order.currency) if left > 0 else None
 
 
 def open_dispute_of(order: Order) -> Dispute | None:
@@ -383,7 +382,9 @@ def _sums(rows: QuerySet[Any]) -> dict[str, int]:
     return {row["currency"]: int(row["sum"]) for row in rows.values("currency").annotate(sum=Sum("amount_micros"))}
 
 
-def _reason(kind: str, refund: str | None, dispute: str | None) -> str:
+def _reason(kind: str, refund: str | None, dispute: str | None, correction: str | None) -> str:
+    if correction is not None:
+        return f"We had divided it wrongly, and corrected that: {correction}"
     if kind == Clawback.Kind.REFUND and refund is not None:
         return f"Refunded to the buyer: {Refund.Reason(refund).label}."
     what = (dispute or "").replace("_", " ")

@@ -7,8 +7,8 @@ from celery import shared_task
 from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
-from payouts.models import DisputeAnswer, PayoutRun, PayoutShard, Refund, StripeEvent, TransferReversal
-from payouts.services import disputes, events, reconciliation, recoveries, refunds, royalties, sales, transfers
+from payouts.models import DisputeAnswer, PayoutRun, PayoutShard, Refund, Reminder, StripeEvent, TransferReversal
+from payouts.services import disputes, duties, events, reconciliation, recoveries, refunds, royalties, sales, transfers
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,19 @@ def cancel_expired_orders() -> None:
 @shared_task
 def divide_what_is_ready() -> None:
     royalties.divide_what_is_ready()
+
+
+@shared_task(acks_late=True)
+def send_reminder(reminder_id: int) -> None:
+    """Harmless to run twice or at once: a mail that was sent and not noted before a crash is sent again."""
+    with jobs.claimed(Reminder, reminder_id) as reminder:
+        if reminder:
+            duties.send_reminder(reminder)
+
+
+@shared_task
+def follow_up_royalties() -> None:
+    duties.follow_up()
 
 
 @shared_task

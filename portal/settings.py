@@ -147,6 +147,7 @@ CELERY_BEAT_SCHEDULE = {
     "open-runs": {"task": "attribution.tasks.request_missing_runs", "schedule": 5.0, "options": {"expires": 5}},
     "divide": {"task": "payouts.tasks.divide_what_is_ready", "schedule": 5.0, "options": {"expires": 5}},
     "expire-orders": {"task": "payouts.tasks.cancel_expired_orders", "schedule": 60.0, "options": {"expires": 60}},
+    "royalties": {"task": "payouts.tasks.follow_up_royalties", "schedule": 300.0, "options": {"expires": 300}},
     "settle": {"task": "payouts.tasks.settle_funds", "schedule": 10.0, "options": {"expires": 10}},
     "payout-runs": {
         "task": "payouts.tasks.request_daily_payout_runs",
@@ -216,6 +217,18 @@ if not IS_DEMO:
     if RESIDUAL_PROCESS == "web" and not (STRIPE_WEBHOOK_SECRET and STRIPE_CONNECT_WEBHOOK_SECRET):
         raise ImproperlyConfigured("STRIPE_WEBHOOK_SECRET and STRIPE_CONNECT_WEBHOOK_SECRET are missing")
 PLATFORM_FEE_BPS = 1_000
+#: Who sells: as every invoice names it, and where a bank transfer goes.
+SELLER_NAME = env("SELLER_NAME", default="Residual (demo)" if IS_DEMO else "")
+SELLER_ADDRESS = env("SELLER_ADDRESS", default="1 Example Street\n10115 Berlin" if IS_DEMO else "").replace("\\n", "\n")
+SELLER_VAT_ID = env("SELLER_VAT_ID", default="")
+SELLER_BANK = env("SELLER_BANK", default="Play money, IBAN DE89 3704 0044 0532 0130 00" if IS_DEMO else "")
+#: Royalties in business days: how often and by when revenue is reported, when invoices fall due, what follows if not.
+ROYALTY_REPORT_MONTHS = env.int("ROYALTY_REPORT_MONTHS", default=3)
+ROYALTY_REPORT_DUE_DAYS = env.int("ROYALTY_REPORT_DUE_DAYS", default=30)
+INVOICE_DUE_DAYS = env.int("INVOICE_DUE_DAYS", default=30)
+ROYALTY_REMIND_DAYS_BEFORE = env.int("ROYALTY_REMIND_DAYS_BEFORE", default=7)
+ROYALTY_REMIND_DAYS_AFTER = env.int("ROYALTY_REMIND_DAYS_AFTER", default=7)
+ROYALTY_SUSPEND_DAYS = env.int("ROYALTY_SUSPEND_DAYS", default=30)  # overdue for so long, the license is suspended
 HOLD_DAYS_NEW, HOLD_DAYS_KNOWN = 30, 7
 DOWNLOAD_URL_SECONDS = 600
 

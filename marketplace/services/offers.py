@@ -11,7 +11,7 @@ from marketplace.errors import DomainError, InvalidInput
 from marketplace.export.odrl import ALLOWED_USES, Terms, contract_text, offer_policy, policy_sha256
 from marketplace.models import AuditEvent, Dataset, DatasetVersion, Offer, User
 from marketplace.models.offers import MIN_ORDER_MICROS
-from marketplace.money import MAX_CHARGE_MINOR, MAX_MICROS, Money
+from marketplace.money import MAX_MICROS, Money
 from marketplace.services.authority import require_authority
 
 logger = logging.getLogger(__name__)
@@ -125,13 +125,13 @@ def publish_offer(
 def _check(terms: Terms) -> None:
     wrong: dict[str, str] = {}
     price, cap = terms.price, terms.royalty_cap
-    least, most = Money(MIN_ORDER_MICROS, price.currency), Money.from_minor(MAX_CHARGE_MINOR, price.currency)
+    least, most = Money(MIN_ORDER_MICROS, price.currency), Money(MAX_MICROS, price.currency)
     if price < least:
         wrong["price"] = (
             f"The price is {price}; the least is {least}, which still carries what the payment itself costs."
         )
     elif most < price:
-        wrong["price"] = f"The price is {price}; the most that can be paid at once is {most}."
+        wrong["price"] = f"The price is {price}; the most is {most}."
     elif price != price.floor_to_minor():
         wrong["price"] = f"The price is finer than the smallest unit of {price.currency}."
     if cap is not None:

@@ -22,7 +22,7 @@ from marketplace.models import (
     Party,
     User,
 )
-from marketplace.money import MAX_CHARGE_MINOR, Money
+from marketplace.money import MAX_MICROS, Money
 from marketplace.services.authority import require_authority
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,11 @@ def place_order(
     return order
 
 
-def hold_payable(order: Order) -> Order:
+def hold_payable(order: Order, *, is_invoiced: bool = False) -> Order:
     """Inside a transaction: hold the order's row while a payment for it is opened; it may still be paid.
+
+    Args:
+        is_invoiced: its invoice was issued, which binds us to the terms that were on sale then.
 
     Raises:
         OrderNotPayable: it was cancelled or paid, or its deadline is over.
@@ -162,12 +165,19 @@ def hold_payable(order: Order) -> Order:
             f"Order {order.public_id} was to be paid by {order.expires_at:%d %B %Y, %H:%M} UTC; place a new one."
         )
     _check_arrears(order.buyer)
+    if is_invoiced:
+        return order
     lines = list(order.lines.select_related("offer").order_by("pk"))
     try:
         _check_open([line.offer for line in lines], order.total)
     except PriceChanged as error:
         raise OfferNotOpen(f"{error.message} Place a new order.") from error
     return order
+
+
+def extend_payment(*, order: Order, until: datetime) -> None:
+    """Inside the transaction that holds the order's row: it waits for its payment until then, as its invoice says."""
+    Order.objects.filter(pk=order.pk, status=Order.Status.PLACED).update(expires_at=until)
 
 
 @transaction.atomic
@@ -308,10 +318,9 @@ def _check_open(offers: Sequence[Offer], expected_total: Money) -> None:
             f"An order is at least {Money(MIN_TOTAL[costs.currency], costs.currency)}; this one is {costs}.",
             pointers={"/expected_total": "too small"},
         )
-    if costs.to_minor() > MAX_CHARGE_MINOR:
+    if costs.micros > MAX_MICROS:
         raise InvalidInput(
-            f"An order is at most {Money.from_minor(MAX_CHARGE_MINOR, costs.currency)}, which is what can be paid at once; "
-            f"this one is {costs}. Place several.",
+            f"An order is at most {Money(MAX_MICROS, costs.currency)}; this one is {costs}. Place several.",
             pointers={"/expected_total": "too large"},
         )
 

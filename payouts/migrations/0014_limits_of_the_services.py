@@ -104,20 +104,6 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- What Stripe charged never changes, a paid payment stays paid and a settled one settled.
-CREATE FUNCTION payouts_keep_payment() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
-BEGIN
-    IF (NEW.order_id, NEW.invoice_id, NEW.amount_micros, NEW.currency)
-        IS DISTINCT FROM (OLD.order_id, OLD.invoice_id, OLD.amount_micros, OLD.currency)
-        OR OLD.status = 'paid' AND (NEW.status, NEW.charge_id, NEW.balance_transaction_id, NEW.fee_micros, NEW.paid_at)
-            IS DISTINCT FROM (OLD.status, OLD.charge_id, OLD.balance_transaction_id, OLD.fee_micros, OLD.paid_at)
-        OR OLD.settled_at IS NOT NULL AND NEW.settled_at IS NULL THEN
-        RAISE EXCEPTION 'payment % keeps what it is about', OLD.id USING ERRCODE = 'restrict_violation';
-    END IF;
-    RETURN NEW;
-END $$;
-
 -- A pool is at most its line's price; it never changes, and is released once.
 CREATE FUNCTION payouts_check_pool() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
@@ -145,24 +131,20 @@ CREATE TRIGGER reversal_within_debt BEFORE INSERT ON payouts_transferreversal
     FOR EACH ROW EXECUTE FUNCTION payouts_check_reversal_owed();
 CREATE TRIGGER payment_of_the_whole BEFORE INSERT ON payouts_payment
     FOR EACH ROW EXECUTE FUNCTION payouts_check_payment();
-CREATE TRIGGER keep_payment BEFORE UPDATE ON payouts_payment FOR EACH ROW EXECUTE FUNCTION payouts_keep_payment();
 CREATE TRIGGER pool_within_price BEFORE INSERT OR UPDATE ON payouts_royaltypool
     FOR EACH ROW EXECUTE FUNCTION payouts_check_pool();
 ALTER TABLE payouts_clawbackundo ENABLE ALWAYS TRIGGER undo_of_what_does_not_stand;
 ALTER TABLE payouts_transferreversal ENABLE ALWAYS TRIGGER reversal_within_debt;
 ALTER TABLE payouts_payment ENABLE ALWAYS TRIGGER payment_of_the_whole;
-ALTER TABLE payouts_payment ENABLE ALWAYS TRIGGER keep_payment;
 ALTER TABLE payouts_royaltypool ENABLE ALWAYS TRIGGER pool_within_price;
 """
 
 UNDO_RULES = """
 DROP TRIGGER pool_within_price ON payouts_royaltypool;
-DROP TRIGGER keep_payment ON payouts_payment;
 DROP TRIGGER payment_of_the_whole ON payouts_payment;
 DROP TRIGGER reversal_within_debt ON payouts_transferreversal;
 DROP TRIGGER undo_of_what_does_not_stand ON payouts_clawbackundo;
 DROP FUNCTION payouts_check_pool();
-DROP FUNCTION payouts_keep_payment();
 DROP FUNCTION payouts_check_payment();
 DROP FUNCTION payouts_check_reversal_owed();
 DROP FUNCTION payouts_check_undo();

@@ -12,7 +12,7 @@ class Migration(migrations.Migration):
     dependencies = [
         ('attribution', '0003_evidence_is_final'),
         ('marketplace', '0040_licenses_in_arrears'),
-        ('payouts', '0007_answers_again'),
+        ('payouts', '0015_postings_without_row_checks'),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 

@@ -83,8 +83,9 @@ LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
     IF (NEW.order_id, NEW.invoice_id, NEW.currency) IS DISTINCT FROM (OLD.order_id, OLD.invoice_id, OLD.currency)
         OR (OLD.status = 'paid' AND (NEW.status, NEW.amount_micros, NEW.tax_micros, NEW.tax_rate_id, NEW.method, NEW.charge_id,
-            NEW.fee_micros, NEW.paid_at) IS DISTINCT FROM (OLD.status, OLD.amount_micros, OLD.tax_micros, OLD.tax_rate_id,
-            OLD.method, OLD.charge_id, OLD.fee_micros, OLD.paid_at)) THEN
+            NEW.balance_transaction_id, NEW.fee_micros, NEW.paid_at) IS DISTINCT FROM (OLD.status, OLD.amount_micros,
+            OLD.tax_micros, OLD.tax_rate_id, OLD.method, OLD.charge_id, OLD.balance_transaction_id, OLD.fee_micros, OLD.paid_at))
+        OR (OLD.settled_at IS NOT NULL AND NEW.settled_at IS DISTINCT FROM OLD.settled_at) THEN
         RAISE EXCEPTION 'payment % keeps what it was paid for', OLD.id USING ERRCODE = 'restrict_violation';
     END IF;
     IF (NEW.amount_micros, NEW.tax_micros, NEW.tax_rate_id, NEW.purchase_order, NEW.due_on) IS DISTINCT FROM
@@ -231,6 +232,47 @@ BEGIN
             RAISE EXCEPTION 'clawback refused: the pool of order line % has not % left', NEW.order_line_id, NEW.pool_micros
                 USING ERRCODE = 'check_violation';
         END IF;
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- As in 0014, with tax and corrections: nobody gives back more of a line than it gave, nor for another line than the clawback's, nor all of them more than it takes.
+CREATE OR REPLACE FUNCTION payouts_check_reclaim() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+    given bigint;
+    taken numeric;
+    of_line record;
+    of_division record;
+    reclaimed numeric;
+BEGIN
+    PERFORM 1 FROM payouts_payment p JOIN payouts_clawback c ON c.payment_id = p.id
+        JOIN payouts_clawbackline l ON l.clawback_id = c.id WHERE l.id = NEW.clawback_line_id FOR UPDATE OF p;
+    SELECT * INTO of_line FROM payouts_clawbackline WHERE id = NEW.clawback_line_id;
+    SELECT d.order_line_id, coalesce(d.invoice_line_id, corrected.invoice_line_id) AS invoice_line_id, l.amount_micros
+        INTO of_division FROM payouts_divisionline l JOIN payouts_division d ON d.id = l.division_id
+        LEFT JOIN payouts_divisioncorrection c ON c.id = d.corrects_id
+        LEFT JOIN payouts_division corrected ON corrected.id = c.division_id WHERE l.id = NEW.division_line_id;
+    given := of_division.amount_micros;
+    IF (of_line.order_line_id, of_line.invoice_line_id)
+        IS DISTINCT FROM (of_division.order_line_id, of_division.invoice_line_id) THEN
+        RAISE EXCEPTION 'reclaim refused: line % was not divided from what clawback line % takes back',
+            NEW.division_line_id, NEW.clawback_line_id USING ERRCODE = 'check_violation';
+    END IF;
+    SELECT coalesce(sum(r.amount_micros), 0) INTO taken
+        FROM payouts_reclaim r JOIN payouts_clawbackline l ON l.id = r.clawback_line_id
+        WHERE r.division_line_id = NEW.division_line_id
+            AND NOT EXISTS (SELECT 1 FROM payouts_clawbackundo u WHERE u.clawback_id = l.clawback_id);
+    IF taken + NEW.amount_micros > given THEN
+        RAISE EXCEPTION 'reclaim refused: line % gave %, % are taken back, % more is too much',
+            NEW.division_line_id, given, taken, NEW.amount_micros USING ERRCODE = 'check_violation';
+    END IF;
+    SELECT coalesce(sum(amount_micros), 0) INTO reclaimed FROM payouts_reclaim
+        WHERE clawback_line_id = NEW.clawback_line_id;
+    IF reclaimed + NEW.amount_micros > of_line.amount_micros - of_line.fee_micros - of_line.pool_micros - of_line.tax_micros THEN
+        RAISE EXCEPTION 'reclaim refused: clawback line % takes % of its payees, % more than the % they give is too much',
+            NEW.clawback_line_id, of_line.amount_micros - of_line.fee_micros - of_line.pool_micros - of_line.tax_micros, NEW.amount_micros,
+            reclaimed USING ERRCODE = 'check_violation';
     END IF;
     RETURN NEW;
 END $$;

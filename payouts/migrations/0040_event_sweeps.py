@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0007_answers_again")]
+    dependencies = [("payouts", "0021_invoice_and_correction_rules")]
 
     operations = [
         migrations.CreateModel(

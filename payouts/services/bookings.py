@@ -1,7 +1,7 @@
 """What a paid checkout was for, booked: a sale or a royalty."""
 
 from payouts.models import Payment
-from payouts.services import checkouts, royalties, sales
+from payouts.services import checkouts, duties, royalties, sales
 
 
 def book_checkout(session_id: str) -> Payment | None:
@@ -15,5 +15,8 @@ def book_checkout(session_id: str) -> Payment | None:
     if checkout is None:
         return None
     payment = checkouts.find_payment(checkout)
-    book = sales.book_payment if payment.order_id is not None else royalties.book_payment
-    return book(payment=payment, checkout=checkout)
+    if payment.order_id is not None:
+        return sales.book_payment(payment=payment, checkout=checkout)
+    booked = royalties.book_payment(payment=payment, checkout=checkout)
+    duties.settle(booked.asked_of)
+    return booked

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from django.db import transaction
 
 from marketplace import clock
-from marketplace.money import Money
-from payouts import gateway
-from payouts.errors import AlreadyPaid, PaymentMismatch, StripeUnavailable
+from marketplace.money import MAX_CHARGE_MINOR, Money
+from payouts import chart, gateway
+from payouts.errors import AlreadyPaid, PayByBankTransfer, PaymentMismatch, StripeUnavailable
 from payouts.models import Payment
 from payouts.services.refusals import declined
 
@@ -25,6 +25,7 @@ def reference_of(payment: Payment) -> str:
     """What a checkout is for, as Stripe is told and must say again."""
     if payment.order is not None:
         return str(payment.order.public_id)
+    # Of a payment whose amount was asked anew the earlier page is closed, so one name suffices.
     return f"royalty-invoice-{payment.invoice_id}"
 
 
@@ -110,6 +111,31 @@ def fetch_checkout(session_id: str) -> gateway.PaidCheckout | None:
     if checkout.balance_transaction is None:
         raise NotBookedByStripe(f"Checkout {session_id}")
     return checkout
+
+
+def refuse_too_much(payment: Payment) -> None:
+    """Raise if it is more than Stripe takes at once.
+
+    Raises:
+        PayByBankTransfer: see the class.
+    """
+    if payment.amount.to_minor() > MAX_CHARGE_MINOR[payment.currency]:
+        most = Money.from_minor(MAX_CHARGE_MINOR[payment.currency], payment.currency)
+        raise PayByBankTransfer(
+            f"{payment.amount} is more than the {most} that a card payment takes at once. Pay it by bank transfer: the invoice "
+            "says where to, and under which number."
+        )
+
+
+def cash_legs(taken: Payment) -> dict[str, int]:
+    """Where a paid payment's money is: at Stripe, less its fee, or in our bank account."""
+    if taken.method == Payment.Method.BANK:
+        return {chart.cash_bank(taken.currency): taken.amount_micros}
+    assert taken.fee_micros is not None
+    return {
+        chart.cash_pending(taken.currency): taken.amount_micros - taken.fee_micros,
+        chart.stripe_fees(taken.currency): taken.fee_micros,
+    }
 
 
 def find_payment(checkout: gateway.PaidCheckout) -> Payment:

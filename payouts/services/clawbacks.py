@@ -25,11 +25,13 @@ from payouts.models import (
     ClawbackUndo,
     Dispute,
     Division,
+    DivisionCorrection,
     DivisionLine,
     JournalEntry,
     Payment,
     Reclaim,
     Refund,
+    RoyaltyInvoice,
     RoyaltyInvoiceLine,
     RoyaltyPool,
 )
@@ -44,18 +46,21 @@ KINDS = {
     Clawback.Kind.REFUND: (JournalEntry.Kind.REFUND_INTENT, JournalEntry.Kind.REFUND_UNDONE),
     Clawback.Kind.FREEZE: (JournalEntry.Kind.DISPUTE_FREEZE, JournalEntry.Kind.DISPUTE_THAW),
     Clawback.Kind.DISPUTE: (JournalEntry.Kind.DISPUTE_LOST, JournalEntry.Kind.REVERSAL),
+    Clawback.Kind.CORRECTION: (JournalEntry.Kind.CORRECTION, JournalEntry.Kind.REVERSAL),
 }
 
 
 @dataclass(frozen=True)
 class Part:
-    """One line of a paid order or invoice: what it cost, and how much of that went back already."""
+    """One line of a paid order or invoice: what it cost, tax included, and how much of that went back already."""
 
     line: OrderLine | RoyaltyInvoiceLine
     price: Money
     fee: Money  # the platform's part of the price
+    tax: Money  # of the price, which includes it
     given_back: Money  # of the price, by clawbacks that stand
     fee_given_back: Money
+    tax_given_back: Money
 
     @property
     def left(self) -> Money:
@@ -65,23 +70,29 @@ class Part:
 def parts_left(payment: Payment) -> list[Part]:
     """A paid payment's lines with what may still be taken back of each, in order; freezes do not count as taken."""
     standing = ClawbackLine.objects.filter(clawback__payment=payment, clawback__undo=None).exclude(
-        clawback__kind=Clawback.Kind.FREEZE
+        clawback__kind__in=[Clawback.Kind.FREEZE, Clawback.Kind.CORRECTION]
     )
     which = "order_line" if payment.order_id is not None else "invoice_line"
     sums = {
-        row[which]: (int(row["amount"]), int(row["fee"]))
-        for row in standing.values(which).annotate(amount=Sum("amount_micros"), fee=Sum("fee_micros"))
-    }
-    return [
-        Part(
-            line=line,
-            price=price,
-            fee=fee,
-            given_back=Money(sums.get(line.pk, (0, 0))[0], payment.currency),
-            fee_given_back=Money(sums.get(line.pk, (0, 0))[1], payment.currency),
+        row[which]: tuple(Money(int(row[name]), payment.currency) for name in ("amount", "fee", "tax"))
+        for row in standing.values(which).annotate(
+            amount=Sum("amount_micros"), fee=Sum("fee_micros"), tax=Sum("tax_micros")
         )
-        for line, price, fee in _priced_lines(payment)
+    }
+    none = (Money(0, payment.currency),) * 3
+    priced = list(_priced_lines(payment))
+    nets = {line.pk: net.micros for line, net, _ in priced}
+    taxes = allocate(payment.tax, nets) if payment.tax_micros else {}
+    return [
+        Part(line, net + taxes.get(line.pk, none[0]), fee, taxes.get(line.pk, none[0]), *sums.get(line.pk, none))
+        for line, net, fee in priced
     ]
+
+
+def gross_of(part: Part, net: Money) -> Money:
+    """What goes back to the buyer where a net amount of a line does, its tax in proportion; at most what the line has left."""
+    whole = part.price - part.tax
+    return min(Money(net.micros * part.price.micros // whole.micros, net.currency), part.left)
 
 
 def spread(amount: Money, parts: Iterable[Part]) -> dict[int, int]:
@@ -137,17 +148,27 @@ def take_back(
     postings = {chart.platform_fee(payment.currency): 0}
     for pk, micros in sorted(amounts.items()):
         part = parts[pk]
-        fee = _fee_of(part, micros)
+        fee = _in_proportion(part, micros, of=part.fee, given_back=part.fee_given_back)
+        tax = _in_proportion(part, micros, of=part.tax, given_back=part.tax_given_back)
         pool = pools.get(pk)
-        pooled = min(micros - fee, pool.left_micros) if pool is not None else 0
+        pooled = min(micros - fee - tax, pool.left_micros) if pool is not None else 0
         line = ClawbackLine.objects.create(
-            clawback=clawback, **_line_of(part), amount_micros=micros, fee_micros=fee, pool_micros=pooled
+            clawback=clawback,
+            **_line_of(part),
+            amount_micros=micros,
+            fee_micros=fee,
+            tax_micros=tax,
+            pool_micros=pooled,
         )
         postings[chart.platform_fee(payment.currency)] += fee
+        if tax:
+            assert payment.tax_rate is not None  # a database check
+            account = chart.tax(payment.tax_rate, payment.currency)
+            postings[account] = postings.get(account, 0) + tax
         if pool is not None and pooled:
             postings[chart.royalty_pool(pool)] = pooled
         lefts = _left_of_divisions(part)
-        rest = Money(micros - fee - pooled, payment.currency)
+        rest = Money(micros - fee - tax - pooled, payment.currency)
         dues = allocate(rest, {pk: left for pk, (_, left) in lefts.items()}) if rest else {}
         _reclaim(line, {pk: due.micros for pk, due in dues.items() if due}, lefts, owed)
     if loss:
@@ -209,6 +230,36 @@ def freeze(*, payment: Payment, dispute: Dispute, to_account: str) -> Clawback:
     return clawback
 
 
+def take_for_correction(*, correction: DivisionCorrection, payment: Payment, losses: Mapping[int, int]) -> Clawback:
+    """Inside the transaction that holds the payment's row and the payables' lock: what some payees had too much.
+
+    Args:
+        losses: division line → micros, each at most what the line has left.
+    """
+    division = correction.division
+    line = (
+        {"order_line": division.order_line}
+        if division.invoice_line is None
+        else {"invoice_line": division.invoice_line}
+    )
+    total = sum(losses.values())
+    clawback = Clawback.objects.create(
+        key=f"{Clawback.Kind.CORRECTION.value}:{correction.pk}",
+        kind=Clawback.Kind.CORRECTION,
+        payment=payment,
+        correction=correction,
+        amount_micros=total,
+        currency=payment.currency,
+        taken_at=clock.now(),
+    )
+    taken = ClawbackLine.objects.create(clawback=clawback, **line, amount_micros=total, fee_micros=0, pool_micros=0)
+    parties = dict(DivisionLine.objects.filter(pk__in=losses).values_list("pk", "party"))
+    owed: dict[int, int] = defaultdict(int)
+    _reclaim(taken, losses, {pk: (parties[pk], losses[pk]) for pk in losses}, owed)
+    _book(clawback, chart.correction(correction), {}, owed)
+    return clawback
+
+
 def thaw(payment: Payment) -> list[Dispute]:
     """Inside the transaction that holds the payment's row: give back what is frozen of it; the disputes that it was for."""
     standing = payment.clawbacks.filter(kind=Clawback.Kind.FREEZE, undo=None).select_related("dispute").order_by("pk")
@@ -232,7 +283,10 @@ def disputed_payments_of(*, party: int, currency: str) -> QuerySet[Payment]:
     """The payments under an open dispute that gave a party something, in the order in which they are held."""
     mine = DivisionLine.objects.filter(party=party)
     gave = Q(order__in=mine.exclude(division__order_line=None).values("division__order_line__order"))
-    gave |= Q(invoice__in=mine.exclude(division__invoice_line=None).values("division__invoice_line__invoice"))
+    for line in ("division__invoice_line", "division__corrects__division__invoice_line"):
+        of_invoices = mine.exclude(**{line: None})
+        gave |= Q(invoice__in=of_invoices.values(f"{line}__invoice"))
+        gave |= Q(invoice__in=of_invoices.values(f"{line}__invoice__carried_into"))
     opened = Dispute.objects.filter(status__in=Dispute.OPEN)
     return Payment.objects.filter(gave, pk__in=opened.values("payment"), currency=currency).order_by("pk")
 
@@ -266,31 +320,32 @@ def give_back(clawback: Clawback) -> None:
 
 
 def _priced_lines(payment: Payment) -> Iterable[tuple[OrderLine | RoyaltyInvoiceLine, Money, Money]]:
-    """Each line with its price and the platform's part of it, as the sale or the royalty was booked."""
+    """Each line with its price before tax and the platform's part of it, as the sale or the royalty was booked."""
     if payment.order is not None:
         for line in payment.order.lines.select_related("offer", "order", "version__dataset").order_by("pk"):
             price = line.price
             yield line, price, price - price.share(line.offer.upfront_bps) - price.share(line.offer.pool_bps)
         return
     assert payment.invoice is not None
-    divided = parts_of(payment.invoice)
-    for invoice_line in payment.invoice.lines.select_related("version__dataset").order_by("pk"):
-        if invoice_line.pk in divided:
-            price = Money(invoice_line.amount_micros, payment.currency)
-            yield invoice_line, price, price - divided[invoice_line.pk]
+    for invoice in payment.invoice.asked_with_it:
+        divided = parts_of(invoice)
+        for invoice_line in invoice.lines.select_related("version__dataset").order_by("pk"):
+            if invoice_line.pk in divided:
+                price = Money(invoice_line.amount_micros, payment.currency)
+                yield invoice_line, price, price - divided[invoice_line.pk]
 
 
 def _line_of(part: Part) -> dict[str, OrderLine | RoyaltyInvoiceLine]:
     return {"order_line" if isinstance(part.line, OrderLine) else "invoice_line": part.line}
 
 
-def _fee_of(part: Part, micros: int) -> int:
-    """The platform's part of an amount: what makes the fee given back so far proportional to the price given back so far.
+def _in_proportion(part: Part, micros: int, *, of: Money, given_back: Money) -> int:
+    """What of the fee, or of the tax, goes back with an amount: its part given back so far is that of the price.
 
-    Rounded down on the way, and exactly the fee when everything is back.
+    Rounded down on the way, and exactly all of it when everything is back.
     """
     back = part.given_back.micros + micros
-    return max(0, part.fee.micros * back // part.price.micros - part.fee_given_back.micros)
+    return max(0, of.micros * back // part.price.micros - given_back.micros)
 
 
 def _unreleased_pools(payment: Payment) -> dict[int, RoyaltyPool]:
@@ -305,9 +360,10 @@ def _unreleased_pools(payment: Payment) -> dict[int, RoyaltyPool]:
 def _left_of_divisions(part: Part) -> dict[int, tuple[int, int]]:
     """Division line → (party, what is left of it) of everything that this part's payees were given."""
     if isinstance(part.line, OrderLine):
-        mine = Q(division__order_line=part.line, division__source__in=[Division.Source.UPFRONT, Division.Source.POOL])
+        mine = Q(division__order_line=part.line) & ~Q(division__source=Division.Source.ROYALTY)
+        mine &= ~Q(division__corrects__division__source=Division.Source.ROYALTY)
     else:
-        mine = Q(division__invoice_line=part.line)
+        mine = Q(division__invoice_line=part.line) | Q(division__corrects__division__invoice_line=part.line)
     lines = DivisionLine.objects.filter(mine).order_by("pk")
     taken = dict(
         Reclaim.objects.filter(division_line__in=lines, clawback_line__clawback__undo=None)
@@ -357,9 +413,20 @@ def _book(clawback: Clawback, to_account: str, postings: Mapping[str, int], owed
 
 
 def _match_order(payment: Payment) -> None:
-    """The order's state and its licenses follow what has gone back."""
-    if payment.order is None:
+    """The order's state and its licenses, or the invoice's, follow what has gone back.
+
+    A wholly refunded invoice uses neither its period nor its licenses' caps any more.
+    """
+    if payment.invoice is not None:
+        is_refunded = all(not part.left for part in parts_left(payment))
+        status = RoyaltyInvoice.Status.REFUNDED if is_refunded else RoyaltyInvoice.Status.PAID
+        for invoice in payment.invoice.asked_with_it:
+            paid = RoyaltyInvoice.objects.filter(
+                pk=invoice.pk, status__in=[RoyaltyInvoice.Status.PAID, RoyaltyInvoice.Status.REFUNDED]
+            )
+            paid.exclude(status=status).update(status=status)
         return
+    assert payment.order is not None  # a database check
     refunded = [part.line.pk for part in parts_left(payment) if not part.left]
     with transaction.atomic():
         match_refunded(order=payment.order, refunded=refunded, at=clock.now())

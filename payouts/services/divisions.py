@@ -28,6 +28,7 @@ from payouts.errors import ResultNotPublished
 from payouts.models import (
     Dispute,
     Division,
+    DivisionCorrection,
     DivisionLine,
     JournalEntry,
     PayeeCount,
@@ -43,6 +44,7 @@ ENTRY_KINDS = {
     Division.Source.UPFRONT: JournalEntry.Kind.UPFRONT,
     Division.Source.POOL: JournalEntry.Kind.RELEASE,
     Division.Source.ROYALTY: JournalEntry.Kind.ROYALTY_SPLIT,
+    Division.Source.CORRECTION: JournalEntry.Kind.CORRECTION,
 }
 
 
@@ -93,6 +95,14 @@ def allocated(pot: Pot) -> tuple[str, dict[str, object]]:
     """A statement that selects (party, weight, records, micros) of a pot's payees, zero micros included."""
     weights, parameters = pot.weights()
     return ALLOCATED.format(weights=weights), parameters | {"micros": pot.amount.micros, "total": pot.weight_total}
+
+
+def dues_of(pot: Pot) -> list[tuple[int, int, int, int]]:
+    """(party, weight, records, micros) of each of a pot's payees who gets something."""
+    statement, parameters = allocated(pot)
+    with ledger.room_to_sort() as cursor:
+        cursor.execute(f"SELECT party_id, weight, n_records, micros FROM ({statement}) dues WHERE micros > 0", parameters)  # noqa: S608
+        return [(party, int(weight), n, int(micros)) for party, weight, n, micros in cursor.fetchall()]
 
 
 def pots_of(
@@ -204,17 +214,21 @@ def divide(
         divided_at=now,
     )
     n_lines = sum(_write_lines(division, pot) for pot in pots)
+    _book(division)
+    logger.info("Divided key=%s result=%s micros=%s lines=%s", key, result and result.pk, amount.micros, n_lines)
+    return division
+
+
+def _book(division: Division) -> None:
     ledger.post_split(
         key=division.key,
-        kind=ENTRY_KINDS[source],
+        kind=ENTRY_KINDS[Division.Source(division.source)],
         source=source_account(division),
-        currency=amount.currency,
-        booked_at=now,
+        currency=division.currency,
+        booked_at=division.divided_at,
         dues="SELECT party_id, sum(amount_micros)::bigint FROM payouts_divisionline WHERE division_id = %(division)s GROUP BY 1",
         parameters={"division": division.pk},
     )
-    logger.info("Divided key=%s result=%s micros=%s lines=%s", key, result and result.pk, amount.micros, n_lines)
-    return division
 
 
 def _write_lines(division: Division, pot: Pot) -> int:
@@ -257,6 +271,44 @@ ORDER BY party_id
 """
 
 
+def credit_gains(correction: DivisionCorrection) -> Division:
+    """Inside the transaction that books a correction: owe the payees who had too little what the others had too much.
+
+    Due when the corrected division was, or now.
+    """
+    corrected = correction.division
+    gaining = [line for line in correction.lines.order_by("pk") if line.difference_micros > 0]
+    now = clock.now()
+    division = Division.objects.create(
+        key=f"correction:{correction.pk}",
+        source=Division.Source.CORRECTION,
+        version=corrected.version,
+        order_line=corrected.order_line,
+        corrects=correction,
+        result=correction.result,
+        amount_micros=sum(line.difference_micros for line in gaining),
+        currency=corrected.currency,
+        labellers_bps=corrected.labellers_bps,
+        due_at=max(now, corrected.due_at),
+        divided_at=now,
+    )
+    lines = [
+        DivisionLine(
+            division=division,
+            party_id=line.party_id,
+            role=line.role,
+            n_records=line.n_records,
+            weight=line.weight,
+            amount_micros=line.difference_micros,
+            due_at=division.due_at,
+        )
+        for line in gaining
+    ]
+    DivisionLine.objects.bulk_create(lines, batch_size=1_000)
+    _book(division)
+    return division
+
+
 def source_account(division: Division) -> str:
     """Where the divided money lay before."""
     match division.source:
@@ -267,6 +319,9 @@ def source_account(division: Division) -> str:
         case Division.Source.UPFRONT:
             assert division.order_line is not None
             return chart.upfront(division.order_line, division.currency)
+        case Division.Source.CORRECTION:
+            assert division.corrects is not None  # a database check
+            return chart.correction(division.corrects)
         case _:
             assert division.invoice_line is not None
             return chart.royalty(division.invoice_line, division.currency)

@@ -3,6 +3,7 @@
 Sums over all payees are made by the database, and only what does not agree is fetched: memory does not grow with the books.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from itertools import count
 from typing import Any
 
 from django.db import connection, transaction
-from django.db.models import Q, Sum
+from django.db.models import Count, Max, Q, Sum
 
 from marketplace.models import OrderLine
 from marketplace.money import MINOR_DIGITS
 from marketplace.selectors import MONEY_COUNTS
+from marketplace.services.disclosures import canonical_json
 from payouts import chart, ledger
 from payouts.ledger import postings_of
 from payouts.models import (
@@ -23,6 +25,7 @@ from payouts.models import (
     Dispute,
     Division,
     DivisionLine,
+    Document,
     JournalEntry,
     Movement,
     PayeeCount,
@@ -33,6 +36,7 @@ from payouts.models import (
     Refund,
     RoyaltyInvoice,
     RoyaltyPool,
+    RoyaltyReport,
 )
 from payouts.services.divisions import ENTRY_KINDS, allocated, pots_of, source_account
 from payouts.services.royalties import parts_of
@@ -169,7 +173,7 @@ def _snapshots(balances: Balances) -> Iterator[Finding]:
             yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
 
 
-LIABILITIES = ("pool", "in_transit", "refunding", "clearing:upfront", "clearing:royalty")
+LIABILITIES = ("pool", "in_transit", "refunding", "clearing:upfront", "clearing:royalty", "tax")
 
 
 def _balances_in_range(balances: Balances) -> Iterator[Finding]:
@@ -215,7 +219,9 @@ def _counts(balances: Balances) -> Iterator[Finding]:
 
 def _divisions(balances: Balances) -> Iterator[Finding]:
     """Amount = lines = entries, to the micro; and the lines are what their weights give, computed anew."""
-    divisions = Division.objects.select_related("version", "result", "pool", "order_line", "invoice_line")
+    divisions = Division.objects.select_related(
+        "version", "result", "pool", "order_line", "invoice_line", "corrects__division"
+    )
     summed = divisions.annotate(divided=Sum("lines__amount_micros", default=0))
     for division in summed.order_by("pk").iterator(chunk_size=100):
         if division.divided != division.amount_micros:
@@ -260,6 +266,15 @@ def _escaped(prefix: str) -> str:
 
 def _divided_as_weighed(division: Division) -> Iterator[Finding]:
     """Results and counts of a published version never change, so the division must come out the same today."""
+    if division.corrects is not None:
+        gained = {
+            (line.role, line.party_id): (line.weight, line.difference_micros)
+            for line in division.corrects.lines.all()
+            if line.difference_micros > 0
+        }
+        if gained != {(line.role, line.party_id): (line.weight, line.amount_micros) for line in division.lines.all()}:
+            yield Finding("correction_differs", f"{division.key} and what it should give")
+        return
     pots = pots_of(
         version=division.version, amount=division.amount, labellers_bps=division.labellers_bps, result=division.result
     )
@@ -344,28 +359,36 @@ def _pools(balances: Balances) -> Iterator[Finding]:
 
 def _payments(balances: Balances) -> Iterator[Finding]:
     """Each paid payment is booked once, for its whole amount, and settled if it says so; clearing accounts end at zero."""
-    paid = Payment.objects.filter(status=Payment.Status.PAID).select_related("order", "invoice")
+    paid = Payment.objects.filter(status=Payment.Status.PAID).select_related("order", "invoice", "tax_rate")
     for payment in paid.order_by("pk").iterator():
         assert payment.fee_micros is not None
         net = payment.amount_micros - payment.fee_micros
         kind = "sale" if payment.order_id is not None else "royalty"
         booked = _postings(f"{kind}:payment:{payment.pk}")
-        cash = booked.get(chart.cash_pending(payment.currency), 0)
+        is_bank = payment.method == Payment.Method.BANK
+        cash = booked.get((chart.cash_bank if is_bank else chart.cash_pending)(payment.currency), 0)
         fee = booked.get(chart.stripe_fees(payment.currency), 0)
         if (cash, fee) != (net, payment.fee_micros):
             yield Finding(
                 "payment_differs", f"payment {payment.pk}: {net} + {payment.fee_micros}, booked {cash} + {fee}"
             )
         settled = _postings(f"settle:payment:{payment.pk}").get(chart.cash_available(payment.currency), 0)
-        if settled != (net if payment.settled_at else 0):
+        if settled != (net if payment.settled_at and not is_bank else 0):
             yield Finding("settlement_differs", f"payment {payment.pk}: settled {settled} of {net}")
-        thing = payment.order or payment.invoice
-        if thing is None or thing.status not in ("paid", "refunded") or thing.total_micros != payment.amount_micros:
+        taxed = -booked.get(chart.tax(payment.tax_rate, payment.currency), 0) if payment.tax_rate else 0
+        if taxed != payment.tax_micros:
+            yield Finding("tax_differs", f"payment {payment.pk}: {payment.tax_micros}, booked {taxed}")
+        asked = payment.order.total_micros if payment.order else payment.invoice.demand.micros  # type: ignore[union-attr]
+        status = (payment.order or payment.invoice).status  # type: ignore[union-attr]
+        if status not in ("paid", "refunded") or asked != payment.net.micros:
             yield Finding("paid_thing_differs", f"payment {payment.pk} and what it is for")
+        if is_bank != payment.receipts.filter(status="booked", amount_micros=payment.amount_micros).exists():
+            yield Finding("receipt_differs", f"payment {payment.pk} and the transfer that paid it")
     for code, micros in sorted(balances.items()):
         if code.startswith("clearing:") and micros:
             yield Finding("clearing_not_empty", f"{code} has {-micros} left")
-    for invoice in RoyaltyInvoice.objects.filter(status=RoyaltyInvoice.Status.PAID).order_by("pk"):
+    paid_invoices = [RoyaltyInvoice.Status.PAID, RoyaltyInvoice.Status.REFUNDED]
+    for invoice in RoyaltyInvoice.objects.filter(status__in=paid_invoices).order_by("pk"):
         divided = {
             pk: amount
             for pk, amount in invoice.lines.values_list("pk", "division__amount_micros")
@@ -376,6 +399,31 @@ def _payments(balances: Balances) -> Iterator[Finding]:
     for invoice in RoyaltyInvoice.objects.annotate(sum=Sum("lines__amount_micros", default=0)).order_by("pk"):
         if invoice.sum != invoice.total_micros:
             yield Finding("invoice_differs_from_lines", f"invoice {invoice.pk}: {invoice.total_micros}, {invoice.sum}")
+
+
+def _reports(balances: Balances) -> Iterator[Finding]:
+    """Reports that stand do not overlap, and together ask for no more of a license than its cap."""
+    standing = RoyaltyReport.objects.filter(replaced_by=None).exclude(invoice__status=RoyaltyInvoice.Status.REFUNDED)
+    last: RoyaltyReport | None = None
+    for report in standing.order_by("model", "currency", "period_start", "pk"):
+        is_next = last and (last.model_id, last.currency) == (report.model_id, report.currency)
+        if last and is_next and report.period_start <= last.period_end:
+            yield Finding("reports_overlap", f"reports {last.pk} and {report.pk} of {report.model}")
+        last = report
+
+
+def _documents(balances: Balances) -> Iterator[Finding]:
+    """Each series is numbered from 1 without a gap; each document says what its payment or refund does."""
+    series = Document.objects.values("kind", "year").annotate(n=Count("pk"), last=Max("number"))
+    for row in series.order_by("kind", "year"):
+        if row["n"] != row["last"]:
+            yield Finding("document_numbers_differ", f"{row['kind']}-{row['year']} has {row['n']}, up to {row['last']}")
+    for document in Document.objects.filter(cancels=None).select_related("payment", "refund").order_by("pk").iterator():
+        of = document.refund or document.payment
+        if document.total.micros != of.amount_micros:
+            yield Finding("document_differs", f"{document} of {document.total}: {of.amount_micros}")
+        if hashlib.sha256(canonical_json(document.content)).hexdigest() != document.sha256:
+            yield Finding("document_changed", f"{document} is not what was issued")
 
 
 def _payouts(balances: Balances) -> Iterator[Finding]:
@@ -474,11 +522,12 @@ def _clawbacks(balances: Balances) -> Iterator[Finding]:
             reclaims = list(
                 Reclaim.objects.filter(clawback_line=line).values_list("division_line__party", "amount_micros")
             )
-            rest = line.amount_micros - line.fee_micros - line.pool_micros
+            rest = line.amount_micros - line.fee_micros - line.pool_micros - line.tax_micros
             if sum(micros for _, micros in reclaims) != rest:
                 yield Finding("clawback_line_differs", f"{clawback}, line {line.pk}: {rest} of its payees, {reclaims}")
             owed["fee"] += line.fee_micros
             owed["pool"] += line.pool_micros
+            owed["tax"] += line.tax_micros
             for party, micros in reclaims:
                 owed[f"party {party}"] += micros
         owed["loss"] += clawback.loss_micros
@@ -498,13 +547,14 @@ def _clawbacks(balances: Balances) -> Iterator[Finding]:
 def _booked_by_source(prefix: str) -> dict[str, int]:
     """What the entries under a prefix took from whom, by the names that `_clawbacks` uses."""
     found: dict[str, int] = defaultdict(int)
+    names = {"pool": "pool", "tax": "tax", "revenue:platform_fee": "fee", "expense:losses": "loss"}
     postings = Posting.objects.filter(entry__key__startswith=prefix).values_list("account__code", "amount_micros")
     for account, micros in postings:
         code = chart.parse(account)
         if code.party is not None:
             found[f"party {code.party}"] += micros
-        elif code.name in ("pool", "revenue:platform_fee", "expense:losses"):
-            found[{"pool": "pool", "revenue:platform_fee": "fee", "expense:losses": "loss"}[code.name]] += micros
+        elif code.name in names:
+            found[names[code.name]] += micros
     return {name: micros for name, micros in found.items() if micros}
 
 
@@ -533,7 +583,10 @@ def _frozen(balances: Balances) -> Iterator[Finding]:
     for pool in RoyaltyPool.objects.filter(order_line__in=order_lines, released_at=None).order_by("pk"):
         if left := -balances.get(chart.royalty_pool(pool), 0):
             yield Finding("disputed_not_frozen", f"pool {pool.pk} has {left} left while its payment is disputed")
-    is_disputed = Q(division__order_line__in=order_lines) | Q(division__invoice_line__invoice__payment__in=disputed)
+    is_disputed = Q(division__order_line__in=order_lines)
+    for line in ("division__invoice_line", "division__corrects__division__invoice_line"):
+        is_disputed |= Q(**{f"{line}__invoice__payment__in": disputed})
+        is_disputed |= Q(**{f"{line}__invoice__carried_into__payment__in": disputed})
     lines = DivisionLine.objects.filter(is_disputed)
     parties = set(lines.values_list("party", "division__currency"))
     for party, currency in sorted(parties):
@@ -586,6 +639,8 @@ CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _payables,
     _pools,
     _payments,
+    _reports,
+    _documents,
     _payouts,
     _refunds,
     _clawbacks,

@@ -140,6 +140,7 @@ def _settle(payment: Payment) -> bool:
 def _compare_cash() -> list[Cash]:
     ours = ledger.balances(prefix="cash")
     theirs = gateway.balance()
+    ours = {code: micros for code, micros in ours.items() if chart.parse(code).name != "cash:bank"}  # not at Stripe
     currencies = sorted({chart.parse(code).currency for code in ours} | {c for c, held in theirs.items() if any(held)})
     return [
         Cash(
@@ -179,7 +180,7 @@ def _compare_transactions() -> tuple[int, list[Difference]]:
 #: What we booked of each of Stripe's, by its id; a transfer's is its source.
 _BOOKED = """
 SELECT 'charge' AS name, balance_transaction_id AS id, amount_micros - coalesce(fee_micros, 0) AS net, currency
-FROM payouts_payment WHERE status = 'paid'
+FROM payouts_payment WHERE status = 'paid' AND method = 'stripe'
 UNION ALL SELECT 'transfer', transfer_id, -amount_micros, currency FROM payouts_payout WHERE transfer_id IS NOT NULL
 UNION ALL SELECT 'movement', balance_transaction_id, amount_micros - fee_micros, currency FROM payouts_movement
 """

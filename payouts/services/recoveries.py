@@ -93,14 +93,20 @@ def unsent_of(*, lines: Collection[int], parties: Collection[int], currency: str
         cursor.execute(
             """
             WITH frozen AS (
-                SELECT DISTINCT payment_id FROM payouts_clawback c
-                WHERE c.kind = 'freeze' AND NOT EXISTS (SELECT 1 FROM payouts_clawbackundo u WHERE u.clawback_id = c.id)
+                SELECT order_id, invoice_id FROM payouts_payment WHERE id IN (
+                    SELECT payment_id FROM payouts_clawback c WHERE c.kind = 'freeze'
+                        AND NOT EXISTS (SELECT 1 FROM payouts_clawbackundo u WHERE u.clawback_id = c.id)
+                )
             ), kept AS (
-                SELECT l.id, l.party_id, l.due_at, EXISTS (
-                    SELECT 1 FROM payouts_payment p JOIN frozen f ON f.payment_id = p.id
-                        LEFT JOIN marketplace_orderline o ON o.order_id = p.order_id
-                        LEFT JOIN payouts_royaltyinvoiceline i ON i.invoice_id = p.invoice_id
-                        WHERE o.id = d.order_line_id OR i.id = d.invoice_line_id
+                SELECT l.id, l.party_id, l.due_at, coalesce(
+                    d.order_line_id IN (
+                        SELECT o.id FROM marketplace_orderline o JOIN frozen f ON f.order_id = o.order_id
+                    ), false
+                ) OR coalesce(
+                    coalesce(d.invoice_line_id, corrected.invoice_line_id) IN (
+                        SELECT i.id FROM payouts_royaltyinvoiceline i JOIN payouts_royaltyinvoice v ON v.id = i.invoice_id
+                            JOIN frozen f ON f.invoice_id = coalesce(v.carried_into_id, v.id)
+                    ), false
                 ) AS is_frozen, l.amount_micros - coalesce((
                     SELECT sum(r.amount_micros) FROM payouts_reclaim r
                         JOIN payouts_clawbackline c ON c.id = r.clawback_line_id
@@ -108,6 +114,8 @@ def unsent_of(*, lines: Collection[int], parties: Collection[int], currency: str
                         AND NOT EXISTS (SELECT 1 FROM payouts_clawbackundo u WHERE u.clawback_id = c.clawback_id)
                 ), 0) AS micros
                 FROM payouts_divisionline l JOIN payouts_division d ON d.id = l.division_id
+                    LEFT JOIN payouts_divisioncorrection correction ON correction.id = d.corrects_id
+                    LEFT JOIN payouts_division corrected ON corrected.id = correction.division_id
                 WHERE l.party_id = ANY(%(parties)s) AND d.currency = %(currency)s
             ), sent AS (
                 SELECT party_id, sum(micros) AS micros FROM (

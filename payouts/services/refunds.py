@@ -26,7 +26,7 @@ from marketplace.services.authority import require_authority
 from payouts import chart, gateway
 from payouts.errors import NotRefundable, PaymentMismatch
 from payouts.models import Clawback, DisputeAnswer, JournalEntry, Movement, Payment, Refund, TransferReversal
-from payouts.services import attempts, clawbacks, movements
+from payouts.services import attempts, clawbacks, documents, movements
 from payouts.services.reconciliation import Difference
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,18 @@ def request_refund(
     return _intend(payment, amounts, reason=reason, note=note.strip(), key=f"staff:{key}", user=user, line=line)
 
 
+def give_back_corrected(*, payment: Payment, amounts: dict[int, int], note: str, key: str) -> Refund:
+    """Inside the transaction that holds the payment's row: what a corrected report shows to have been too much; once per key.
+
+    Raises:
+        NotRefundable: its bank decided a dispute about it.
+    """
+    if known := payment.refunds.filter(key=key).first():
+        return known
+    _refuse_disputed(payment)
+    return _intend(payment, amounts, reason=Refund.Reason.CORRECTED, note=note, key=key, user=None)
+
+
 def _hold_paid_payment(order: Order) -> Payment:
     payment = Payment.objects.select_for_update(of=("self",)).filter(order=order, status=Payment.Status.PAID).first()
     if payment is None:
@@ -142,6 +154,10 @@ def _hold_paid_payment(order: Order) -> Payment:
 
 def _refuse_disputed(payment: Payment) -> None:
     """While the bank decides, Stripe refunds nothing; an inquiry takes nothing, so it may be answered by a refund."""
+    if payment.method == Payment.Method.BANK:
+        raise NotRefundable(
+            "This was paid by bank transfer, which Stripe cannot send back. Write to us: finance returns it by transfer."
+        )
     if payment.disputes.filter(status__in=["needs_response", "under_review"]).exists():
         raise NotRefundable(
             "The payment is disputed at the card's bank, which has taken the money already; its decision settles this."
@@ -310,6 +326,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
         held.state = Refund.State.PENDING if is_waiting else Refund.State.SENT
         held.refund_id, held.made_at = answer.id, clock.now()
         held.save(update_fields=["state", "refund_id", "made_at"])
+        documents.issue_credit_note(held)
         logger.info("Sent refund=%s stripe=%s micros=%s", held.pk, answer.id, held.amount_micros)
     elif held.state == Refund.State.PENDING and answer.status == "succeeded":
         held.state = Refund.State.SENT
@@ -339,6 +356,7 @@ def _book_back(held: Refund, payment: Payment, state: Refund.State, code: str, m
     held.state, held.refusal_code, held.refusal_message = state, code[:60], message
     held.save(update_fields=["state", "refund_id", "refusal_code", "refusal_message"])
     clawbacks.give_back(held.clawback)
+    documents.cancel_credit_note(held)
     clawbacks.freeze_again(payment)  # a dispute may have been opened meanwhile
     logger.warning("Booked back refund=%s state=%s code=%s", held.pk, state, code)
 

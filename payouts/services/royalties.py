@@ -3,23 +3,26 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 
+from django.conf import settings
 from django.db import IntegrityError, transaction
-from django.db.models import Exists, OuterRef, Q, Sum
+from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
 from attribution.models import PPQ, AttributionResult, Share
 from attribution.selectors import latest_result
 from marketplace import clock
 from marketplace.errors import InvalidInput, KeyReused
 from marketplace.models import Citation, License, Offer, Party, TrainedModel
-from marketplace.money import MAX_CHARGE_MINOR, MAX_MICROS, Money
+from marketplace.money import MAX_MICROS, MIN_CHARGE_MINOR, Money
 from payouts import chart, gateway, ledger
 from payouts.allocation import allocate
-from payouts.errors import AlreadyPaid, NoResultYet, NotFound, PeriodOverlaps, ResultNotPublished
+from payouts.errors import AlreadyPaid, NoResultYet, NotFound, PaymentMismatch, PeriodOverlaps, ResultNotPublished
 from payouts.models import (
+    Clawback,
+    ClawbackLine,
     Division,
     JournalEntry,
     Payment,
@@ -28,14 +31,12 @@ from payouts.models import (
     RoyaltyPool,
     RoyaltyReport,
 )
-from payouts.services import checkouts
+from payouts.services import billing, checkouts
 from payouts.services.divisions import divide
 
 logger = logging.getLogger(__name__)
 
 PLATFORM_FEE_BPS = 1_000  # of a royalty; a sale's is on its offer
-#: Stripe charges nothing smaller; what an invoice below it would ask is not asked.
-MIN_CHARGE_MINOR = {"USD": 50, "EUR": 50, "GBP": 30, "JPY": 50}
 #: The strongest evidence first: which result releases a pool at its deadline.
 GRADES = [
     AttributionResult.Grade.REPLAYED,
@@ -184,8 +185,13 @@ class Quote:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is enough for Stripe to charge. Less is asked for by nobody: it does not roll over yet."""
-        return self.total.micros >= Money.from_minor(MIN_CHARGE_MINOR[self.total.currency], self.total.currency).micros
+        """Whether it is enough for Stripe to charge; less is carried over to the licensee's next invoice."""
+        return is_chargeable(self.total)
+
+
+def is_chargeable(amount: Money) -> bool:
+    """Whether Stripe charges so little."""
+    return amount.to_minor() >= MIN_CHARGE_MINOR[amount.currency]
 
 
 def quote_royalty(*, model: TrainedModel, revenue: Money) -> Quote:
@@ -199,7 +205,7 @@ def quote_royalty(*, model: TrainedModel, revenue: Money) -> Quote:
     result = latest_result(model)
     if result is None:
         raise NoResultYet(f"{model.name} has no published result yet; report its revenue once it has been measured.")
-    lines = _quoted_lines(result, revenue)
+    lines = quoted_lines(result, revenue)
     total = Money(sum(line.micros for line in lines), revenue.currency).floor_to_minor()
     return Quote(result, lines, total)
 
@@ -212,22 +218,61 @@ def report_revenue(
     period_end: date,
     revenue: Money,
     key: str,
+    purchase_order: str = "",
 ) -> RoyaltyInvoice:
     """Take a licensee's statement of a model's revenue and make the invoice; the same key and report give the same one.
 
     Raises:
         NotFound: the model is not theirs.
-        InvalidInput: a period that is reversed or not over, or a revenue that cannot be or owes more than Stripe can charge.
+        InvalidInput: a period that is reversed or not over, or a revenue that cannot be.
         PeriodOverlaps: part of it has been reported in this currency.
         NoResultYet: see `quote_royalty`.
         KeyReused: the key stands for another report.
     """
     if model.owner_id != licensee.pk:
         raise NotFound("There is no such model, or it is not yours.")
-    asked = [model.pk, str(period_start), str(period_end), revenue.micros, revenue.currency]
-    request_sha256 = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    if known := _find_reported(licensee, key, request_sha256):
+    request_sha256 = digest_of(model.pk, str(period_start), str(period_end), revenue.micros, revenue.currency)
+    if known := find_reported(licensee, key, request_sha256):
         return known
+    check_report(period_start, period_end, revenue)
+    try:
+        with transaction.atomic():
+            hold_reporting(licensee, model)
+            if known := find_reported(licensee, key, request_sha256):
+                return known
+            refuse_overlap(model, period_start, period_end, revenue.currency)
+            report = RoyaltyReport.objects.create(
+                model=model,
+                licensee=licensee,
+                period_start=period_start,
+                period_end=period_end,
+                revenue_micros=revenue.micros,
+                currency=revenue.currency,
+                key=key,
+                request_sha256=request_sha256,
+                reported_at=clock.now(),
+            )
+            hold_caps(model)
+            quote = quote_royalty(model=model, revenue=revenue)
+            owed = {line.license.pk: line.micros for line in quote.lines}
+            return make_invoice(report, quote.result, quote.lines, owed, purchase_order=purchase_order)
+    except IntegrityError:  # the same key for another model of theirs, at the same moment
+        if known := find_reported(licensee, key, request_sha256):
+            return known
+        raise
+
+
+def digest_of(*asked: object) -> str:
+    """Of what was asked under an idempotency key."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def check_report(period_start: date, period_end: date, revenue: Money) -> None:
+    """What can be said of a report without looking at any other.
+
+    Raises:
+        InvalidInput: a period that is reversed or not over, or a revenue that cannot be.
+    """
     _check_revenue(revenue)
     if period_end < period_start:
         raise InvalidInput(
@@ -239,96 +284,130 @@ def report_revenue(
             f"The period ends on {period_end}, which is not over; report it from the next day on.",
             pointers={"/period_end": "not over yet"},
         )
-    try:
-        with transaction.atomic():
-            TrainedModel.objects.select_for_update().get(pk=model.pk)  # one report at a time: overlaps and caps
-            if known := _find_reported(licensee, key, request_sha256):
-                return known
-            return _invoice(licensee, model, period_start, period_end, revenue, key, request_sha256)
-    except IntegrityError:  # the same key for another model of theirs, at the same moment
-        if known := _find_reported(licensee, key, request_sha256):
-            return known
-        raise
 
 
-def _invoice(
-    licensee: Party,
-    model: TrainedModel,
-    period_start: date,
-    period_end: date,
-    revenue: Money,
-    key: str,
-    request_sha256: str,
-) -> RoyaltyInvoice:
-    overlapping = RoyaltyReport.objects.filter(
-        model=model, currency=revenue.currency, period_start__lte=period_end, period_end__gte=period_start
-    ).first()
-    if overlapping is not None:
-        raise PeriodOverlaps(
-            f"{model.name}'s revenue from {overlapping.period_start} to {overlapping.period_end} has been reported in "
-            f"{revenue.currency}; report the days outside it.",
-            pointers={"/period_start": "overlaps an earlier report"},
-        )
-    report = RoyaltyReport.objects.create(
-        model=model,
-        licensee=licensee,
-        period_start=period_start,
-        period_end=period_end,
-        revenue_micros=revenue.micros,
-        currency=revenue.currency,
-        key=key,
-        request_sha256=request_sha256,
-        reported_at=clock.now(),
-    )
-    # A license may stand behind several models: its cap is shared, so its row is held while the remainder is read.
+def hold_reporting(licensee: Party, model: TrainedModel) -> None:
+    """Inside a transaction: one report of a licensee's at a time, for overlaps, caps and what is carried over."""
+    Party.objects.select_for_update(no_key=True).get(pk=licensee.pk)
+    TrainedModel.objects.select_for_update(no_key=True).get(pk=model.pk)
+
+
+def hold_caps(model: TrainedModel) -> None:
+    """A license may stand behind several models: its cap is shared, so its row is held while the remainder is read."""
     cited = Citation.objects.filter(disclosure__model=model).values("license")
     list(License.objects.select_for_update(of=("self",)).filter(pk__in=cited).order_by("pk"))
-    quote = quote_royalty(model=model, revenue=revenue)
-    if quote.total.to_minor() > MAX_CHARGE_MINOR:
-        raise InvalidInput(
-            f"This revenue owes {quote.total}; the most that can be paid at once is "
-            f"{Money.from_minor(MAX_CHARGE_MINOR, revenue.currency)}. Report the period in shorter parts.",
-            pointers={"/revenue/amount": "owes more than can be paid at once"},
+
+
+def standing_reports(model: TrainedModel) -> QuerySet[RoyaltyReport]:
+    """Those that no other replaces and whose invoice was not refunded wholly; in one currency none of them overlap."""
+    return RoyaltyReport.objects.filter(model=model, replaced_by=None).exclude(
+        invoice__status=RoyaltyInvoice.Status.REFUNDED
+    )
+
+
+def refuse_overlap(
+    model: TrainedModel, period_start: date, period_end: date, currency: str, *, but: RoyaltyReport | None = None
+) -> None:
+    """Inside the transaction that holds the model's row.
+
+    Raises:
+        PeriodOverlaps: part of the period has been reported in this currency, by another report than `but`.
+    """
+    overlapping = standing_reports(model).filter(
+        currency=currency, period_start__lte=period_end, period_end__gte=period_start
+    )
+    first = overlapping.exclude(pk=but and but.pk).order_by("period_start").first()
+    if first is not None:
+        raise PeriodOverlaps(
+            f"{model.name}'s revenue from {first.period_start} to {first.period_end} has been reported in "
+            f"{currency}; report the days outside it, or correct that report.",
+            pointers={"/period_start": "overlaps an earlier report"},
         )
+
+
+def make_invoice(
+    report: RoyaltyReport,
+    result: AttributionResult,
+    lines: list[QuotedLine],
+    owed: dict[int, int],
+    *,
+    purchase_order: str = "",
+) -> RoyaltyInvoice:
+    """Inside the transaction that holds the licensee's row: the report's invoice, with what was carried over if it suffices.
+
+    Args:
+        owed: license → micros to ask for, before rounding; at most what its line says.
+    """
+    currency = report.currency
+    total = Money(sum(owed.values()), currency).floor_to_minor()
+    waiting = list(
+        RoyaltyInvoice.objects.select_for_update(of=("self",))
+        .filter(
+            report__licensee=report.licensee_id,
+            currency=currency,
+            status=RoyaltyInvoice.Status.CARRIED,
+            carried_into=None,
+        )
+        .order_by("pk")
+    )
+    demand = total + Money(sum(one.total_micros for one in waiting), currency)
+    if not total:
+        status = RoyaltyInvoice.Status.NOTHING_DUE
+    elif is_chargeable(demand):
+        status = RoyaltyInvoice.Status.OPEN
+    else:
+        status = RoyaltyInvoice.Status.CARRIED
+    is_open = status == RoyaltyInvoice.Status.OPEN
     invoice = RoyaltyInvoice.objects.create(
         report=report,
-        total_micros=quote.total.micros,
-        currency=revenue.currency,
+        total_micros=total.micros,
+        currency=currency,
         platform_fee_bps=PLATFORM_FEE_BPS,
-        status=RoyaltyInvoice.Status.OPEN if quote.is_due else RoyaltyInvoice.Status.NOTHING_DUE,
+        status=status,
         issued_at=clock.now(),
+        due_on=clock.today() + timedelta(days=settings.INVOICE_DUE_DAYS) if is_open else None,
+        purchase_order=purchase_order.strip(),
     )
-    owed = {line.license.pk: line.micros for line in quote.lines if line.micros}
+    asked = {pk: micros for pk, micros in owed.items() if micros > 0}
     # Each part is rounded in proportion, so none rises above what is exact, nor above its cap.
-    charged = allocate(quote.total, owed) if owed else {}
+    charged = allocate(total, asked) if asked else {}
     RoyaltyInvoiceLine.objects.bulk_create(
         RoyaltyInvoiceLine(
             invoice=invoice,
             version_id=line.license.version_id,
             license=line.license,
-            result=quote.result,
+            result=result,
             share_ppq=line.share_ppq,
             rate_bps=line.rate_bps,
             amount_micros=charged[line.license.pk].micros if line.license.pk in charged else 0,
             is_capped=line.is_capped,
         )
-        for line in quote.lines
+        for line in lines
     )
+    if is_open:
+        RoyaltyInvoice.objects.filter(pk__in=[one.pk for one in waiting]).update(carried_into=invoice)
+        billing.ask_for_royalty(invoice)
     logger.info(
-        "Invoiced royalty invoice=%s model=%s revenue=%s total=%s %s",
+        "Invoiced royalty invoice=%s model=%s revenue=%s total=%s carried=%s %s",
         invoice.pk,
-        model.pk,
-        revenue.micros,
-        quote.total.micros,
-        revenue.currency,
+        report.model_id,
+        report.revenue_micros,
+        total.micros,
+        len(waiting) if is_open else 0,
+        currency,
     )
     return invoice
 
 
-def _quoted_lines(result: AttributionResult, revenue: Money) -> list[QuotedLine]:
+def quoted_lines(
+    result: AttributionResult, revenue: Money, *, own: Mapping[int, int] | None = None
+) -> list[QuotedLine]:
     """`revenue · paid_share_d · rate_d` for every cited dataset with a rate, in whole micros, rounded down.
 
     The trainer's own data never dilutes the others; data without a rate does only where its share was replayed.
+
+    Args:
+        own: license → micros that were asked for the same revenue before, and so use up none of its cap.
     """
     citations = (
         Citation.objects.filter(disclosure=result.disclosure_id)
@@ -354,6 +433,8 @@ def _quoted_lines(result: AttributionResult, revenue: Money) -> list[QuotedLine]
         share_ppq = shares.get(citation.version_id, 0) * PPQ // whole
         micros = revenue.micros * share_ppq * offer.royalty_bps // (PPQ * 10_000)
         left = _left_of_cap(citation.license, offer, revenue.currency)
+        if left is not None and own is not None:
+            left += own.get(citation.license_id, 0)
         is_capped = left is not None and micros > left
         lines.append(
             QuotedLine(
@@ -371,12 +452,16 @@ def _left_of_cap(license: License, offer: Offer, currency: str) -> int | None:
     """What the license may still cost in royalties, over its whole life; `None`: no cap in this currency."""
     if offer.royalty_cap_micros is None or offer.currency != currency:
         return None  # nothing is exchanged, so a cap binds what is reported in its own currency
-    invoiced = (
-        RoyaltyInvoiceLine.objects.filter(license=license, invoice__currency=currency)
-        .exclude(invoice__status=RoyaltyInvoice.Status.NOTHING_DUE)
-        .aggregate(sum=Sum("amount_micros"))["sum"]
+    asked = RoyaltyInvoiceLine.objects.filter(license=license, invoice__currency=currency).exclude(
+        invoice__status__in=[RoyaltyInvoice.Status.NOTHING_DUE, RoyaltyInvoice.Status.VOID]
     )
-    return max(0, offer.royalty_cap_micros - (invoiced or 0))
+    back = ClawbackLine.objects.filter(invoice_line__in=asked, clawback__undo=None).exclude(
+        clawback__kind__in=[Clawback.Kind.FREEZE, Clawback.Kind.CORRECTION]
+    )
+    used = int(asked.aggregate(sum=Sum("amount_micros", default=0))["sum"])
+    # Tax is none of what the license costs, and what was refunded costs nothing.
+    used -= int(back.aggregate(sum=Sum(F("amount_micros") - F("tax_micros"), default=0))["sum"])
+    return max(0, offer.royalty_cap_micros - used)
 
 
 def _check_revenue(revenue: Money) -> None:
@@ -387,7 +472,12 @@ def _check_revenue(revenue: Money) -> None:
         )
 
 
-def _find_reported(licensee: Party, key: str, request_sha256: str) -> RoyaltyInvoice | None:
+def find_reported(licensee: Party, key: str, request_sha256: str) -> RoyaltyInvoice | None:
+    """The invoice of what a key stands for.
+
+    Raises:
+        KeyReused: it stands for another report.
+    """
     report = RoyaltyReport.objects.filter(licensee=licensee, key=key).select_related("invoice").first()
     if report is None:
         return None
@@ -408,21 +498,39 @@ def start_invoice_checkout(*, invoice: RoyaltyInvoice, success_url: str, cancel_
 
     Raises:
         AlreadyPaid: it is paid, or asks for nothing.
+        PayByBankTransfer: it is more than Stripe takes at once.
         StripeUnavailable, StripeDeclined: see `payouts.errors`.
     """
     if invoice.status != RoyaltyInvoice.Status.OPEN:
-        raise AlreadyPaid(
-            "This invoice has been paid."
-            if invoice.status == RoyaltyInvoice.Status.PAID
-            else "This invoice asks for nothing."
-        )
-    payment, _ = Payment.objects.get_or_create(
-        invoice=invoice, defaults={"currency": invoice.currency, "amount_micros": invoice.total_micros}
-    )
+        raise AlreadyPaid(WHY_NOT_PAYABLE[RoyaltyInvoice.Status(invoice.status)])
+    payment = Payment.objects.filter(invoice=invoice).first() or billing.ask_for_royalty(invoice)
+    checkouts.refuse_too_much(payment)
     report = invoice.report
     name = f"Royalties of {report.model.name}, {report.period_start} to {report.period_end}"
-    lines = [gateway.CheckoutLine(name, invoice.total.to_minor())]  # one item: parts may be fractions of a cent
-    return checkouts.open_checkout(payment=payment, lines=lines, success_url=success_url, cancel_url=cancel_url)
+    lines = [gateway.CheckoutLine(name, payment.net.to_minor())]  # one item: parts may be fractions of a cent
+    lines += billing.tax_line(payment)
+    return checkouts.open_checkout(
+        payment=payment,
+        lines=lines,
+        success_url=success_url,
+        cancel_url=cancel_url,
+        still_due=lambda: _hold_open(invoice),
+    )
+
+
+WHY_NOT_PAYABLE = {
+    RoyaltyInvoice.Status.PAID: "This invoice has been paid.",
+    RoyaltyInvoice.Status.REFUNDED: "This invoice was paid, and refunded.",
+    RoyaltyInvoice.Status.NOTHING_DUE: "This invoice asks for nothing.",
+    RoyaltyInvoice.Status.CARRIED: "This invoice is too small to be charged; your next one asks for it too.",
+    RoyaltyInvoice.Status.VOID: "A correction took this invoice's place; pay the one that it made.",
+}
+
+
+def _hold_open(invoice: RoyaltyInvoice) -> None:
+    held = RoyaltyInvoice.objects.select_for_update(of=("self",)).get(pk=invoice.pk)
+    if held.status != RoyaltyInvoice.Status.OPEN:
+        raise AlreadyPaid(WHY_NOT_PAYABLE[RoyaltyInvoice.Status(held.status)])
 
 
 @transaction.atomic
@@ -435,25 +543,43 @@ def book_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
     taken = checkouts.take_payment(payment=payment, checkout=checkout)
     if taken is None:
         return Payment.objects.get(pk=payment.pk)
+    return book_taken(taken)
+
+
+def book_taken(taken: Payment) -> Payment:
+    """Inside the transaction that marked the payment paid: the money's place, and its division."""
     invoice = taken.invoice
-    assert invoice is not None and taken.fee_micros is not None
-    RoyaltyInvoice.objects.filter(pk=invoice.pk).update(status=RoyaltyInvoice.Status.PAID, paid_at=taken.paid_at)
-    invoice.refresh_from_db()
-    parts = parts_of(invoice)
-    lines = {line.pk: line for line in invoice.lines.all()}
+    assert invoice is not None
+    together = invoice.asked_with_it
+    changed = RoyaltyInvoice.objects.filter(
+        pk__in=[one.pk for one in together], status__in=[RoyaltyInvoice.Status.OPEN, RoyaltyInvoice.Status.CARRIED]
+    ).update(status=RoyaltyInvoice.Status.PAID, paid_at=taken.paid_at)
+    if changed != len(together):
+        raise PaymentMismatch(
+            f"Payment {taken.pk} is for royalty invoice {invoice.pk}, which is {invoice.status}: a correction took its place. "
+            "Refund it."
+        )
+    currency = taken.currency
+    postings = checkouts.cash_legs(taken) | billing.tax_legs(taken)
+    fee = 0
+    for one in together:
+        parts = parts_of(one)
+        lines = {line.pk: line for line in one.lines.all()}
+        postings |= {chart.royalty(lines[pk], currency): -part.micros for pk, part in parts.items()}
+        fee += one.total_micros - sum(part.micros for part in parts.values())
+    if len(postings) >= ledger.MAX_LEGS:
+        raise PaymentMismatch(f"Payment {taken.pk} has more lines than one entry holds.")
+    postings[chart.platform_fee(currency)] = -fee
     ledger.post(
         key=f"royalty:payment:{taken.pk}",
         kind=JournalEntry.Kind.ROYALTY,
-        postings={
-            chart.cash_pending(taken.currency): taken.amount_micros - taken.fee_micros,
-            chart.stripe_fees(taken.currency): taken.fee_micros,
-            chart.platform_fee(taken.currency): sum(part.micros for part in parts.values()) - taken.amount_micros,
-        }
-        | {chart.royalty(lines[pk], taken.currency): -part.micros for pk, part in parts.items()},
+        postings=postings,
         booked_at=taken.paid_at,
     )
     logger.info("Booked royalty invoice=%s payment=%s micros=%s", invoice.pk, taken.pk, taken.amount_micros)
-    divide_royalty(invoice=invoice)
+    for one in together:
+        divide_royalty(invoice=one)
+    invoice.refresh_from_db()
     return taken
 
 
@@ -475,11 +601,12 @@ def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
     """
     invoice = (
         RoyaltyInvoice.objects.select_for_update(of=("self",))
-        .select_related("report__licensee", "report__model", "payment")
+        .select_related("report__licensee", "report__model")
         .get(pk=invoice.pk)
     )
     if invoice.status != RoyaltyInvoice.Status.PAID:
         raise ValueError(f"{invoice} is {invoice.status}")
+    payment = (invoice.carried_into or invoice).payment
     result = latest_result(invoice.report.model)
     parts = parts_of(invoice)
     lines = invoice.lines.select_related("version", "license__offer", "license__order_line").order_by("pk")
@@ -491,7 +618,7 @@ def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
             amount=part,
             labellers_bps=line.license.offer.labellers_bps,
             buyer=invoice.report.licensee,
-            payment=invoice.payment,
+            payment=payment,
             result=result,
             order_line=line.license.order_line,
             invoice_line=line,

@@ -1,17 +1,18 @@
 """A sale: the buyer pays once, and in one transaction the licenses are granted and every part of the price has its place."""
 
 import logging
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 
+from django.conf import settings
 from django.db import transaction
 
 from marketplace import clock
 from marketplace.models import License, Order
-from marketplace.services.orders import cancel_order, hold_payable, mark_paid
+from marketplace.services.orders import cancel_order, extend_payment, hold_payable, mark_paid
 from payouts import chart, gateway, ledger
 from payouts.errors import AlreadyPaid
-from payouts.models import Division, JournalEntry, Payment, RoyaltyPool
-from payouts.services import checkouts
+from payouts.models import BankReceipt, Division, Document, JournalEntry, Payment, RoyaltyPool
+from payouts.services import billing, checkouts, documents
 from payouts.services.divisions import divide
 
 logger = logging.getLogger(__name__)
@@ -20,34 +21,95 @@ logger = logging.getLogger(__name__)
 POOL_GRACE = timedelta(days=30)
 POOL_WAITS = timedelta(days=180)
 MAX_CANCELLED_AT_ONCE = 1_000
+#: How long an order waits beyond the day on which its invoice is due.
+INVOICE_GRACE = timedelta(days=14)
 
 
-def start_checkout(*, order: Order, success_url: str, cancel_url: str) -> str:
+def start_checkout(*, order: Order, success_url: str, cancel_url: str, purchase_order: str | None = None) -> str:
     """The address at Stripe where the buyer pays the order; the webhook, not the way back, marks it paid.
+
+    Args:
+        purchase_order: the buyer's own number, for the invoice; None: as it was.
 
     Raises:
         AlreadyPaid: it is.
-        OrderNotPayable, OfferNotOpen: it was cancelled, its deadline is over, or an offer of it has changed.
+        OrderNotPayable, OfferNotOpen, BuyerInArrears: it was cancelled, its deadline is over, an offer of it has changed, or
+            the buyer owes royalties.
+        PayByBankTransfer: it is more than Stripe takes at once.
         StripeUnavailable, StripeDeclined: see `payouts.errors`.
     """
     if order.status == Order.Status.PAID:
         raise AlreadyPaid(f"Order {order.public_id} has been paid.")
-    with transaction.atomic():
-        hold_payable(order)
-        payment, _ = Payment.objects.get_or_create(
-            order=order, defaults={"currency": order.currency, "amount_micros": order.total_micros}
-        )
+    payment = _ask_for(order, purchase_order=purchase_order)
+    checkouts.refuse_too_much(payment)
     lines = [
         gateway.CheckoutLine(f"{line.version.dataset.title}, version {line.version.number}", line.price.to_minor())
         for line in order.lines.select_related("order", "version__dataset").order_by("pk")
     ]
     return checkouts.open_checkout(
         payment=payment,
-        lines=lines,
+        lines=[*lines, *billing.tax_line(payment)],
         success_url=success_url,
         cancel_url=cancel_url,
-        still_due=lambda: hold_payable(order),
+        still_due=lambda: hold_payable(order, is_invoiced=payment.due_on is not None),
     )
+
+
+def invoice_order(*, order: Order, purchase_order: str = "") -> Document:
+    """Issue the order's invoice before it is paid, to be paid by its due day: by bank transfer, or on Stripe's page.
+
+    Harmless to call twice: there is one invoice.
+
+    Raises:
+        AlreadyPaid: it is.
+        OrderNotPayable, OfferNotOpen, BuyerInArrears: see `start_checkout`.
+        InvalidInput: the buyer's billing address is missing, or the number is too long.
+    """
+    if order.status == Order.Status.PAID:
+        raise AlreadyPaid(f"Order {order.public_id} has been paid.")
+    billing.require_profile(order.buyer)
+    with transaction.atomic():
+        payment = _ask_for(order, purchase_order=purchase_order)
+        payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment.pk)
+        if payment.due_on is None:
+            if not checkouts.close_checkout(payment):
+                raise AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
+            payment.due_on = clock.today() + timedelta(days=settings.INVOICE_DUE_DAYS)
+            payment.save(update_fields=["due_on"])
+            last = datetime.combine(payment.due_on + INVOICE_GRACE, time.max, tzinfo=UTC)
+            extend_payment(order=order, until=last)
+            logger.info("Invoiced order=%s payment=%s due_on=%s", order.pk, payment.pk, payment.due_on)
+        return documents.issue_invoice(payment)
+
+
+@transaction.atomic
+def _ask_for(order: Order, *, purchase_order: str | None) -> Payment:
+    """The order's payment, with the tax and the number that it asks for now; what was invoiced keeps both.
+
+    A page at Stripe that asks for another amount is closed first.
+    """
+    payment = Payment.objects.select_for_update(of=("self",)).filter(order=order).first()
+    hold_payable(order, is_invoiced=payment is not None and payment.due_on is not None)
+    if payment is not None and (payment.due_on is not None or payment.status == Payment.Status.PAID):
+        return payment
+    tax = billing.tax_on(order.total, party=order.buyer)
+    asked = {
+        "amount_micros": order.total_micros + tax.amount.micros,
+        "tax_micros": tax.amount.micros,
+        "tax_rate": tax.rate,
+    }
+    if purchase_order is not None:
+        asked["purchase_order"] = billing.checked_purchase_order(purchase_order)
+    if payment is None:
+        payment, _ = Payment.objects.get_or_create(order=order, defaults={"currency": order.currency, **asked})
+        return payment
+    is_other = payment.amount_micros != asked["amount_micros"]
+    if is_other and payment.checkout_id and not checkouts.close_checkout(payment):
+        raise AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
+    for name, value in asked.items():
+        setattr(payment, name, value)
+    payment.save(update_fields=list(asked))
+    return payment
 
 
 def cancel_expired_orders() -> int:
@@ -71,7 +133,12 @@ def _cancel_expired(order: Order) -> bool:
     payment = Payment.objects.select_for_update(of=("self",)).filter(order=order).first()
     if payment is not None and not checkouts.close_checkout(payment):
         return False
-    return cancel_order(order=order)
+    if payment is not None and payment.receipts.filter(status=BankReceipt.Status.RECORDED).exists():
+        return False  # its money is there, and waits for a second person
+    was_unpaid = cancel_order(order=order)
+    if was_unpaid and payment is not None:
+        documents.cancel_invoice(payment, why="It was not paid in time.")
+    return was_unpaid
 
 
 @transaction.atomic
@@ -85,17 +152,19 @@ def book_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
     taken = checkouts.take_payment(payment=payment, checkout=checkout)
     if taken is None:
         return Payment.objects.get(pk=payment.pk)
+    return book_taken(taken)
+
+
+def book_taken(taken: Payment) -> Payment:
+    """Inside the transaction that marked the payment paid: licenses, the sale's entry, pools and upfront shares."""
     order = taken.order
-    assert order is not None and taken.paid_at is not None and taken.fee_micros is not None
+    assert order is not None and taken.paid_at is not None
     licenses = {license.order_line_id: license for license in mark_paid(order=order, paid_at=taken.paid_at)}
     order.refresh_from_db()
 
     currency, fee = taken.currency, 0
     lines = list(order.lines.select_related("offer", "version", "order").order_by("pk"))
-    postings = {
-        chart.cash_pending(currency): taken.amount_micros - taken.fee_micros,
-        chart.stripe_fees(currency): taken.fee_micros,
-    }
+    postings = checkouts.cash_legs(taken) | billing.tax_legs(taken)
     for line in lines:
         upfront, pooled = line.price.share(line.offer.upfront_bps), line.price.share(line.offer.pool_bps)
         fee += line.price.micros - upfront.micros - pooled.micros
@@ -123,6 +192,7 @@ def book_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
                 payment=taken,
                 order_line=line,
             )
+    documents.issue_invoice(taken)
     logger.info("Booked sale order=%s payment=%s micros=%s %s", order.pk, taken.pk, taken.amount_micros, currency)
     return taken
 

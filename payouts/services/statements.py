@@ -258,6 +258,7 @@ def _payable(party: Party, *, before: datetime) -> dict[str, int]:
 def _lines(party: Party, starts_at: datetime, ends_at: datetime) -> list[StatementLine]:
     found = (
         DivisionLine.objects.filter(party=party, division__divided_at__gte=starts_at, division__divided_at__lt=ends_at)
+        .exclude(division__source=Division.Source.CORRECTION)  # an adjustment: no weight gives its amount
         .select_related("division__version__dataset", "division__result__model")
         .order_by("division__divided_at", "division", "role")
     )
@@ -307,6 +308,7 @@ ADJUSTMENTS = {
     JournalEntry.Kind.DISPUTE_THAW: "no longer held for a dispute",
     JournalEntry.Kind.DISPUTE_LOST: "given back to the buyer by the card's bank",
     JournalEntry.Kind.TRANSFER_BACK: "taken from your balance at Stripe for what you owed",
+    JournalEntry.Kind.CORRECTION: "our error in an earlier division, corrected",
     JournalEntry.Kind.WRITE_OFF: "what you owed was forgiven, or need not be after all",
 }
 

@@ -85,7 +85,7 @@ class RefundForm(AmountForm):
     key = forms.CharField(widget=forms.HiddenInput, max_length=64)
     line = forms.TypedChoiceField(coerce=int, required=False, empty_value=None, label="Of")
     reason = forms.ChoiceField(
-        choices=[choice for choice in Refund.Reason.choices if choice[0] not in ("of_right", "at_stripe")]
+        choices=[choice for choice in Refund.Reason.choices if choice[0] not in ("of_right", "at_stripe", "corrected")]
     )
     note = forms.CharField(
         widget=forms.Textarea(attrs={"rows": 3}), max_length=2_000, label="Why, in words", help_text="For the auditor."

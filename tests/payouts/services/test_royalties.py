@@ -282,12 +282,13 @@ def test_a_cap_binds_over_the_life_of_a_license(version: Any, carol: Any, alice:
     ]
 
 
-def test_below_stripes_smallest_charge_nothing_is_due(measured: AttributionResult) -> None:
+def test_below_stripes_smallest_charge_an_invoice_is_carried_to_the_next(measured: AttributionResult) -> None:
     small = report(measured, "11.70")  # 49.725 cents
     enough = report(measured, "11.80", key="september", period_start=date(2026, 9, 1), period_end=date(2026, 9, 30))
 
-    assert (small.status, enough.status) == ("nothing_due", "open")
-    with pytest.raises(AlreadyPaid, match="asks for nothing"):
+    small.refresh_from_db()
+    assert (small.status, small.carried_into, enough.status) == ("carried", enough, "open")
+    with pytest.raises(AlreadyPaid, match="too small to be charged"):
         royalties.start_invoice_checkout(invoice=small, success_url="http://a.test/", cancel_url="http://a.test/")
 
 

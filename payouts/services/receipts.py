@@ -1,0 +1,132 @@
+"""Transfers to our own bank account: recorded by one of the staff, booked when another has seen it on the statement too."""
+
+import logging
+from datetime import date
+
+from django.db import IntegrityError, transaction
+
+from marketplace import clock
+from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.models import AuditEvent, User
+from marketplace.money import Money
+from payouts.errors import AlreadyPaid, ReceiptNotPossible
+from payouts.models import BankReceipt, Document, Payment
+from payouts.services import checkouts, duties, royalties, sales
+
+logger = logging.getLogger(__name__)
+
+Status = BankReceipt.Status
+MAX_REFERENCE = 120
+
+
+@transaction.atomic
+def record_receipt(*, payment: Payment, amount: Money, reference: str, received_on: date, by: User) -> BankReceipt:
+    """Write down that an invoice's money has arrived; nothing is booked. The same transfer again is the same row.
+
+    Args:
+        reference: the bank statement's own number of the transfer.
+
+    Raises:
+        NotAllowed: the user is not staff.
+        InvalidInput: no number, a day to come, or another amount than the invoice's.
+        AlreadyPaid: it is.
+        ReceiptNotPossible: it was not invoiced, or the transfer is another payment's.
+    """
+    _require_staff(by)
+    reference = " ".join(reference.split())
+    if not 1 <= len(reference) <= MAX_REFERENCE:
+        raise InvalidInput("Give the statement's number of the transfer.", pointers={"/reference": "missing"})
+    if received_on > clock.today():
+        raise InvalidInput(f"{received_on} is still to come.", pointers={"/received_on": "in the future"})
+    payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment.pk)
+    known = BankReceipt.objects.exclude(status=Status.REJECTED).filter(reference=reference).first()
+    if known is not None and (known.payment_id, known.amount) == (payment.pk, amount):
+        return known
+    if payment.status == Payment.Status.PAID:
+        raise AlreadyPaid(f"Payment {payment.pk} has been paid. Return the transfer.")
+    if amount != payment.amount:
+        raise InvalidInput(
+            f"The invoice asks for {payment.amount}; {amount} arrived. Return it, or ask the buyer for the rest in one transfer.",
+            pointers={"/amount": f"should be {payment.amount}"},
+        )
+    if not Document.objects.filter(payment=payment).exists():
+        raise ReceiptNotPossible("This was not invoiced, so nobody was asked for a transfer.")
+    try:
+        with transaction.atomic():
+            receipt = BankReceipt.objects.create(
+                payment=payment,
+                amount_micros=amount.micros,
+                currency=amount.currency,
+                reference=reference,
+                received_on=received_on,
+                recorded_by=by,
+                recorded_at=clock.now(),
+            )
+    except IntegrityError as error:
+        raise ReceiptNotPossible(
+            f"Transfer {reference} was recorded for another payment, or another transfer for this one."
+        ) from error
+    _note(receipt, "receipt.recorded", by)
+    return receipt
+
+
+@transaction.atomic
+def decide_receipt(*, receipt: BankReceipt, approved: bool, by: User) -> BankReceipt:
+    """Book a recorded transfer, or reject it; the second call with the same decision finds it decided.
+
+    Raises:
+        NotAllowed: the user is not staff, or confirms what they recorded themselves.
+        ReceiptNotPossible: it was decided otherwise, or the payment was made on Stripe's page meanwhile.
+        OrderNotPayable: the order was cancelled; return the transfer.
+    """
+    _require_staff(by)
+    payment = (
+        Payment.objects.select_for_update(of=("self",))
+        .select_related("order", "invoice", "tax_rate")
+        .get(pk=receipt.payment_id)
+    )
+    receipt = BankReceipt.objects.select_for_update(of=("self",)).get(pk=receipt.pk)
+    wanted = Status.BOOKED if approved else Status.REJECTED
+    if receipt.status == wanted:
+        return receipt
+    if receipt.status != Status.RECORDED:
+        raise ReceiptNotPossible(f"This transfer was {receipt.status} already.")
+    if approved and by.pk == receipt.recorded_by_id:
+        raise NotAllowed("Somebody else has to confirm it: you recorded it.")
+    receipt.status, receipt.decided_by, receipt.decided_at = wanted, by, clock.now()
+    receipt.save(update_fields=["status", "decided_by", "decided_at"])
+    if approved:
+        _book(payment)
+    _note(receipt, f"receipt.{wanted.value}", by)
+    return receipt
+
+
+def _book(payment: Payment) -> None:
+    if payment.status == Payment.Status.PAID or not checkouts.close_checkout(payment):
+        raise ReceiptNotPossible(
+            f"Payment {payment.pk} was made on Stripe's page. Reject this, and return the transfer."
+        )
+    now = clock.now()
+    payment.status, payment.method = Payment.Status.PAID, Payment.Method.BANK
+    payment.fee_micros, payment.available_on, payment.paid_at, payment.settled_at = 0, now, now, now
+    payment.save()
+    if payment.order_id is not None:
+        sales.book_taken(payment)
+    else:
+        royalties.book_taken(payment)
+        duties.settle(payment.asked_of)
+
+
+def _require_staff(user: User) -> None:
+    if not (user.is_staff and user.is_active):
+        raise NotAllowed("Only staff can record a transfer.")
+
+
+def _note(receipt: BankReceipt, action: str, by: User) -> None:
+    AuditEvent.objects.create(
+        actor=by,
+        party=receipt.payment.asked_of,
+        action=action,
+        target=f"payment:{receipt.payment_id}",
+        detail={"receipt": receipt.pk, "amount_micros": receipt.amount_micros, "currency": receipt.currency},
+    )
