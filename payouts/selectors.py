@@ -12,6 +12,7 @@ from django.utils import timezone
 from marketplace import clock
 from marketplace.models import License, Order, Party, TrainedModel
 from marketplace.money import Money
+from marketplace.templatetags.residual import money
 from payouts.models import (
     Clawback,
     Dispute,
@@ -467,7 +468,7 @@ def _earnings(
     elif not due.floor_to_minor():
         reason = "Less than the smallest coin is kept until there is more." if due else ""
     elif due.micros < minimum_of(payee.party_id, currency).micros:
-        reason = f"Below your threshold of {minimum_of(payee.party_id, currency)}: it waits until there is more."
+        reason = f"Below your threshold of {money(minimum_of(payee.party_id, currency))}: it waits until there is more."
     else:
         reason = "Goes out with the next payout run, as soon as Stripe has made the funds available."
     return Earnings(

@@ -8,6 +8,7 @@ from enum import StrEnum
 from marketplace import clock
 from marketplace.models import Party
 from marketplace.money import Money
+from marketplace.templatetags.residual import money
 from payouts.models import DivisionLine, PayeeAccount, Payout, PayoutRun, PlannedPayout
 from payouts.selectors import Earnings, earnings_of, payee_of
 from payouts.services.plans import minimum_of
@@ -141,7 +142,7 @@ def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterab
         first = of.waits[0]
         sentence = f"On hold until {first.due_at:%-d %B %Y} because {_why_held(party, of.currency, first.due_at)}."
         if len(of.waits) > 1:
-            sentence += f" {of.pending - first.amount} more later."
+            sentence += f" {money(of.pending - first.amount)} more later."
         yield Standing(Code.ON_HOLD, first.amount, sentence, until=first.due_at)
 
 
@@ -154,7 +155,7 @@ def _refusals(party: Party, of: Earnings) -> Iterable[Standing]:
         yield Standing(
             Code.BANK_REFUSED,
             payout.amount,
-            f"Your bank refused the payout of {payout.amount}: {bank_in_words(payout.bank_failure_code)}. The money is at Stripe; "
+            f"Your bank refused the payout of {money(payout.amount)}: {bank_in_words(payout.bank_failure_code)}. The money is at Stripe; "
             "name another account there and it is sent again.",
         )
     if (
@@ -165,7 +166,7 @@ def _refusals(party: Party, of: Earnings) -> Iterable[Standing]:
         yield Standing(
             Code.STRIPE_REFUSED,
             latest.amount,
-            f"Stripe refused the payout of {latest.amount}: {latest.refusal_message.rstrip('.')}. It is kept, and tried again with "
+            f"Stripe refused the payout of {money(latest.amount)}: {latest.refusal_message.rstrip('.')}. It is kept, and tried again with "
             "the next run.",
         )
 
@@ -194,7 +195,9 @@ def _waiting_for_a_run(party: Party, due: Money, least: Money) -> Standing:
                 sentence = "Waits until the buyers' payments are available at Stripe; whoever has waited longest is paid first."
                 return Standing(Code.AWAITING_FUNDS, due, sentence)
     if due.micros < least.micros:
-        return Standing(Code.BELOW_MINIMUM, due, f"Below your threshold of {least}: {due} waits until there is more.")
+        return Standing(
+            Code.BELOW_MINIMUM, due, f"Below your threshold of {money(least)}: {money(due)} waits until there is more."
+        )
     return Standing(
         Code.NEXT_RUN, due, "Goes out with the next payout run, as soon as Stripe has made the funds available."
     )

@@ -17,6 +17,7 @@ from marketplace import clock
 from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, Party, User
 from marketplace.money import MICROS, MINOR_DIGITS, Money
+from marketplace.templatetags.residual import exact_money, money
 from payouts import chart, ledger
 from payouts.models import PayoutMinimum, PayoutRun, PlannedPayout
 
@@ -45,7 +46,8 @@ def set_minimum(*, party: Party, amount: Money, user: User | None) -> PayoutMini
     )
     if not least.micros <= amount.micros <= most.micros or amount.floor_to_minor() != amount:
         raise InvalidInput(
-            f"Choose a minimum from {least} to {most}; {amount} is not.", pointers={"/minimum": "out of bounds"}
+            f"Choose a minimum from {money(least)} to {money(most)}, in whole cents; {exact_money(amount)} is not.",
+            pointers={"/minimum": "out of bounds"},
         )
     with transaction.atomic():
         row, _ = PayoutMinimum.objects.update_or_create(

@@ -7,6 +7,7 @@ from django.db.models import QuerySet
 from marketplace import clock
 from marketplace.models import TrainedModel
 from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
+from marketplace.templatetags.residual import money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
 from payouts.models import Payout, Refund
 from payouts.services.clawbacks import Part
@@ -158,7 +159,7 @@ class MinimumForm(AmountForm):
         self.fields["amount"].label = f"Send me {currency} from"
         self.fields[
             "amount"
-        ].help_text = f"{least} to {Money(least.micros * MOST_TIMES, currency)}; less waits and adds up."
+        ].help_text = f"{money(least)} to {money(Money(least.micros * MOST_TIMES, currency))}; less waits and adds up."
 
 
 class StartRunForm(Form):
