@@ -201,7 +201,7 @@ def main() -> None:
         )
         console.print(table)
         console.print(
-            f"PostgreSQL's backend: {cpu:.1f} CPU s, {backend_memory / 1e6:,.0f} MB of its own at the end; this process: peak "
+            f"PostgreSQL's backend: {cpu:.1f} CPU s, {backend_memory / 1e6:,.0f} MB at its peak, shared buffers included; this process: peak "
             f"{ours_memory / 1e6:,.0f} MB, of which {ours_before / 1e6:,.0f} MB before; load {os.getloadavg()[0]:.1f} on "
             f"{os.cpu_count()} cores; {n_statements:,} statements sum to the pool, every entry balances, no line is a micro off"
         )

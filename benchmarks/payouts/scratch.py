@@ -84,10 +84,9 @@ def backend_cpu_seconds(pid: int) -> float:
 
 
 def backend_peak_bytes(pid: int) -> int:
-    """The most memory of its own that a PostgreSQL backend held; shared buffers are not counted."""
+    """The most memory that a PostgreSQL backend of this machine held, the shared buffers that it touched included."""
     try:
-        status = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
-    private = [line.split() for line in status.splitlines() if line.startswith(("Private_Dirty", "Private_Clean"))]
-    return sum(int(fields[1]) for fields in private) * 1024
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

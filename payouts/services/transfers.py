@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 
 from django.conf import settings
 from django.db import connection, transaction
@@ -579,8 +580,13 @@ def _ask(payouts: list[Payout]) -> list[tuple[Payout, Answer]]:
     """One call for each, several side by side; what Stripe said is returned, not raised. No database is touched here."""
     if len(payouts) <= 1 or settings.STRIPE_CONNECTIONS == 1:
         return [(payout, _asked(payout)) for payout in payouts]
-    with ThreadPoolExecutor(settings.STRIPE_CONNECTIONS, thread_name_prefix="transfer") as pool:
-        return list(zip(payouts, pool.map(_asked, payouts), strict=True))
+    return list(zip(payouts, _callers(settings.STRIPE_CONNECTIONS).map(_asked, payouts), strict=True))
+
+
+@lru_cache(maxsize=1)
+def _callers(n: int) -> ThreadPoolExecutor:
+    """This process's threads that call Stripe: each keeps its connection open from batch to batch."""
+    return ThreadPoolExecutor(n, thread_name_prefix="transfer")
 
 
 def _asked(payout: Payout) -> Answer:

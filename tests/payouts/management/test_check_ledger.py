@@ -110,6 +110,16 @@ PLANTED = {
             "payable_differs",
         },
     ),
+    "a payee's count of records": (
+        "UPDATE payouts_payeecount SET n_records = n_records + 1 WHERE id = (SELECT min(c.id) FROM payouts_payeecount c"
+        " JOIN payouts_division d ON d.version_id = c.version_id WHERE d.result_id IS NULL)",
+        {"count_differs", "line_does_not_recompute"},
+    ),
+    "a leg of no account": (
+        "UPDATE payouts_posting SET account_id = 0 WHERE id = (SELECT min(p.id) FROM payouts_posting p"
+        " JOIN payouts_account a ON a.id = p.account_id WHERE a.code = 'revenue:platform_fee:USD')",
+        {"posting_of_nothing"},
+    ),
     "a pool without its money": (
         "UPDATE payouts_royaltypool SET amount_micros = amount_micros + 1 WHERE released_at IS NULL",
         {"pool_differs"},

@@ -58,18 +58,21 @@ def test_a_versions_records_are_counted_once(db: Any, alice: Any, bob: Any, monk
 
 
 def test_a_division_of_more_payees_than_an_entry_holds_is_cut_into_entries(db: Any) -> None:
-    payees = {PartyFactory(): 1 for _ in range(3)}
+    payees = {PartyFactory(): 1 for _ in range(7)}
     version = PublishedVersionFactory(contributions=payees)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ledger, "MAX_LEGS", 3)  # two payees and the source in each
+        patched.setattr(ledger, "MAX_LEGS", 6)  # five payees and the source in each
         sell(OrderFactory(offers=[OfferFactory(version=version)]))
 
     entries = JournalEntry.objects.filter(kind="upfront").order_by("pk")
     assert [entry.key.rpartition(":")[2] for entry in entries] == ["0", "1"]
-    assert [entry.n_legs for entry in entries] == [3, 2]
+    assert [entry.n_legs for entry in entries] == [6, 3]
     legs = Posting.objects.filter(entry__in=entries).order_by("entry", "leg").values_list("leg", "account__party")
-    first, second, third = sorted(party.pk for party in payees)
-    assert list(legs) == [(0, None), (1, first), (2, second), (0, None), (1, third)]
+    in_order = sorted(party.pk for party in payees)
+    assert list(legs) == [
+        *enumerate([None, *in_order[:5]]),
+        *enumerate([None, *in_order[5:]]),
+    ]
     assert check_books().findings == []
     with pytest.raises(ledger.EntryKeyReused):
         ledger.post_split(

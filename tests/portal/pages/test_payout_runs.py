@@ -7,6 +7,7 @@ from django.test import override_settings
 
 from marketplace.models import User
 from marketplace.money import Money
+from marketplace.templatetags.residual import money
 from payouts import gateway
 from payouts.models import Payout, PayoutMinimum, PayoutRun
 from payouts.services import attempts, pacing
@@ -55,7 +56,7 @@ def test_a_run_is_started_and_its_failures_are_named(told: Stripe, finance: Any,
     assert "The account is closed." in text and "ended" in text
     refused = Payout.objects.get(status="refused")
     payee = assert_page(finance.get(f"/desk/payees/{refused.party_id}/"))
-    assert f"Stripe refused the payout of {refused.amount}: The account is closed." in payee
+    assert f"Stripe refused the payout of {money(refused.amount)}: The account is closed." in payee
     assert "Refused by Stripe" in text
 
 
