@@ -126,8 +126,8 @@ class PayeeAccountAdmin(ReadOnly, admin.ModelAdmin):
 
 @admin.register(PayoutRun)
 class PayoutRunAdmin(ReadOnly, admin.ModelAdmin):
-    list_display = ["key", "status", "attempt", "due_until", "planned_at", "error_message"]
-    list_filter = ["status", "currency"]
+    list_display = ["key", "state", "status", "n_planned", "due_until", "planned_at", "error_message"]
+    list_filter = ["state", "status", "currency"]
 
 
 @admin.register(Payout)

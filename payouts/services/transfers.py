@@ -79,6 +79,7 @@ SHARD_SECONDS = 60
 NO_FUNDS = "balance_insufficient"
 #: What waits for somebody is looked at again so often, should nobody wake it.
 LOOK_AGAIN = timedelta(hours=1)
+FUNDS_LOOK_AGAIN = timedelta(minutes=10)
 SHARDS_LOOK_AGAIN = timedelta(minutes=2)
 BUSY_PAUSE = timedelta(seconds=30)
 
@@ -240,7 +241,7 @@ def execute_payout_run(run: PayoutRun) -> None:
     run.refresh_from_db(fields=["state"])
     if run.state in PayoutRun.STOPPED:
         if run.state != State.REJECTED:
-            run.postpone(timezone.now() + LOOK_AGAIN)
+            _wait_for_a_person(run, run)
         return
     done = _Done()
     left_behind = Payout.objects.filter(
@@ -268,7 +269,7 @@ def execute_payout_shard(shard: PayoutShard) -> None:
     run, done = shard.run, _Done()
     _work(run, shard, shard.first, shard.end, done)
     if done.is_stopped:
-        shard.postpone(timezone.now() + LOOK_AGAIN)
+        _wait_for_a_person(run, shard)
         return
     if done.waits_for_stripe(shard):
         return
@@ -319,7 +320,7 @@ def _cut(run: PayoutRun) -> bool:
 
 def _end(run: PayoutRun, done: _Done) -> None:
     if done.is_stopped:
-        run.postpone(timezone.now() + LOOK_AGAIN)
+        _wait_for_a_person(run, run)
         return
     if done.waits_for_stripe(run):
         return
@@ -333,7 +334,15 @@ def _end(run: PayoutRun, done: _Done) -> None:
     moving.update(state=State.SHORT_OF_FUNDS if is_short else State.ENDED)
     if is_short:
         logger.warning("Funds do not suffice run=%s waiting=%s", run.pk, counted[Outcome.WAITING])
-        run.postpone(timezone.now() + LOOK_AGAIN)
+        run.postpone(timezone.now() + FUNDS_LOOK_AGAIN)
+
+
+def _wait_for_a_person(run: PayoutRun, job: Job) -> None:
+    """Put the job off until somebody lets the run go on, who may have done so a moment ago and found the job running."""
+    job.postpone(timezone.now() + LOOK_AGAIN)
+    run.refresh_from_db(fields=["state"])
+    if run.state not in PayoutRun.STOPPED:
+        jobs.resume(job)
 
 
 def _work(run: PayoutRun, job: Job, first: int, end: int, done: _Done) -> None:

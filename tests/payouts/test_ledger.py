@@ -35,6 +35,35 @@ def test_post_writes_one_balanced_entry_exactly_once(db: Any) -> None:
     assert list(first.postings.order_by("leg").values_list("leg", flat=True)) == [0, 1, 2]
 
 
+def test_many_entries_are_written_once_each_whatever_was_there_before(db: Any, django_assert_num_queries: Any) -> None:
+    earlier = ledger.post(key="b", kind=SALE, postings={"cash:pending:USD": 2, "pool:1:USD": -2}, booked_at=clock.now())
+    drafts = [
+        ledger.Draft("c", SALE, {"cash:pending:USD": 3, "pool:2:USD": -3}, clock.now()),
+        ledger.Draft("b", SALE, {"cash:pending:USD": 2, "pool:1:USD": -2}, clock.now()),
+        ledger.Draft("a", SALE, {"cash:pending:EUR": 1, "pool:3:EUR": -1, "pool:4:EUR": 0}, clock.now()),
+    ]
+
+    entries = ledger.post_many(drafts)
+
+    assert [entry.key for entry in entries] == ["c", "b", "a"] and entries[1] == earlier
+    assert [ledger.postings_of(entry) for entry in entries] == [
+        {"cash:pending:USD": 3, "pool:2:USD": -3},
+        {"cash:pending:USD": 2, "pool:1:USD": -2},
+        {"cash:pending:EUR": 1, "pool:3:EUR": -1},
+    ]
+    assert [entry.pk for entry in ledger.post_many(drafts)] == [entry.pk for entry in entries]
+    with django_assert_num_queries(3):  # two for the transaction, which here is a savepoint
+        ledger.post_many(
+            [ledger.Draft(f"d{n}", SALE, {"cash:pending:USD": 1, "pool:1:USD": -1}, clock.now()) for n in range(50)]
+        )
+    with pytest.raises(ledger.EntryKeyReused):
+        ledger.post_many([ledger.Draft("new", SALE, drafts[0].postings), ledger.Draft("b", SALE, drafts[0].postings)])
+    with pytest.raises(ValueError, match="have one key"):
+        ledger.post_many([drafts[0], drafts[0]])
+    assert not JournalEntry.objects.filter(key="new").exists()
+    assert ledger.post_many([]) == []
+
+
 def test_post_refuses_a_used_key_with_other_contents(db: Any) -> None:
     ledger.post(key="sale:1", kind=SALE, postings=POSTINGS)
 
