@@ -14,9 +14,13 @@ from marketplace.models import License, Order, Party, TrainedModel
 from marketplace.money import Money
 from marketplace.templatetags.residual import money
 from payouts.models import (
+    BankReceipt,
     Clawback,
     Dispute,
+    Division,
+    DivisionCorrection,
     DivisionLine,
+    Document,
     PayeeAccount,
     Payment,
     Payout,
@@ -24,6 +28,7 @@ from payouts.models import (
     PlannedPayout,
     Reclaim,
     Refund,
+    ReportDuty,
     RoyaltyInvoice,
     RoyaltyPool,
     RoyaltyReport,
@@ -425,10 +430,15 @@ def royalty_invoices_of(party: Party) -> QuerySet[RoyaltyInvoice]:
     """Newest first; to anyone else they do not exist."""
     return (
         RoyaltyInvoice.objects.filter(report__licensee=party)
-        .select_related("report__model")
-        .prefetch_related("lines__version__dataset", "lines__result", "lines__license")
+        .select_related("report__model", "report__replaces", "report__replaced_by", "carried_into__report__model")
+        .prefetch_related("lines__version__dataset", "lines__result", "lines__license", "carried__report__model")
         .order_by("-pk")
     )
+
+
+def reportable_models_of_nobody() -> QuerySet[TrainedModel]:
+    """For whoever acts for no party."""
+    return TrainedModel.objects.none()
 
 
 def reportable_models_of(party: Party) -> QuerySet[TrainedModel]:
@@ -483,4 +493,90 @@ def _earnings(
         paid=Money(paid_out(Payout.Status.PAID), currency),
         waits=waits.get(currency, []),
         reason=reason,
+    )
+
+
+# --- invoices and what is due -----------------------------------------------------------------------------------------
+
+
+def documents_of(party: Party) -> QuerySet[Document]:
+    """A buyer's invoices and credit notes, newest first; to anyone else they do not exist."""
+    return Document.objects.filter(buyer=party).select_related("payment", "cancelled_by").order_by("-pk")
+
+
+def find_document(documents: QuerySet[Document], reference: str) -> Document | None:
+    """By its number, "INV-2026-000017"."""
+    kind, year, number = ([*reference.split("-"), "", "", ""])[:3]
+    if reference.count("-") != 2 or not (year.isascii() and year.isdigit() and number.isascii() and number.isdigit()):
+        return None
+    if len(year) > 4 or len(number) > 9:
+        return None
+    found = documents.filter(kind=kind, year=int(year), number=int(number)).first()
+    return found if found is not None and found.reference == reference else None
+
+
+def payment_for(order: Order) -> Payment | None:
+    return Payment.objects.filter(order=order).select_related("tax_rate").first()
+
+
+def invoice_document_of(payment: Payment | None) -> Document | None:
+    return None if payment is None else payment.documents.filter(kind="INV", cancels=None).first()
+
+
+def reports_due_of(party: Party) -> QuerySet[ReportDuty]:
+    """The reports that a licensee still owes, the nearest first."""
+    return (
+        ReportDuty.objects.filter(license__licensee=party, met_on=None, license__revoked_at=None)
+        .select_related("model", "license__version__dataset")
+        .order_by("due_on", "pk")
+    )
+
+
+def open_pools() -> QuerySet[RoyaltyPool]:
+    """What waits to be released, the nearest deadline first."""
+    return (
+        RoyaltyPool.objects.with_left()
+        .filter(released_at=None, left_micros__gt=0)  # type: ignore[misc]
+        .select_related("version__dataset", "order_line__order__buyer")
+        .order_by("deadline", "pk")
+    )
+
+
+def divisions_found(query: str) -> QuerySet[Division]:
+    """Divisions, newest first: all, or those of a dataset, model or number."""
+    found = (
+        Division.objects.exclude(source=Division.Source.CORRECTION)
+        .select_related("version__dataset", "result__model")
+        .order_by("-pk")
+    )
+    if not query:
+        return found
+    named = Q(key=query) | Q(version__dataset__title__icontains=query) | Q(result__model__name__icontains=query)
+    if query.isascii() and query.isdigit() and len(query) < 18:
+        named |= Q(pk=int(query))
+    return found.filter(named)
+
+
+def corrections_waiting() -> QuerySet[DivisionCorrection]:
+    return (
+        DivisionCorrection.objects.filter(status=DivisionCorrection.Status.PROPOSED)
+        .select_related("division__version__dataset", "proposed_by")
+        .order_by("pk")
+    )
+
+
+def receipts_waiting() -> QuerySet[BankReceipt]:
+    return (
+        BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED)
+        .select_related("payment", "recorded_by")
+        .order_by("pk")
+    )
+
+
+def unpaid_invoices() -> QuerySet[Document]:
+    """What was invoiced and is not paid, the nearest due day first."""
+    return (
+        Document.objects.filter(kind="INV", cancels=None, cancelled_by=None, payment__status=Payment.Status.OPEN)
+        .select_related("buyer", "payment")
+        .order_by("due_on", "pk")
     )

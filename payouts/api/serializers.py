@@ -1,11 +1,22 @@
 """What a client may say about money, and what it gets back."""
 
+from typing import Any
+
 from drf_spectacular.utils import OpenApiExample, extend_schema_field, extend_schema_serializer
 from rest_framework import serializers
 
 from marketplace.api.fields import MoneyField, SignedMoneyField
-from marketplace.models import TrainedModel
-from payouts.models import Payout, Refund, RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
+from marketplace.models import Offer, TrainedModel
+from payouts.models import (
+    BillingProfile,
+    Document,
+    Payout,
+    Refund,
+    ReportDuty,
+    RoyaltyInvoice,
+    RoyaltyInvoiceLine,
+    RoyaltyReport,
+)
 from payouts.selectors import Earnings
 from payouts.standing import Code, standings_of
 
@@ -31,6 +42,16 @@ class RoyaltyReportInput(serializers.Serializer):
     period_start = serializers.DateField()
     period_end = serializers.DateField(help_text="The last day of the period.")
     revenue = MoneyField(help_text="What the model earned in the period, in this currency.")
+    purchase_order = serializers.CharField(
+        required=False, allow_blank=True, max_length=60, help_text="Your own number, for the invoice."
+    )
+
+
+class RoyaltyReportCorrectionInput(serializers.Serializer):
+    revenue = MoneyField(help_text="What the model earned in the period in truth.")
+    note = serializers.CharField(max_length=500, help_text="What was wrong. Whoever gives something back reads it.")
+    period_start = serializers.DateField(required=False, help_text="If the days were wrong too.")
+    period_end = serializers.DateField(required=False)
 
 
 class RoyaltyInvoiceLineOutput(serializers.ModelSerializer):
@@ -52,12 +73,26 @@ class RoyaltyInvoiceLineOutput(serializers.ModelSerializer):
 
 
 class RoyaltyInvoiceOutput(serializers.ModelSerializer):
+    """One report's invoice. What is too small to charge is `carried`: asked for with your next one, `carried_into`."""
+
     total = MoneyField()
+    carried_into = serializers.IntegerField(source="carried_into_id", allow_null=True)
     lines = RoyaltyInvoiceLineOutput(many=True)
 
     class Meta:
         model = RoyaltyInvoice
-        fields = ["id", "status", "total", "platform_fee_bps", "issued_at", "paid_at", "lines"]
+        fields = [
+            "id",
+            "status",
+            "total",
+            "platform_fee_bps",
+            "issued_at",
+            "due_on",
+            "carried_into",
+            "purchase_order",
+            "paid_at",
+            "lines",
+        ]
 
 
 class RoyaltyReportOutput(serializers.ModelSerializer):
@@ -67,7 +102,117 @@ class RoyaltyReportOutput(serializers.ModelSerializer):
 
     class Meta:
         model = RoyaltyReport
-        fields = ["id", "model", "period_start", "period_end", "revenue", "reported_at", "invoice"]
+        fields = [
+            "id",
+            "model",
+            "period_start",
+            "period_end",
+            "revenue",
+            "reported_at",
+            "replaces",
+            "note",
+            "invoice",
+        ]
+
+
+class DocumentOutput(serializers.ModelSerializer):
+    """An invoice (INV) or credit note (CN), as it was issued."""
+
+    net = MoneyField()
+    tax = MoneyField()
+    total = MoneyField()
+    cancels = serializers.CharField(source="cancels.reference", default=None, allow_null=True)
+    content = serializers.JSONField(help_text="Every word and amount of it.")
+
+    class Meta:
+        model = Document
+        fields = [
+            "reference",
+            "kind",
+            "issued_on",
+            "due_on",
+            "net",
+            "tax",
+            "total",
+            "purchase_order",
+            "vat_id",
+            "cancels",
+            "content",
+            "sha256",
+        ]
+
+
+class InvoiceOrderInput(serializers.Serializer):
+    purchase_order = serializers.CharField(
+        required=False, allow_blank=True, max_length=60, default="", help_text="Your own number, for the invoice."
+    )
+
+
+class BillingProfileInput(serializers.Serializer):
+    legal_name = serializers.CharField(max_length=200)
+    address = serializers.CharField(max_length=500, help_text="Street, postcode and town, in lines.")
+    country = serializers.RegexField(r"^[A-Z]{2}$", help_text="ISO 3166-1, two letters.")
+    region = serializers.CharField(
+        required=False, allow_blank=True, max_length=6, default="", help_text="ISO 3166-2: CA."
+    )
+    vat_id = serializers.CharField(required=False, allow_blank=True, max_length=30, default="")
+
+
+class BillingProfileOutput(serializers.ModelSerializer):
+    class Meta:
+        model = BillingProfile
+        fields = ["legal_name", "address", "country", "region", "vat_id"]
+
+
+class RoyaltyQuoteInput(serializers.Serializer):
+    """Either a model of yours, by its latest result, or a selection that you plan."""
+
+    revenue = MoneyField()
+    model = serializers.SlugRelatedField(slug_field="slug", queryset=TrainedModel.objects.all(), required=False)
+    offers = serializers.PrimaryKeyRelatedField(
+        queryset=Offer.objects.select_related("dataset", "version"), many=True, required=False
+    )
+    records = serializers.ListField(
+        child=serializers.IntegerField(min_value=1),
+        required=False,
+        help_text="How many records of each offer; all, without.",
+    )
+
+    def validate(self, data: dict[str, Any]) -> dict[str, Any]:
+        if ("model" in data) == ("offers" in data):
+            raise serializers.ValidationError({"offers": "Give a model, or the offers of a selection."})
+        if "records" in data and len(data["records"]) != len(data.get("offers", [])):
+            raise serializers.ValidationError({"records": "Give one number per offer."})
+        return data
+
+
+class RoyaltyQuoteLineOutput(serializers.Serializer):
+    dataset = serializers.CharField()
+    share_ppq = serializers.IntegerField(help_text="Parts per quadrillion: measured, or by records for a plan.")
+    rate_bps = serializers.IntegerField()
+    amount = MoneyField()
+    is_capped = serializers.BooleanField()
+
+
+class RoyaltyQuoteOutput(serializers.Serializer):
+    """`total` is by the latest result, or by records for a plan, which no result can take below `least` or above `most`."""
+
+    revenue = MoneyField()
+    total = MoneyField()
+    least = MoneyField()
+    most = MoneyField()
+    lines = RoyaltyQuoteLineOutput(many=True)
+
+
+class ReportDutyOutput(serializers.ModelSerializer):
+    """A report that a license of yours asks for."""
+
+    model = serializers.SlugField(source="model.slug")
+    license = serializers.UUIDField(source="license.public_id")
+
+    class Meta:
+        model = ReportDuty
+        fields = ["model", "license", "period_start", "period_end", "due_on"]
 
 
 class CheckoutOutput(serializers.Serializer):
@@ -202,7 +347,9 @@ class RefundOutput(serializers.ModelSerializer):
     """One refund of an order: intended, then pending at the card's bank or sent; or refused or failed, and booked back."""
 
     amount = MoneyField()
-    reason = serializers.CharField(help_text="of_right, faulty_data, duplicate, fraud, goodwill or at_stripe.")
+    reason = serializers.CharField(
+        help_text="of_right, faulty_data, duplicate, fraud, goodwill, corrected or at_stripe."
+    )
     state = serializers.ChoiceField(choices=Refund.State.choices)
     message = serializers.CharField(source="refusal_message", help_text="Why it was refused or failed.")
 

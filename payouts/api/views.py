@@ -4,6 +4,7 @@ from typing import ClassVar
 from django.conf import settings
 from django.db.models import QuerySet
 from django.http import HttpResponse
+from django.shortcuts import get_object_or_404
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema, extend_schema_view
 from rest_framework import status
@@ -17,23 +18,44 @@ from rest_framework.viewsets import GenericViewSet
 from marketplace.api.keys import idempotency_key
 from marketplace.errors import InvalidInput
 from marketplace.models import ApiKey, Party
-from marketplace.money import MINOR_DIGITS
+from marketplace.money import MINOR_DIGITS, Money
 from payouts.api.serializers import (
+    BillingProfileInput,
+    BillingProfileOutput,
     CheckoutOutput,
+    DocumentOutput,
     EarningsOutput,
     MinimumInput,
     MinimumOutput,
     PayoutOutput,
+    ReportDutyOutput,
     RoyaltyInvoiceOutput,
+    RoyaltyQuoteInput,
+    RoyaltyQuoteOutput,
+    RoyaltyReportCorrectionInput,
     RoyaltyReportInput,
     RoyaltyReportOutput,
     StatementOutput,
 )
 from payouts.errors import NotFound
-from payouts.models import Payout, RoyaltyInvoice, RoyaltyReport
-from payouts.selectors import earnings_of, payouts_of, reportable_models_of, royalty_invoices_of, royalty_reports_of
+from payouts.models import BillingProfile, Document, Payout, RoyaltyInvoice, RoyaltyReport
+from payouts.selectors import (
+    documents_of,
+    earnings_of,
+    find_document,
+    payouts_of,
+    reportable_models_of,
+    reports_due_of,
+    royalty_invoices_of,
+    royalty_reports_of,
+)
+from payouts.services import duties
+from payouts.services.billing import set_billing_profile
+from payouts.services.documents import render_pdf
 from payouts.services.plans import minimum_of, set_minimum
-from payouts.services.royalties import report_revenue, start_invoice_checkout
+from payouts.services.quotes import quote_plan
+from payouts.services.report_corrections import correct_report
+from payouts.services.royalties import quote_royalty, report_revenue, start_invoice_checkout
 from payouts.services.statements import Statement, statement, statement_csv
 
 IDEMPOTENCY_KEY = OpenApiParameter(
@@ -49,9 +71,11 @@ MONTH = OpenApiParameter("month", str, OpenApiParameter.PATH, description="2026-
 
 @extend_schema_view(list=extend_schema(summary="Your revenue reports, with their invoices"))
 class RoyaltyReportViewSet(ListModelMixin, GenericViewSet):
-    scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.REPORT}
+    scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.REPORT, "correct": ApiKey.Scope.REPORT}
     serializer_class = RoyaltyReportOutput
     queryset = RoyaltyReport.objects.none()
+    lookup_url_kwarg = "id"
+    lookup_value_converter = "int"
 
     def get_queryset(self) -> QuerySet[RoyaltyReport]:
         return royalty_reports_of(_party(self.request))
@@ -59,7 +83,7 @@ class RoyaltyReportViewSet(ListModelMixin, GenericViewSet):
     @extend_schema(
         summary="Report a model's revenue",
         description="For a period that is over, once per model, period and currency. The invoice has a line per cited "
-        "dataset with a rate; below Stripe's smallest charge nothing is due.",
+        "dataset with a rate; below Stripe's smallest charge it is carried over to your next one.",
         parameters=[IDEMPOTENCY_KEY],
         request=RoyaltyReportInput,
         responses={201: RoyaltyReportOutput},
@@ -69,6 +93,26 @@ class RoyaltyReportViewSet(ListModelMixin, GenericViewSet):
         data.fields["model"].queryset = reportable_models_of(_party(request))  # type: ignore[attr-defined]
         data.is_valid(raise_exception=True)
         invoice = report_revenue(licensee=_party(request), key=idempotency_key(request), **data.validated_data)
+        duties.settle(_party(request))
+        seen = self.get_queryset().get(pk=invoice.report_id)
+        return Response(RoyaltyReportOutput(seen).data, status=status.HTTP_201_CREATED)
+
+    @extend_schema(
+        summary="Correct a report",
+        description="Another report takes its place. Unpaid, its invoice is void and a new one asks for all; paid, the difference "
+        "is invoiced, or goes back to the card.",
+        parameters=[IDEMPOTENCY_KEY],
+        request=RoyaltyReportCorrectionInput,
+        responses={201: RoyaltyReportOutput},
+    )
+    @action(detail=True, methods=["post"])
+    def correct(self, request: Request, id: int) -> Response:
+        data = RoyaltyReportCorrectionInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        invoice = correct_report(
+            licensee=_party(request), report=self.get_object(), key=idempotency_key(request), **data.validated_data
+        )
+        duties.settle(_party(request))
         seen = self.get_queryset().get(pk=invoice.report_id)
         return Response(RoyaltyReportOutput(seen).data, status=status.HTTP_201_CREATED)
 
@@ -99,6 +143,123 @@ class RoyaltyInvoiceViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
         back = f"{settings.BASE_URL}/models/{invoice.report.model.slug}/"
         url = start_invoice_checkout(invoice=invoice, success_url=back, cancel_url=back)
         return Response(CheckoutOutput({"url": url}).data)
+
+
+class RoyaltyQuoteView(APIView):
+    scopes = {"post": ApiKey.Scope.READ}
+
+    @extend_schema(
+        operation_id="royalty_quotes_create",
+        summary="What a model would owe at a revenue",
+        description="Of a model of yours by its latest result; of a selection that you plan, by its records, with the least and "
+        "the most that any result could make of it. Nothing is written.",
+        request=RoyaltyQuoteInput,
+        responses={200: RoyaltyQuoteOutput},
+    )
+    def post(self, request: Request) -> Response:
+        data = RoyaltyQuoteInput(data=request.data)
+        data.fields["model"].queryset = reportable_models_of(_party(request))  # type: ignore[attr-defined]
+        data.is_valid(raise_exception=True)
+        given = data.validated_data
+        if "model" in given:
+            quote = quote_royalty(model=given["model"], revenue=given["revenue"])
+            lines = [
+                {
+                    "dataset": line.license.version.dataset.slug,
+                    "share_ppq": line.share_ppq,
+                    "rate_bps": line.rate_bps,
+                    "amount": Money(line.micros, quote.total.currency),
+                    "is_capped": line.is_capped,
+                }
+                for line in quote.lines
+            ]
+            told = {"total": quote.total, "least": quote.total, "most": quote.total}
+        else:
+            records = {offer.pk: n for offer, n in zip(given["offers"], given.get("records", []), strict=False)}
+            plan = quote_plan(offers=given["offers"], revenue=given["revenue"], records=records, party=_party(request))
+            lines = [
+                {
+                    "dataset": line.offer.dataset.slug,
+                    "share_ppq": line.share_ppq,
+                    "rate_bps": line.offer.royalty_bps,
+                    "amount": line.amount,
+                    "is_capped": line.is_capped,
+                }
+                for line in plan.lines
+            ]
+            told = {"total": plan.by_count, "least": plan.least, "most": plan.most}
+        return Response(RoyaltyQuoteOutput({"revenue": given["revenue"], "lines": lines, **told}).data)
+
+
+class ReportDutiesView(APIView):
+    @extend_schema(
+        operation_id="royalty_reports_due",
+        summary="The reports that you still owe",
+        description="The nearest due day first; overdue ones are public, and in the end suspend the license.",
+        responses={200: ReportDutyOutput(many=True)},
+    )
+    def get(self, request: Request) -> Response:
+        return Response(ReportDutyOutput(reports_due_of(_party(request)), many=True).data)
+
+
+class DocumentListView(APIView):
+    @extend_schema(
+        operation_id="documents_list",
+        summary="Your invoices and credit notes",
+        description="The latest hundred, newest first.",
+        responses={200: DocumentOutput(many=True)},
+    )
+    def get(self, request: Request) -> Response:
+        return Response(DocumentOutput(documents_of(_party(request))[:100], many=True).data)
+
+
+class DocumentView(APIView):
+    @extend_schema(
+        operation_id="documents_retrieve", summary="One invoice or credit note", responses={200: DocumentOutput}
+    )
+    def get(self, request: Request, reference: str) -> Response:
+        return Response(DocumentOutput(_document(request, reference)).data)
+
+
+class DocumentPdfView(APIView):
+    @extend_schema(
+        operation_id="documents_pdf",
+        summary="The same, as PDF",
+        responses={(200, "application/pdf"): OpenApiResponse(OpenApiTypes.BINARY)},
+    )
+    def get(self, request: Request, reference: str) -> HttpResponse:
+        document = _document(request, reference)
+        headers = {"Content-Disposition": f'attachment; filename="{document.reference}.pdf"'}
+        return HttpResponse(render_pdf(document), content_type="application/pdf", headers=headers)
+
+
+class BillingProfileView(APIView):
+    scopes = {"get": ApiKey.Scope.READ, "put": ApiKey.Scope.BUY}
+
+    @extend_schema(
+        operation_id="billing_retrieve", summary="How your invoices name you", responses={200: BillingProfileOutput}
+    )
+    def get(self, request: Request) -> Response:
+        return Response(BillingProfileOutput(get_object_or_404(BillingProfile, party=_party(request))).data)
+
+    @extend_schema(
+        operation_id="billing_update",
+        summary="Say how your next invoices name you",
+        request=BillingProfileInput,
+        responses={200: BillingProfileOutput},
+    )
+    def put(self, request: Request) -> Response:
+        data = BillingProfileInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        profile = set_billing_profile(party=_party(request), user=None, **data.validated_data)
+        return Response(BillingProfileOutput(profile).data)
+
+
+def _document(request: Request, reference: str) -> Document:
+    found = find_document(documents_of(_party(request)), reference)
+    if found is None:
+        raise NotFound("There is no such document, or it is not yours.")
+    return found
 
 
 class StatementView(APIView):

@@ -4,6 +4,7 @@ Tax never reaches fee, upfront share or pool: it stands on its rate's own accoun
 """
 
 import logging
+import re
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -225,6 +226,10 @@ def add_tax_rate(
     """
     if not (user.is_staff and user.is_active):
         raise NotAllowed("Only staff can set tax rates.")
+    if not re.fullmatch(r"[A-Z]{2}(-[A-Z0-9]{1,3})?", jurisdiction):
+        raise InvalidInput(
+            f"{jurisdiction} is no place; write DE, or US-CA (ISO 3166).", pointers={"/jurisdiction": "no place"}
+        )
     if valid_from < clock.today():
         raise InvalidInput("A rate begins today or later.", pointers={"/valid_from": "in the past"})
     try:

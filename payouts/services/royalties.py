@@ -201,7 +201,7 @@ def quote_royalty(*, model: TrainedModel, revenue: Money) -> Quote:
         NoResultYet: no published result says what it owes to whom.
         InvalidInput: a revenue below zero or beyond the largest amount.
     """
-    _check_revenue(revenue)
+    check_revenue(revenue)
     result = latest_result(model)
     if result is None:
         raise NoResultYet(f"{model.name} has no published result yet; report its revenue once it has been measured.")
@@ -273,7 +273,7 @@ def check_report(period_start: date, period_end: date, revenue: Money) -> None:
     Raises:
         InvalidInput: a period that is reversed or not over, or a revenue that cannot be.
     """
-    _check_revenue(revenue)
+    check_revenue(revenue)
     if period_end < period_start:
         raise InvalidInput(
             f"The period ends on {period_end}, before it starts on {period_start}.",
@@ -464,7 +464,7 @@ def _left_of_cap(license: License, offer: Offer, currency: str) -> int | None:
     return max(0, offer.royalty_cap_micros - used)
 
 
-def _check_revenue(revenue: Money) -> None:
+def check_revenue(revenue: Money) -> None:
     if not 0 <= revenue.micros <= MAX_MICROS:
         raise InvalidInput(
             f"A revenue is between 0 and {Money(MAX_MICROS, revenue.currency)}; {revenue} is not.",

@@ -11,11 +11,11 @@ from rest_framework.views import APIView
 from marketplace.api.keys import acting_key, idempotency_key
 from marketplace.models import ApiKey
 from marketplace.selectors import orders_visible_to
-from payouts.api.serializers import CheckoutOutput, RefundOutput
+from payouts.api.serializers import CheckoutOutput, DocumentOutput, InvoiceOrderInput, RefundOutput
 from payouts.api.views import IDEMPOTENCY_KEY
 from payouts.selectors import refunds_of
 from payouts.services.refunds import refund_of_right
-from payouts.services.sales import start_checkout
+from payouts.services.sales import invoice_order, start_checkout
 from portal.pages.views import checkout_urls
 
 
@@ -34,6 +34,27 @@ class OrderCheckoutView(APIView):
         order = get_object_or_404(orders_visible_to(acting_key(request).party), public_id=public_id)
         url = start_checkout(order=order, **checkout_urls(reverse("order", args=[order.public_id])))
         return Response(CheckoutOutput({"url": url}).data)
+
+
+class OrderInvoiceView(APIView):
+    scopes = {"post": ApiKey.Scope.BUY}
+
+    @extend_schema(
+        operation_id="orders_invoice",
+        summary="Have an order invoiced",
+        description="Issues the order's invoice, to be paid by its due day by bank transfer or on Stripe's page; again, it is the "
+        "same one. Above what a card pays at once it is the only way. Needs your billing address.",
+        parameters=[IDEMPOTENCY_KEY],
+        request=InvoiceOrderInput,
+        responses={201: DocumentOutput},
+    )
+    def post(self, request: Request, public_id: str) -> Response:
+        order = get_object_or_404(orders_visible_to(acting_key(request).party), public_id=public_id)
+        idempotency_key(request)  # there is one invoice whatever the key
+        data = InvoiceOrderInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        document = invoice_order(order=order, **data.validated_data)
+        return Response(DocumentOutput(document).data, status=HTTP_201_CREATED)
 
 
 class OrderRefundsView(APIView):
@@ -70,5 +91,6 @@ class OrderRefundsView(APIView):
 
 paths = [
     path("orders/<uuid:public_id>/checkout/", OrderCheckoutView.as_view(), name="api-order-checkout"),
+    path("orders/<uuid:public_id>/invoice/", OrderInvoiceView.as_view(), name="api-order-invoice"),
     path("orders/<uuid:public_id>/refunds/", OrderRefundsView.as_view(), name="api-order-refunds"),
 ]

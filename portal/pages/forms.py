@@ -4,6 +4,7 @@ from typing import Any
 from django import forms
 from django.db.models import QuerySet
 
+from attribution.models import AttributionResult
 from marketplace import clock
 from marketplace.models import TrainedModel
 from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
@@ -37,6 +38,9 @@ class RevenueForm(Form):
         max_length=40, widget=MoneyInput, help_text="What the model earned in that period; 0 is an answer too."
     )
     currency = forms.ChoiceField(choices=CURRENCIES)
+    purchase_order = forms.CharField(
+        max_length=60, required=False, label="Your purchase-order number", help_text="It is printed on the invoice."
+    )
 
     def __init__(self, *args: Any, models: QuerySet[TrainedModel], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,7 +62,7 @@ class RevenueForm(Form):
     def report(self) -> dict[str, Any]:
         """As `report_revenue` takes it."""
         data = self.cleaned_data
-        return {name: data[name] for name in ("model", "period_start", "period_end", "revenue")} | {
+        return {name: data[name] for name in ("model", "period_start", "period_end", "revenue", "purchase_order")} | {
             "key": f"web:{data['key']}"
         }
 
@@ -78,6 +82,143 @@ class AmountForm(Form):
             return Money.parse(self.cleaned_data["amount"], self.currency)
         except InvalidMoney as error:
             raise forms.ValidationError(str(error)) from None
+
+
+class CorrectReportForm(AmountForm):
+    """The right revenue of a report that was wrong; the key makes a second click harmless."""
+
+    key = forms.CharField(widget=forms.HiddenInput, max_length=64)
+    period_start = forms.DateField(widget=DateInput, label="From")
+    period_end = forms.DateField(widget=DateInput, label="To, inclusive")
+    note = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}),
+        max_length=500,
+        label="What was wrong",
+        help_text="If money goes back, the people who give it back read this.",
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["amount"].label = f"Revenue in truth, {self.currency}"
+
+    @property
+    def correction(self) -> dict[str, Any]:
+        """As `correct_report` takes it."""
+        data = self.cleaned_data
+        return {name: data[name] for name in ("period_start", "period_end", "note")} | {
+            "revenue": data["amount"],
+            "key": f"web:{data['key']}",
+        }
+
+
+class BillingForm(Form):
+    legal_name = forms.CharField(max_length=200, label="Registered name")
+    address = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}), max_length=500, label="Street, postcode and town"
+    )
+    country = country_field("Country")
+    region = forms.CharField(
+        max_length=6, required=False, help_text="Where taxes depend on it: the state’s code, such as CA."
+    )
+    vat_id = forms.CharField(
+        max_length=30, required=False, label="VAT id", help_text="With its country’s letters; it is checked."
+    )
+
+    def clean_country(self) -> str:
+        return str(self.cleaned_data["country"]).upper()
+
+
+class PurchaseOrderForm(Form):
+    purchase_order = forms.CharField(max_length=60, required=False, label="Your purchase-order number")
+
+
+class EstimateForm(Form):
+    """A planned selection, or one's own model, and a revenue."""
+
+    model: forms.ModelChoiceField = forms.ModelChoiceField(
+        TrainedModel.objects.none(), required=False, empty_label="a selection that you plan", label="For"
+    )
+    datasets = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}),
+        required=False,
+        max_length=10_000,
+        label="Datasets of a planned selection",
+        help_text="One per line: the last part of its address, and how many records if not all: fashion 500",
+    )
+    revenue = forms.CharField(max_length=40, widget=MoneyInput, initial="100000")
+    currency = forms.ChoiceField(choices=CURRENCIES)
+
+    def __init__(self, *args: Any, models: QuerySet[TrainedModel], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["model"].queryset = models  # type: ignore[attr-defined]
+        if not models:
+            del self.fields["model"]
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or {}
+        if data.get("revenue") and data.get("currency"):
+            try:
+                data["revenue"] = Money.parse(data["revenue"], data["currency"])
+            except InvalidMoney as error:
+                self.add_error("revenue", str(error))
+        if not data.get("model") and not (data.get("datasets") or "").strip():
+            self.add_error("datasets", "Name at least one dataset.")
+        return data
+
+    def clean_datasets(self) -> list[tuple[str, int | None]]:
+        lines = [line.split() for line in self.cleaned_data["datasets"].splitlines() if line.strip()]
+        for number, line in enumerate(lines, 1):
+            if len(line) > 2 or (
+                len(line) == 2 and not (line[1].isascii() and line[1].isdigit() and len(line[1]) < 12)
+            ):
+                raise forms.ValidationError(f"Line {number}: give a dataset, and a number of records if not all.")
+        self.wanted = [(line[0], int(line[1]) if len(line) == 2 else None) for line in lines]
+        return self.cleaned_data["datasets"]  # type: ignore[no-any-return]
+
+
+class ReceiptForm(AmountForm):
+    reference = forms.CharField(max_length=120, label="The statement’s number of the transfer")
+    received_on = forms.DateField(widget=DateInput, label="Received on")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As `record_receipt` takes it."""
+        return {name: self.cleaned_data[name] for name in ("amount", "reference", "received_on")}
+
+
+class CorrectDivisionForm(Form):
+    result: forms.ModelChoiceField = forms.ModelChoiceField(
+        AttributionResult.objects.none(),
+        required=False,
+        empty_label="by count, as the counts are now",
+        label="Divide anew by",
+    )
+    reason = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}),
+        max_length=2_000,
+        label="What went wrong",
+        help_text="The payees read it.",
+    )
+
+    def __init__(self, *args: Any, results: QuerySet[AttributionResult], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["result"].queryset = results  # type: ignore[attr-defined]
+
+
+class TaxRateForm(Form):
+    jurisdiction = forms.CharField(max_length=6, help_text="ISO 3166: DE, or US-CA.")
+    name = forms.CharField(max_length=40, initial="VAT", label="Name on the invoice")
+    percent = forms.DecimalField(min_value=0, max_value=100, decimal_places=2, label="Rate, %")
+    is_reversed = forms.BooleanField(required=False, label="None for buyers with a VAT id (reverse charge)")
+    valid_from = forms.DateField(widget=DateInput)
+    valid_until = forms.DateField(widget=DateInput, required=False, help_text="The last day; open-ended without.")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As `add_tax_rate` takes it."""
+        data = self.cleaned_data
+        named = ("jurisdiction", "name", "is_reversed", "valid_from", "valid_until")
+        return {name: data[name] for name in named} | {"rate_bps": int(data["percent"] * 100)}
 
 
 class RefundForm(AmountForm):

@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from portal.pages import desk, desk_runs, views
+from portal.pages import billing, books, desk, desk_runs, views
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -19,6 +19,21 @@ urlpatterns = [
     path("orders/<uuid:order_id>/refund/", views.refund, name="refund"),
     path("royalties/", views.royalty_list, name="royalties"),
     path("royalties/<int:invoice_id>/checkout/", views.invoice_checkout, name="invoice-checkout"),
+    path("royalties/<int:invoice_id>/", billing.royalty_invoice, name="royalty-invoice"),
+    path("royalties/estimate/", billing.estimate, name="estimate"),
+    path("orders/<uuid:order_id>/invoice/", billing.order_invoice, name="order-invoice"),
+    path("invoices/", billing.invoice_list, name="invoices"),
+    path("invoices/billing/", billing.billing_profile, name="billing"),
+    path("invoices/<str:reference>.pdf", billing.invoice_pdf, name="invoice-pdf"),
+    path("invoices/<str:reference>/", billing.invoice, name="invoice"),
+    path("desk/pools/", books.pools, name="desk-pools"),
+    path("desk/invoices/", books.invoices, name="desk-invoices"),
+    path("desk/invoices/<str:reference>/", books.invoice, name="desk-invoice"),
+    path("desk/receipts/<int:receipt_id>/", books.decide_receipt, name="desk-receipt"),
+    path("desk/divisions/", books.division_list, name="desk-divisions"),
+    path("desk/divisions/<int:division_id>/", books.division, name="desk-division"),
+    path("desk/corrections/<int:correction_id>/", books.correction, name="desk-correction"),
+    path("desk/taxes/", books.taxes, name="desk-taxes"),
     path("earnings/", views.earnings, name="earnings"),
     path("earnings/onboarding/", views.onboarding, name="onboarding"),
     path("earnings/minimum/<str:currency>/", views.payout_minimum, name="payout-minimum"),

@@ -27,13 +27,13 @@ from marketplace import selectors as marketplace
 from marketplace.errors import DomainError
 from marketplace.export.citations import bibtex, csl_json
 from marketplace.models import Disclosure, Order, TrainedModel
-from marketplace.money import MINOR_DIGITS, Money
+from marketplace.money import MAX_CHARGE_MINOR, MINOR_DIGITS, Money
 from marketplace.services.disclosures import canonical_json
 from marketplace.services.parties import set_country
 from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
 from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
-from payouts.services import payees, plans, refunds, royalties, sales, statements
+from payouts.services import billing, duties, payees, plans, refunds, royalties, sales, statements
 from payouts.standing import standings_of
 from portal.pages import selectors
 from portal.pages.forest import forest
@@ -52,9 +52,7 @@ def home(request: HttpRequest) -> HttpResponse:
 
 @require_GET
 def robots(request: HttpRequest) -> HttpResponse:
-    private = (
-        "/accounts/ /admin/ /api/ /desk/ /downloads/ /earnings/ /invitations/ /licenses/ /orders/ /settings/ /uploads/"
-    )
+    private = "/accounts/ /admin/ /api/ /desk/ /downloads/ /earnings/ /invitations/ /invoices/ /licenses/ /orders/ /settings/ /uploads/"
     lines = ["User-agent: *", *(f"Disallow: {path}" for path in private.split())]
     return HttpResponse("\n".join(lines) + "\n", content_type="text/plain")
 
@@ -96,6 +94,7 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
         "result": result,
         "partitions": _partitions(request, result, [citation.version_id for citation in citations]) if result else [],
         "n_drawn": N_DRAWN,
+        "overdue": duties.overdue_of(found),
     }
     if request.htmx:  # type: ignore[attr-defined]
         return render(request, "portal/_model_progress.html", context)
@@ -183,9 +182,30 @@ def order(request: ActingRequest, order_id: uuid.UUID) -> HttpResponse:
         "refunds": payouts.refunds_of(found) if is_paid else [],
         "dispute": payouts.open_dispute_of(found) if is_paid else None,
         "of_right": payouts.refundable_of_right(found) if is_paid else None,
+        **_asked_for(found),
     }
     template = "marketplace/_order_state.html" if request.htmx else "marketplace/order_detail.html"
     return render(request, template, context)
+
+
+def _asked_for(order: Order) -> dict[str, Any]:
+    """What the order costs with tax, by its payment or as it would be asked for now, and its invoice."""
+    payment = payouts.payment_for(order)
+    document = payouts.invoice_document_of(payment)
+    if payment is not None and (document is not None or payment.status == "paid"):
+        tax, rate = payment.tax, payment.tax_rate
+    else:
+        asked = billing.tax_on(order.total, party=order.buyer)
+        tax, rate = asked.amount, asked.rate
+    total = order.total + tax
+    return {
+        "tax": tax,
+        "tax_rate": rate,
+        "to_pay": total,
+        "document": document,
+        "is_too_much": total.to_minor() > MAX_CHARGE_MINOR[order.currency],
+        "purchase_order": payment.purchase_order if payment else "",
+    }
 
 
 @acting_owner
@@ -206,7 +226,8 @@ def refund(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
 def checkout(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
     order = get_object_or_404(marketplace.orders_visible_to(request.party), public_id=order_id)
     try:
-        return see_other(sales.start_checkout(order=order, **checkout_urls(reverse("order", args=[order.public_id]))))
+        urls = checkout_urls(reverse("order", args=[order.public_id]))
+        return see_other(sales.start_checkout(order=order, purchase_order=request.POST.get("purchase_order"), **urls))
     except DomainError as error:
         return refusal(request, error)
 
@@ -228,6 +249,7 @@ def royalty_list(request: ActingRequest) -> HttpResponseBase:
     if form.is_valid():
         try:
             royalties.report_revenue(licensee=request.party, **form.report)
+            duties.settle(request.party)
         except DomainError as error:
             form.add_refusal(error)
         else:
@@ -242,6 +264,8 @@ def royalty_list(request: ActingRequest) -> HttpResponseBase:
             (invoice, [(line, Money(line.amount_micros, invoice.currency)) for line in invoice.lines.all()])
             for invoice in page
         ],
+        "due": payouts.reports_due_of(request.party)[:PER_PAGE],
+        "today": clock.today(),
         "has_models": bool(own_models),
         "came_from_checkout": request.GET.get("from") == "checkout",
     }

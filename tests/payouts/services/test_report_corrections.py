@@ -51,9 +51,9 @@ def model(carol: Any, alice: Any) -> Any:
     return measured(carol, alice)
 
 
-def report(model: Any, revenue: str = "1000", **changes: Any) -> RoyaltyInvoice:
-    asked = {"licensee": model.owner, "model": model, "key": "october", "revenue": usd(revenue)} | OCTOBER
-    return royalties.report_revenue(**asked | changes)
+def report(model: Any, amount: str = "1000", **changes: Any) -> RoyaltyInvoice:
+    asked = {"licensee": model.owner, "model": model, "key": "october", "revenue": usd(amount)} | OCTOBER
+    return royalties.report_revenue(**asked | changes)  # type: ignore[arg-type]
 
 
 def correct(invoice: RoyaltyInvoice, revenue: str, *, key: str = "again", **changes: Any) -> RoyaltyInvoice:
