@@ -430,7 +430,13 @@ def royalty_invoices_of(party: Party) -> QuerySet[RoyaltyInvoice]:
     """Newest first; to anyone else they do not exist."""
     return (
         RoyaltyInvoice.objects.filter(report__licensee=party)
-        .select_related("report__model", "report__replaces", "report__replaced_by", "carried_into__report__model")
+        .select_related(
+            "report__model",
+            "report__replaces",
+            "report__replaced_by",
+            "carried_into__report__model",
+            "payment__tax_rate",
+        )
         .prefetch_related("lines__version__dataset", "lines__result", "lines__license", "carried__report__model")
         .order_by("-pk")
     )

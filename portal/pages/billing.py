@@ -139,7 +139,7 @@ def royalty_invoice(request: ActingRequest, invoice_id: int) -> HttpResponseBase
         "payment": payment,
         "refunds": report_corrections.refunds_of(report),
         "is_overdue": bool(found.status == "open" and found.due_on and found.due_on < clock.today()),
-        "form": form if can_correct else None,
+        "form": form if can_correct or form.errors else None,
     }
     return render(request, "portal/royalty_invoice.html", context, status=422 if form.errors else 200)
 

@@ -227,7 +227,9 @@ def checkout(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
     order = get_object_or_404(marketplace.orders_visible_to(request.party), public_id=order_id)
     try:
         urls = checkout_urls(reverse("order", args=[order.public_id]))
-        return see_other(sales.start_checkout(order=order, purchase_order=request.POST.get("purchase_order"), **urls))
+        if "purchase_order" in request.POST:
+            urls["purchase_order"] = request.POST["purchase_order"]
+        return see_other(sales.start_checkout(order=order, **urls))
     except DomainError as error:
         return refusal(request, error)
 

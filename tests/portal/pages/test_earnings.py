@@ -133,11 +133,14 @@ def test_revenue_is_reported_once_and_becomes_an_invoice(carol, owing):
     assert "Pay $50.00 at Stripe" in text and "100.00 % 5 % $50.00" in text
 
 
-def test_a_royalty_that_stripe_cannot_charge_at_once_is_refused_beside_the_revenue(carol, owing):
-    text = assert_page(signed_in(carol).post("/royalties/", report(owing, revenue="20000000.00")), 422)
+def test_a_royalty_that_stripe_cannot_charge_at_once_is_invoiced_and_paid_by_bank_transfer(carol, owing):
+    browser = signed_in(carol)
+    assert browser.post("/royalties/", report(owing, revenue="20000000.00")).url == "/royalties/"
 
-    assert "Report the period in shorter parts" in text and "999,999.99" in text.replace("999999.99", "999,999.99")
-    assert not RoyaltyInvoice.objects.exists()
+    invoice = RoyaltyInvoice.objects.get()
+    text = assert_page(browser.post(f"/royalties/{invoice.pk}/checkout/"), 422)
+    assert "Pay it by bank transfer" in text and "999999.99" in text
+    assert invoice.payment.documents.get().total == Money(1_000_000_000_000, "USD")
 
 
 @pytest.mark.parametrize(
