@@ -39,6 +39,11 @@ PURPOSES = {
     "receivable": Purpose(Account.Kind.ASSET, "paid to a party for what went back since; from later earnings", True),
     "expense:dispute_fees": Purpose(Account.Kind.EXPENSE, "what Stripe keeps for disputes"),
     "expense:losses": Purpose(Account.Kind.EXPENSE, "what went back to buyers and no payee gives back"),
+    "expense:other": Purpose(Account.Kind.EXPENSE, "what only a manual entry books"),
+    "revenue:other": Purpose(Account.Kind.REVENUE, "what only a manual entry books"),
+    "equity:owners": Purpose(Account.Kind.EQUITY, "what the platform's owners put in, less what they took out"),
+    "bank": Purpose(Account.Kind.ASSET, "in the platform's own bank account: what other rails are paid from"),
+    "in_transit_rail": Purpose(Account.Kind.LIABILITY, "promised to a payee over another rail, not yet confirmed"),
 }
 
 
@@ -148,3 +153,11 @@ def dispute_fees(currency: str) -> str:
 
 def losses(currency: str) -> str:
     return f"expense:losses:{currency}"
+
+
+def bank(currency: str) -> str:
+    return f"bank:{currency}"
+
+
+def in_transit_rail(currency: str) -> str:
+    return f"in_transit_rail:{currency}"

@@ -112,3 +112,28 @@ class ReceiptNotPossible(DomainError):
     """The transfer does not fit what is asked for, or was decided already; nothing was booked."""
 
     code = "receipt_not_possible"
+
+
+class PeriodClosed(DomainError):
+    """The month is closed; a correction is booked in an open one."""
+
+    code = "period_closed"
+
+
+class NotClosable(DomainError):
+    """The month is not over, another one comes first, or something in it is still open."""
+
+    code = "not_closable"
+
+
+class FourEyes(DomainError):
+    """Whoever proposed it cannot approve it, and only staff may do either."""
+
+    code = "four_eyes"
+    status = 403
+
+
+class AlreadyDecided(DomainError):
+    """Another one of the staff was first."""
+
+    code = "already_decided"

@@ -13,13 +13,14 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, TypeVar
 
-from django.db import OperationalError, connection, transaction
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.db.models import Sum
 from django.utils import timezone
 
 from marketplace import clock
 from marketplace.errors import DomainError
 from payouts import chart
+from payouts.errors import PeriodClosed
 from payouts.models import Account, JournalEntry, Posting
 from payouts.models.ledger import MAX_LEGS
 
@@ -48,6 +49,7 @@ SNAPSHOT_POSTINGS = 1_000
 LEDGER_LOCK = 1_818_584_935
 LOCK_WAIT_MILLISECONDS = 1_000
 ROOM = "256MB"
+PERIOD_RULE = "entry_in_open_period"  # what PostgreSQL calls it (migration `0031_closing_rules`)
 
 
 class EntryKeyReused(DomainError):
@@ -83,6 +85,7 @@ def post(
 
     Raises:
         EntryKeyReused: the key was used before for something else.
+        PeriodClosed: nothing is booked at that time any more.
         ValueError: the postings do not sum to zero, mix currencies, or are fewer than two or more than `MAX_LEGS`.
     """
     return post_many([Draft(key, kind, postings, booked_at, reverses)])[0]
@@ -96,7 +99,7 @@ def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
         The entries in the order of the drafts.
 
     Raises:
-        EntryKeyReused, ValueError: see `post`; nothing was booked. Two drafts with one key are a ValueError.
+        EntryKeyReused, PeriodClosed, ValueError: see `post`; nothing was booked. Two drafts with one key are a ValueError.
     """
     legs = {draft.key: _checked_legs(draft) for draft in drafts}
     if len(legs) != len(drafts):
@@ -129,7 +132,8 @@ def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
     rows = [(key, leg, code, micros) for key in entries for leg, (code, micros) in enumerate(legs[key].items())]
     with connection.cursor() as cursor:
         # One statement for what is nearly always so: the keys are new and the accounts are open.
-        cursor.execute(_POST, [list(column) for column in (*columns, *zip(*rows, strict=True))])
+        with _told_of_closed_months():
+            cursor.execute(_POST, [list(column) for column in (*columns, *zip(*rows, strict=True))])
         told, unopened = cursor.fetchone()
         made: dict[str, int] = json.loads(told)
         if len(made) < len(entries):
@@ -172,6 +176,16 @@ SELECT * FROM unnest(%s::bigint[], %s::int[], %s::bigint[], %s::bigint[])
 
 
 @contextmanager
+def _told_of_closed_months() -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError as error:
+        if getattr(getattr(error.__cause__, "diag", None), "constraint_name", None) != PERIOD_RULE:
+            raise
+        raise PeriodClosed("Its month is closed; book it in an open one.") from error
+
+
+@contextmanager
 def room_to_sort() -> Iterator[Any]:
     """A cursor whose statements, inside this transaction, may sort a million rows in memory rather than on disk."""
     with transaction.atomic(), connection.cursor() as cursor:
@@ -202,6 +216,7 @@ def post_split(
 
     Raises:
         EntryKeyReused: there is an entry under the first key; nothing was booked.
+        PeriodClosed: nothing is booked at that time any more.
     """
     if JournalEntry.objects.filter(key=f"{key}:0").exists():
         raise EntryKeyReused(f"The key {key}:0 was used before.")
@@ -227,7 +242,8 @@ def post_split(
             "size": MAX_LEGS - 1,
         }
         cursor.execute(_OPEN_PAYABLES, given)
-        cursor.execute(_SPLIT_ENTRIES, given)
+        with _told_of_closed_months():
+            cursor.execute(_SPLIT_ENTRIES, given)
         n_entries = int(cursor.rowcount)
         cursor.execute(_SPLIT_POSTINGS, given)
         cursor.execute("DROP TABLE ledger_split")

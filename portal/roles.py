@@ -41,6 +41,17 @@ APPEND_ONLY = frozenset(
         "payouts_writeoff",
         "payouts_document",
         "payouts_correctionline",
+        "payouts_closedperiod",
+        "payouts_closedbalance",
+        "payouts_manualentry",
+        "payouts_manualleg",
+        "payouts_manualdecision",
+        "payouts_balancecheck",
+        "payouts_issuedstatement",
+        "payouts_statementbalance",
+        "payouts_statementtotal",
+        "payouts_reconciliationdifference",
+        "payouts_servedcountries",
     }
 )
 #: Rows that change state and are never deleted by the app: a missing payout would be paid again.

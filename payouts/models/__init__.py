@@ -1,12 +1,15 @@
 """Who is owed what, and what has been paid."""
 
 from payouts.models.billing import BillingProfile, Document, DocumentSeries, TaxRate
+from payouts.models.closing import BalanceCheck, ClosedBalance, ClosedPeriod, ManualDecision, ManualEntry, ManualLeg
 from payouts.models.corrections import CorrectionLine, DivisionCorrection
 from payouts.models.duties import Reminder, ReportDuty, ReportSchedule
 from payouts.models.ledger import Account, BalanceSnapshot, JournalEntry, Posting
 from payouts.models.payees import PayeeAccount
 from payouts.models.payments import BankReceipt, EventSweep, Payment, StripeEvent
 from payouts.models.pools import Division, DivisionLine, PayeeCount, RoyaltyPool
+from payouts.models.rails import RailExport, RailPayout, ServedCountries
+from payouts.models.reconciliation import ReconciliationDifference, ReconciliationRun
 from payouts.models.refunds import (
     Clawback,
     ClawbackLine,
@@ -20,16 +23,26 @@ from payouts.models.refunds import (
     WriteOff,
 )
 from payouts.models.royalties import RoyaltyInvoice, RoyaltyInvoiceLine, RoyaltyReport
+from payouts.models.statements import (
+    IssuedStatement,
+    StatementBalance,
+    StatementNotice,
+    StatementRun,
+    StatementTotal,
+)
 from payouts.models.transfers import Payout, PayoutMinimum, PayoutRun, PayoutShard, PlannedPayout
 
 __all__ = [
     "Account",
+    "BalanceCheck",
     "BalanceSnapshot",
     "BankReceipt",
     "BillingProfile",
     "Clawback",
     "ClawbackLine",
     "ClawbackUndo",
+    "ClosedBalance",
+    "ClosedPeriod",
     "CorrectionLine",
     "Dispute",
     "DisputeAnswer",
@@ -39,7 +52,11 @@ __all__ = [
     "Document",
     "DocumentSeries",
     "EventSweep",
+    "IssuedStatement",
     "JournalEntry",
+    "ManualDecision",
+    "ManualEntry",
+    "ManualLeg",
     "Movement",
     "PayeeAccount",
     "PayeeCount",
@@ -50,7 +67,11 @@ __all__ = [
     "PayoutShard",
     "PlannedPayout",
     "Posting",
+    "RailExport",
+    "RailPayout",
     "Reclaim",
+    "ReconciliationDifference",
+    "ReconciliationRun",
     "Refund",
     "Reminder",
     "ReportDuty",
@@ -59,6 +80,11 @@ __all__ = [
     "RoyaltyInvoiceLine",
     "RoyaltyPool",
     "RoyaltyReport",
+    "ServedCountries",
+    "StatementBalance",
+    "StatementNotice",
+    "StatementRun",
+    "StatementTotal",
     "StripeEvent",
     "TaxRate",
     "TransferReversal",

@@ -20,6 +20,7 @@ class Account(models.Model):
         LIABILITY = "liability"
         REVENUE = "revenue"
         EXPENSE = "expense"
+        EQUITY = "equity"
 
     code = models.CharField(max_length=80, unique=True)  # "payable:17:USD"
     kind = models.CharField(max_length=9, choices=Kind)
@@ -57,6 +58,10 @@ class JournalEntry(models.Model):
         RECOVERY = "recovery"  # what a party owes, netted with what it is owed
         WRITE_OFF = "write_off"
         CORRECTION = "correction"  # of a division: from those who had too much to those who had too little
+        MANUAL = "manual"  # proposed by one of the staff, approved by another
+        RAIL_INTENT = "rail_intent"  # promised over another rail than Stripe
+        RAIL_SENT = "rail_sent"
+        RAIL_REVERSAL = "rail_reversal"
 
     key = models.CharField(max_length=160, unique=True)
     kind = models.CharField(max_length=16, choices=Kind)
@@ -70,6 +75,7 @@ class JournalEntry(models.Model):
         constraints = [
             models.CheckConstraint(condition=Q(n_legs__gte=2, n_legs__lte=MAX_LEGS), name="entry_has_2_to_1000_legs")
         ]
+        indexes = [models.Index(fields=["booked_at"], name="entry_booked_at")]
 
     def __str__(self) -> str:
         return self.key
