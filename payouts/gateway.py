@@ -371,6 +371,16 @@ def create_onboarding_link(*, account: str, return_url: str, refresh_url: str) -
     return link.url
 
 
+def transfer_countries(country: str) -> list[str]:
+    """The countries whose payees a platform in `country` can transfer to, as Stripe says now.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        return [str(code) for code in _client().v1.country_specs.retrieve(country).supported_transfer_countries]
+
+
 def get_account(account: str) -> PayeeAccountState:
     """What Stripe knows and lacks of a payee.
 
@@ -657,6 +667,48 @@ def balance() -> dict[str, tuple[int, int]]:
         currency = entry["currency"].upper()
         held[currency] = (held.get(currency, (0, 0))[0], entry["amount"])
     return held
+
+
+def newest_balance_transactions() -> Iterator[BalanceTransaction]:
+    """Every movement of the platform's balance, newest first, a page of a hundred in memory at a time.
+
+    What is made while it is being read comes before the first and is not in it.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module; also in the middle of the iteration.
+    """
+    with _translated():
+        for entry in _client().v1.balance_transactions.list({"limit": 100}).auto_paging_iter():
+            yield _balance_transaction(_plain(entry))
+
+
+def find_balance_transaction(identifier: str) -> BalanceTransaction | None:
+    """One movement of the platform's balance; None where Stripe has none under this id.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    try:
+        return get_balance_transaction(identifier)
+    except StripeRefused as error:
+        if error.http_status == 404:
+            return None
+        raise
+
+
+def get_transfer(identifier: str) -> Transfer | None:
+    """One transfer; None where Stripe has none under this id.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    try:
+        with _translated():
+            return _transfer(_plain(_client().v1.transfers.retrieve(identifier)))
+    except StripeRefused as error:
+        if error.http_status == 404:
+            return None
+        raise
 
 
 def balance_transactions(since: str | None = None) -> Iterator[BalanceTransaction]:

@@ -26,6 +26,7 @@ from payouts.models import (
     Payout,
     PayoutRun,
     PlannedPayout,
+    RailPayout,
     Reclaim,
     Refund,
     ReportDuty,
@@ -156,6 +157,12 @@ def earnings_of(party: Party) -> list[Earnings]:
         (row["currency"], row["status"]): int(row["sum"])
         for row in Payout.objects.filter(party=party).values("currency", "status").annotate(sum=Sum("amount_micros"))
     }
+    # Another rail's payouts count where Stripe's do: on their way, then in the bank.
+    as_stripe = {RailPayout.Status.INTENDED: Payout.Status.SENT, RailPayout.Status.SENT: Payout.Status.PAID}
+    other_rails = RailPayout.objects.filter(party=party, status__in=RailPayout.STANDING)
+    for row in other_rails.values("currency", "status").annotate(sum=Sum("amount_micros")):
+        key = (row["currency"], as_stripe[RailPayout.Status(row["status"])].value)
+        payouts[key] = payouts.get(key, 0) + int(row["sum"])
     for reversed_of in fetched_back.values("currency", "payout__status").annotate(sum=Sum("amount_micros")):
         payouts[reversed_of["currency"], reversed_of["payout__status"]] -= int(reversed_of["sum"])
     waits: dict[str, list[Wait]] = {}

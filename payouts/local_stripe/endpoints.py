@@ -325,6 +325,13 @@ def get_balance_transaction(world: World, params: dict[str, Any], id: str) -> Bo
     return world.get("balance_transaction", id)
 
 
+@endpoint("GET", "/v1/country_specs/{country}")
+def get_country_spec(world: World, params: dict[str, Any], country: str) -> Body:
+    if country not in objects.SERVED_COUNTRIES:
+        raise missing("country", country)
+    return objects.country_spec(country)
+
+
 # Refunds and disputes
 
 
@@ -430,8 +437,9 @@ CONTROLLER_TYPES = {
     platform_only=True,
 )
 def create_account(world: World, params: dict[str, Any]) -> Body:
-    if not re.fullmatch("[A-Z]{2}", params.get("country", "US")):
-        raise StripeError(f"Country '{params['country']}' is unknown.", code="country_unsupported", param="country")
+    if (country := params.get("country", "US")) not in objects.SERVED_COUNTRIES:
+        what = "is not currently supported by Stripe" if re.fullmatch("[A-Z]{2}", country) else "is unknown"
+        raise StripeError(f"Country '{country}' {what}.", code="country_unsupported", param="country")
     if "type" in params:
         if "controller" in params:
             raise StripeError("You may not specify both `type` and `controller`.", param="type")

@@ -706,3 +706,26 @@ def webhook_endpoint(params: dict[str, Any], *, now: int) -> Body:
         "_connect": params.get("connect", False),
         "_secret": "whsec_" + secrets.token_urlsafe(24),
     }
+
+
+#: Whom the local Stripe pays, as Stripe's documentation of cross-border payouts names them.
+SERVED_COUNTRIES = frozenset(
+    ["AE", "AG", "AL", "AM", "AO", "AR", "AT", "AU", "AZ", "BA", "BD", "BE", "BG", "BH", "BJ", "BN", "BO", "BR", "BS", "BT", "BW", "CA", "CH", "CI", "CL", "CO", "CR", "CY", "CZ", "DE", "DK", "DO", "DZ", "EC", "EE", "EG", "ES", "ET", "FI", "FR", "GA", "GB", "GH", "GM", "GR", "GT", "GY", "HK", "HR", "HU", "ID", "IE", "IL", "IN", "IS", "IT", "JM", "JO", "JP", "KE", "KH", "KR", "KW", "KZ", "LA", "LC", "LI", "LK", "LT", "LU", "LV", "MA", "MC", "MD", "MG", "MK", "MN", "MO", "MT", "MU", "MX", "MY", "MZ", "NA", "NE", "NG", "NL", "NO", "NZ", "OM", "PA", "PE", "PH", "PK", "PL", "PT", "PY", "QA", "RO", "RS", "RW", "SA", "SE", "SG", "SI", "SK", "SM", "SN", "SV", "TH", "TN", "TR", "TT", "TW", "TZ", "US", "UY", "UZ", "VN", "ZA"]
+)
+
+
+def country_spec(country: str) -> Body:
+    """What Stripe offers in a country; only where it transfers to is played."""
+    return {
+        "id": country,
+        "object": "country_spec",
+        "default_currency": CURRENCIES.get(country, "usd"),
+        "supported_bank_account_currencies": {CURRENCIES.get(country, "usd"): [country]},
+        "supported_payment_currencies": sorted({"usd", "eur", "gbp", "jpy"}),
+        "supported_payment_methods": ["card"],
+        "supported_transfer_countries": sorted(SERVED_COUNTRIES),
+        "verification_fields": {
+            "company": {"additional": [], "minimum": []},
+            "individual": {"additional": [], "minimum": []},
+        },
+    }

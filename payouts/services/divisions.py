@@ -101,9 +101,8 @@ def dues_of(pot: Pot) -> list[tuple[int, int, int, int]]:
     """(party, weight, records, micros) of each of a pot's payees who gets something."""
     statement, parameters = allocated(pot)
     with ledger.room_to_sort() as cursor:
-        cursor.execute(
-            f"SELECT party_id, weight, n_records, micros FROM ({statement}) dues WHERE micros > 0", parameters
-        )  # noqa: S608
+        nonzero = f"SELECT party_id, weight, n_records, micros FROM ({statement}) dues WHERE micros > 0"  # noqa: S608
+        cursor.execute(nonzero, parameters)
         return [(party, int(weight), n, int(micros)) for party, weight, n, micros in cursor.fetchall()]
 
 

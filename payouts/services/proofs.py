@@ -307,7 +307,7 @@ def _pair(weight: int | None, micros: int | None) -> tuple[int, int] | None:
 
 
 def _payables(balances: Balances) -> Iterator[Finding]:
-    """What is owed to each party, less what it owes: lines − reclaims − payouts + reversals + write-offs, by currency."""
+    """What is owed to each party, less what it owes: lines − reclaims − payouts, over other rails too, + reversals + write-offs."""
     for party, currency, booked, owed in _rows(
         """
         WITH moved AS (
@@ -320,6 +320,8 @@ def _payables(balances: Balances) -> Iterator[Finding]:
             WHERE NOT EXISTS (SELECT FROM payouts_clawbackundo u WHERE u.clawback_id = c.clawback_id)
             UNION ALL
             SELECT party_id, currency, -amount_micros FROM payouts_payout WHERE status <> 'refused'
+            UNION ALL
+            SELECT party_id, currency, -amount_micros FROM payouts_railpayout WHERE status IN ('intended', 'sent')
             UNION ALL
             SELECT o.party_id, r.currency, r.amount_micros FROM payouts_transferreversal r
             JOIN payouts_payout o ON o.id = r.payout_id WHERE r.state = 'sent'

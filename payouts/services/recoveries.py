@@ -122,6 +122,9 @@ def unsent_of(*, lines: Collection[int], parties: Collection[int], currency: str
                     SELECT party_id, amount_micros AS micros FROM payouts_payout
                         WHERE party_id = ANY(%(parties)s) AND currency = %(currency)s AND status <> 'refused'
                     UNION ALL
+                    SELECT party_id, amount_micros FROM payouts_railpayout
+                        WHERE party_id = ANY(%(parties)s) AND currency = %(currency)s AND status IN ('intended', 'sent')
+                    UNION ALL
                     SELECT p.party_id, -r.amount_micros FROM payouts_transferreversal r
                         JOIN payouts_payout p ON p.id = r.payout_id
                         WHERE p.party_id = ANY(%(parties)s) AND r.currency = %(currency)s AND r.state = 'sent'

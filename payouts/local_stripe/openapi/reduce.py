@@ -25,6 +25,7 @@ OPERATIONS = {
     "/v1/checkout/sessions/{session}": ["get"],
     "/v1/checkout/sessions/{session}/expire": ["post"],
     "/v1/checkout/sessions/{session}/line_items": ["get"],
+    "/v1/country_specs/{country}": ["get"],
     "/v1/customers": ["get", "post"],
     "/v1/customers/{customer}": ["delete", "get", "post"],
     "/v1/disputes": ["get"],
