@@ -299,6 +299,10 @@ class AgedPayable:
     n_days: int  # since the oldest of it fell due; 0: nothing is due
 
     @property
+    def code(self) -> str:
+        return chart.payable(self.party_id, self.currency)
+
+    @property
     def total(self) -> Money:
         return Money(sum(amount.micros for amount in self.by_age), self.currency)
 
@@ -353,6 +357,12 @@ LEFT JOIN payouts_payeeaccount y ON y.party_id = o.party_id
 LEFT JOIN aged g ON g.party_id = o.party_id AND g.currency = o.currency
 """
 
+_AGED_TOTALS = f"""
+SELECT currency, count(*), sum(a0), sum(a1), sum(a2), sum(a3), sum(a4), sum(rest)
+FROM ({_AGED}) AS every (party, name, country, ready, currency, a0, a1, a2, a3, a4, rest, days)
+GROUP BY currency ORDER BY currency
+"""
+
 
 def aged_payables(*, offset: int = 0, limit: int = 100) -> list[AgedPayable]:
     """What is owed now, whoever has waited longest first."""
@@ -379,12 +389,7 @@ def aged_payables(*, offset: int = 0, limit: int = 100) -> list[AgedPayable]:
 def aged_totals() -> dict[str, tuple[int, tuple[Money, ...]]]:
     """Per currency: how many parties are owed something, and how much by age."""
     with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT currency, count(*), sum(a0), sum(a1), sum(a2), sum(a3), sum(a4), sum(rest) FROM"
-            f" ({_AGED}) AS every (party, name, country, ready, currency, a0, a1, a2, a3, a4, rest, days)"
-            " GROUP BY currency ORDER BY currency",
-            {"now": clock.now()},
-        )
+        cursor.execute(_AGED_TOTALS, {"now": clock.now()})
         return {row[0]: (row[1], tuple(Money(int(sum), row[0]) for sum in row[2:])) for row in cursor.fetchall()}
 
 

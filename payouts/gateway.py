@@ -730,17 +730,6 @@ def balance_transactions(since: str | None = None) -> Iterator[BalanceTransactio
                 yield _balance_transaction(_plain(entry))
 
 
-def balance_transactions_backwards() -> Iterator[BalanceTransaction]:
-    """Every movement of the platform's balance, newest first, a page of them in memory at a time.
-
-    Raises:
-        StripeRefused, StripeUncertain: see the module; also in the middle of the iteration.
-    """
-    with _translated():
-        for entry in _client().v1.balance_transactions.list({"limit": 100}).auto_paging_iter():
-            yield _balance_transaction(_plain(entry))
-
-
 def get_balance_transaction(identifier: str) -> BalanceTransaction:
     """One movement of the platform's balance, as it stands now.
 

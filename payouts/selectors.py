@@ -21,6 +21,7 @@ from payouts.models import (
     DivisionCorrection,
     DivisionLine,
     Document,
+    IssuedStatement,
     PayeeAccount,
     Payment,
     Payout,
@@ -83,6 +84,30 @@ class Earnings:
     reason: str  # what the due money waits for, in words
 
     @property
+    def kept(self) -> Money:
+        """Earned, less what went back: the two figures below together."""
+        return self.earned - self.taken_back
+
+    @property
+    def outstanding(self) -> Money:
+        """Held, or due and not sent yet."""
+        return self.pending + self.due
+
+    @property
+    def paid_out(self) -> Money:
+        """In the bank, or on its way there."""
+        return self.in_transit + self.sent + self.paid
+
+    @property
+    def still_waits_for(self) -> str:
+        """What the outstanding money waits for, in a sentence."""
+        if self.pending.micros > 0 and self.due.micros <= 0:
+            return f"held until {self.waits[0].due_at:%-d %b %Y} at the earliest." if self.waits else "held."
+        if self.pending.micros > 0:
+            return f"{self.pending} is held. {self.reason}"
+        return self.reason or "nothing waits."
+
+    @property
     def payable_now(self) -> Money:
         return max(self.due.floor_to_minor(), Money(0, self.currency))
 
@@ -100,13 +125,20 @@ class NextPayout:
     amount: Money
 
 
-def lines_of(party: Party) -> QuerySet[DivisionLine]:
-    """Every line of every division that pays the party, newest first."""
-    return (
-        DivisionLine.objects.filter(party=party)
-        .select_related("division__version__dataset", "division__result__model", "division__order_line")
-        .order_by("-division__divided_at", "-pk")
-    )
+#: Which lines are behind which of the three figures; a balance is paid from what fell due first.
+SHOWN = ("pending", "due")
+
+
+def lines_of(party: Party, shown: str = "") -> QuerySet[DivisionLine]:
+    """Every line of every division that pays the party, newest first; or only those that wait, or that have fallen due."""
+    found = DivisionLine.objects.filter(party=party)
+    if shown == "pending":
+        found = found.filter(due_at__gt=clock.now())
+    elif shown == "due":
+        found = found.filter(due_at__lte=clock.now())
+    return found.select_related(
+        "division__version__dataset", "division__result__model", "division__order_line"
+    ).order_by("-division__divided_at", "-pk")
 
 
 def payouts_of(party: Party) -> QuerySet[Payout]:
@@ -116,6 +148,64 @@ def payouts_of(party: Party) -> QuerySet[Payout]:
 
 def payee_of(party: Party) -> PayeeAccount | None:
     return PayeeAccount.objects.filter(party=party).first()
+
+
+def statements_of(party: Party) -> QuerySet[IssuedStatement]:
+    """The party's issued statements, latest first; to anyone else they do not exist."""
+    return IssuedStatement.objects.filter(party=party).select_related("party", "period").order_by("-sequence")
+
+
+@dataclass(frozen=True)
+class Onboarding:
+    """How far a payee has come at Stripe, in words; `needs` is what they must do next."""
+
+    state: str  # "not_started", "unfinished", "checking", "paused", "ready"
+    title: str
+    needs: list[str]
+
+
+#: What Stripe calls what it still needs → what a person calls it; by the beginning of Stripe's name.
+REQUIREMENTS = {
+    "external_account": "your bank account",
+    "individual.verification": "a document that shows who you are",
+    "individual.id_number": "your tax or identity number",
+    "individual.ssn_last_4": "your tax number",
+    "individual.dob": "your date of birth",
+    "individual.address": "your address",
+    "individual.email": "your e-mail address",
+    "individual.phone": "your telephone number",
+    "individual": "details about you",
+    "company.tax_id": "the company's tax number",
+    "company.verification": "a document of the company",
+    "company": "details about the company",
+    "representative": "details about who represents the company",
+    "owners": "details about the company's owners",
+    "person_": "details about a person of the company",
+    "business_profile": "what you do, in a few words",
+    "business_type": "whether you are a person or a company",
+    "tos_acceptance": "your agreement to Stripe's terms",
+    "settings": "a setting at Stripe",
+}
+
+
+def onboarding_of(payee: PayeeAccount | None) -> Onboarding:
+    """The state of a payee's account, as Stripe last described it."""
+    if payee is None:
+        return Onboarding("not_started", "Not set up yet", [])
+    needs: list[str] = []
+    for name in payee.requirements:
+        known = next(
+            (words for begins, words in REQUIREMENTS.items() if str(name).startswith(begins)), "something more"
+        )
+        if known not in needs:
+            needs.append(known)
+    if payee.is_ready and payee.payouts_enabled:
+        return Onboarding("ready", "Set up: Stripe can pay you", needs)
+    if payee.is_ready:
+        return Onboarding("paused", "Stripe holds payouts to your bank until it has what it asked for", needs)
+    if payee.details_submitted and not needs:
+        return Onboarding("checking", "Stripe is checking what you entered", needs)
+    return Onboarding("unfinished", "Stripe needs more from you", needs)
 
 
 def waiting_pools_of(party: Party) -> QuerySet[RoyaltyPool]:
@@ -467,6 +557,14 @@ def months_of(party: Party) -> list[tuple[int, int]]:
     return sorted(months, reverse=True)
 
 
+def open_months_of(party: Party) -> list[tuple[int, int]]:
+    """Of these, the ones without a numbered statement."""
+    issued = {
+        (day.year, day.month) for day in statements_of(party).order_by().values_list("period__starts_on", flat=True)
+    }
+    return [month for month in months_of(party) if month not in issued]
+
+
 def _earnings(
     currency: str,
     earned: int,
@@ -542,16 +640,6 @@ def reports_due_of(party: Party) -> QuerySet[ReportDuty]:
         ReportDuty.objects.filter(license__licensee=party, met_on=None, license__revoked_at=None)
         .select_related("model", "license__version__dataset")
         .order_by("due_on", "pk")
-    )
-
-
-def open_pools() -> QuerySet[RoyaltyPool]:
-    """What waits to be released, the nearest deadline first."""
-    return (
-        RoyaltyPool.objects.with_left()
-        .filter(released_at=None, left_micros__gt=0)  # type: ignore[misc]
-        .select_related("version__dataset", "order_line__order__buyer")
-        .order_by("deadline", "pk")
     )
 
 

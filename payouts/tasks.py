@@ -1,14 +1,41 @@
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 
 from celery import shared_task
+from django.utils import timezone
 
 from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
-from payouts.models import DisputeAnswer, PayoutRun, PayoutShard, Refund, Reminder, StripeEvent, TransferReversal
-from payouts.services import disputes, duties, events, reconciliation, recoveries, refunds, royalties, sales, transfers
+from payouts.models import (
+    DisputeAnswer,
+    PayoutRun,
+    PayoutShard,
+    ReconciliationRun,
+    Refund,
+    Reminder,
+    StatementNotice,
+    StatementRun,
+    StripeEvent,
+    TransferReversal,
+)
+from payouts.services import (
+    balance_checks,
+    closing,
+    disputes,
+    duties,
+    events,
+    issuing,
+    other_rails,
+    reconciliation,
+    recoveries,
+    refunds,
+    royalties,
+    sales,
+    transfers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,19 +134,62 @@ def take_snapshots() -> None:
 
 @shared_task
 def reconcile() -> None:
-    """Every difference becomes an error in the log; `manage.py reconcile` prints them. What fails before does not keep it from looking."""
-    found: list[reconciliation.Difference] = []
-    steps: dict[str, Callable[[], object]] = {
-        "events": events.retry_failed_events,
-        "missed": partial(events.sweep_events, failures=found),
-        "unended": refunds.retry_unended,
-        "refunds": partial(refunds.sweep_refunds, failures=found),
-        "disputes": partial(disputes.sweep_disputes, failures=found),
-    }
-    for name, step in steps.items():
-        try:
-            step()
-        except Exception as error:
-            logger.exception("A sweep failed name=%s", name)
-            found.append(reconciliation.Difference("sweep_failed", f"{name}: {error}"))
-    reconciliation.reconcile(also=found)
+    """One look per quarter of an hour, whoever calls; every difference is kept, and an error in the log."""
+    wall = timezone.now()
+    slot = wall - timedelta(minutes=wall.minute % 15)
+    run = reconciliation.request_reconciliation(key=f"beat:{slot:%Y-%m-%dT%H:%M}")
+    execute_reconciliation(run.pk)
+
+
+@shared_task(acks_late=True)
+def execute_reconciliation(run_id: int) -> None:
+    """The sweeps first, for what they find need not be told. What fails before does not keep it from looking."""
+    with jobs.claimed(ReconciliationRun, run_id) as run:
+        if not run:
+            return
+        found: list[reconciliation.Difference] = []
+        steps: dict[str, Callable[[], object]] = {
+            "events": events.retry_failed_events,
+            "missed": partial(events.sweep_events, failures=found),
+            "unended": refunds.retry_unended,
+            "refunds": partial(refunds.sweep_refunds, failures=found),
+            "disputes": partial(disputes.sweep_disputes, failures=found),
+        }
+        for name, step in steps.items():
+            try:
+                step()
+            except Exception as error:
+                logger.exception("A sweep failed name=%s", name)
+                found.append(reconciliation.Difference("sweep_failed", f"{name}: {error}", subject=name))
+        reconciliation.execute_reconciliation(run, also=found)
+
+
+@shared_task
+def check_balances() -> None:
+    balance_checks.check_balances()
+
+
+@shared_task
+def ask_served_countries() -> None:
+    other_rails.ask_served_countries()
+
+
+@shared_task
+def close_what_is_over() -> None:
+    closing.close_what_is_over()
+
+
+@shared_task(acks_late=True)
+def issue_statements(run_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(StatementRun, run_id) as run:
+        if run:
+            issuing.issue_statements(run)
+
+
+@shared_task(acks_late=True)
+def send_statement_notice(notice_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash; a worker that dies right after the mail went out sends it again."""
+    with jobs.claimed(StatementNotice, notice_id) as notice:
+        if notice:
+            issuing.send_notice(notice)

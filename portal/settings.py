@@ -38,8 +38,8 @@ INSTALLED_APPS = [
     "marketplace",
     "attribution",
     "payouts",
-    "portal",
-    "django.contrib.admin",
+    "portal.apps.PortalConfig",
+    "portal.apps.AdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.humanize",
@@ -49,6 +49,7 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "allauth",
     "allauth.account",
+    "allauth.mfa",
     "csp",
     "django_htmx",
     "rest_framework",
@@ -139,6 +140,8 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {"visibility_timeout": 3600, "socket_timeout":
 CELERY_TASK_ROUTES = {
     "marketplace.tasks.ingest_upload": {"queue": "ingest"},
     "attribution.tasks.*": {"queue": "attribution"},
+    "payouts.tasks.issue_statements": {"queue": "default"},
+    "payouts.tasks.send_statement_notice": {"queue": "default"},
     "payouts.tasks.*": {"queue": "payments"},
 }
 CELERY_BEAT_SCHEDULE_FILENAME = str(VAR / "celerybeat-schedule")
@@ -155,6 +158,9 @@ CELERY_BEAT_SCHEDULE = {
         "options": {"expires": 3600},
     },
     "snapshots": {"task": "payouts.tasks.take_snapshots", "schedule": 600.0, "options": {"expires": 600}},
+    "check-balances": {"task": "payouts.tasks.check_balances", "schedule": 60.0, "options": {"expires": 60}},
+    "served-countries": {"task": "payouts.tasks.ask_served_countries", "schedule": 600.0, "options": {"expires": 600}},
+    "close-months": {"task": "payouts.tasks.close_what_is_over", "schedule": 3600.0, "options": {"expires": 3600}},
     "reconcile": {"task": "payouts.tasks.reconcile", "schedule": 900.0, "options": {"expires": 900}},
 }
 
@@ -175,6 +181,14 @@ ACCOUNT_LOGIN_METHODS = {"email"}
 ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*"]
 ACCOUNT_EMAIL_VERIFICATION = env("ACCOUNT_EMAIL_VERIFICATION", default="optional" if IS_DEMO else "mandatory")
 ACCOUNT_ADAPTER = "portal.accounts.AccountAdapter"
+# Second factors: an authenticator app and recovery codes. Their secrets are encrypted with a key of their own.
+MFA_ADAPTER = "portal.second_factor.MFAAdapter"
+MFA_KEY = env(
+    "MFA_KEY", default=FINGERPRINT_KEY
+)  # like it, never changed: whoever has a second factor would be locked out
+MFA_SUPPORTED_TYPES = ["totp", "recovery_codes"]
+MFA_TOTP_ISSUER = "Residual"
+MFA_RECOVERY_CODES_SHOW_ONCE = True
 LOGIN_REDIRECT_URL = "/"
 LOGIN_URL = "account_login"
 EMAIL_BACKEND = (

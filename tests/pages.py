@@ -1,8 +1,11 @@
 """Signing in, and what every page of the site must keep to."""
 
 import re
+import time
 from typing import Any
 
+from allauth.mfa.models import Authenticator
+from allauth.mfa.totp.internal.auth import TOTP, generate_totp_secret
 from django.test import Client
 
 from marketplace.models import Party
@@ -15,6 +18,18 @@ def signed_in(party: Party) -> Client:
     """A browser of the party's user; `party.user` is set by the fixtures and factories."""
     client = Client()
     client.force_login(party.user)  # type: ignore[attr-defined]
+    return client
+
+
+def with_second_factor(client: Client, user: Any, *, seconds_ago: float = 0) -> Client:
+    """The browser of somebody who has an authenticator app and showed its code so long ago, as allauth keeps it."""
+    if not Authenticator.objects.filter(user=user).exists():
+        TOTP.activate(user, generate_totp_secret())
+    client.force_login(user)
+    session = client.session
+    session["account_authentication_methods"] = [{"method": "mfa", "at": time.time() - seconds_ago, "type": "totp"}]
+    session["account_authentication_methods_user"] = str(user.pk)
+    session.save()
     return client
 
 

@@ -3,7 +3,7 @@ from typing import ClassVar
 
 from django.conf import settings
 from django.db.models import QuerySet
-from django.http import HttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 from django.shortcuts import get_object_or_404
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema, extend_schema_view
@@ -56,7 +56,7 @@ from payouts.services.plans import minimum_of, set_minimum
 from payouts.services.quotes import quote_plan
 from payouts.services.report_corrections import correct_report
 from payouts.services.royalties import quote_royalty, report_revenue, start_invoice_checkout
-from payouts.services.statements import Statement, statement, statement_csv
+from payouts.services.statements import Statement, month_bounds, statement, statement_csv
 
 IDEMPOTENCY_KEY = OpenApiParameter(
     "Idempotency-Key",
@@ -280,11 +280,11 @@ class StatementCsvView(APIView):
         parameters=[MONTH],
         responses={(200, "text/csv"): OpenApiTypes.STR},
     )
-    def get(self, request: Request, month: str) -> HttpResponse:
-        text = statement_csv(_statement(_party(request), month))
+    def get(self, request: Request, month: str) -> StreamingHttpResponse:
+        year, number = _month(month)
         name = f"residual-{month}.csv"
-        return HttpResponse(
-            text,
+        return StreamingHttpResponse(
+            statement_csv(party=_party(request), year=year, month=number),
             content_type="text/csv; charset=utf-8",
             headers={"Content-Disposition": f'attachment; filename="{name}"'},
         )
@@ -357,6 +357,13 @@ def _party(request: Request) -> Party:
 
 
 def _statement(party: Party, month: str) -> Statement:
+    year, number = _month(month)
+    return statement(party=party, year=year, month=number)
+
+
+def _month(month: str) -> tuple[int, int]:
     if not re.fullmatch(r"\d{4}-\d{2}", month, re.ASCII):
         raise InvalidInput(f"{month!r} is no month; write it as 2026-03.", pointers={"/month": "no month"})
-    return statement(party=party, year=int(month[:4]), month=int(month[5:]))
+    year, number = int(month[:4]), int(month[5:])
+    month_bounds(year, number)
+    return year, number

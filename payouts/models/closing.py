@@ -8,6 +8,7 @@ PostgreSQL itself refuses an entry in a closed month, a decision by whoever prop
 approved (migration `0031_closing_rules`).
 """
 
+from datetime import UTC, date, timedelta
 from typing import ClassVar
 
 from django.db import models
@@ -32,6 +33,10 @@ class ClosedPeriod(models.Model):
 
     def __str__(self) -> str:
         return f"{self.starts_on:%Y-%m}"
+
+    @property
+    def last_day(self) -> date:
+        return (self.ends_at - timedelta(days=1)).astimezone(UTC).date()
 
 
 class ClosedBalance(models.Model):

@@ -44,6 +44,11 @@ class RoyaltyPool(models.Model):
         return f"Pool of {self.order_line}"
 
     @property
+    def code(self) -> str:
+        """Of its account."""
+        return f"pool:{self.pk}:{self.currency}"
+
+    @property
     def amount(self) -> Money:
         return Money(self.amount_micros, self.currency)
 

@@ -1,6 +1,6 @@
 """Closing a month: from then on PostgreSQL refuses every entry in it, and its statements go out.
 
-    open → over → closed (trial balance kept) → statements issued and mailed
+open → over → closed (trial balance kept) → statements issued and mailed
 """
 
 import logging

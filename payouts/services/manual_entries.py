@@ -79,7 +79,9 @@ def propose(
     now = clock.now()
     booked_at = booked_at or now
     if booked_at > now + timedelta(minutes=1):
-        raise InvalidInput("The date lies in the future; book it when it has happened.", pointers={"/booked_at": "future"})
+        raise InvalidInput(
+            "The date lies in the future; book it when it has happened.", pointers={"/booked_at": "future"}
+        )
     _refuse_closed(booked_at)
     manual = ManualEntry.objects.create(
         key=key,
@@ -92,7 +94,9 @@ def propose(
     ManualLeg.objects.bulk_create(
         ManualLeg(manual=manual, account_code=code, amount_micros=micros) for code, micros in legs.items()
     )
-    audit.record(actor=user, action="manual_entry.proposed", target=f"manual_entry:{manual.pk}", after={"legs": dict(legs)})
+    audit.record(
+        actor=user, action="manual_entry.proposed", target=f"manual_entry:{manual.pk}", after={"legs": dict(legs)}
+    )
     logger.info("Proposed manual=%s by=%s", manual.pk, user.pk)
     return manual
 

@@ -1,27 +1,35 @@
 """A party's month, per currency, so that whoever reads it can recompute it.
 
 opening + earned + adjusted − paid out = closing
+
+A month that is open is shown as it stands; once it is closed, `issuing` makes a numbered statement of it that stays. Lines are
+streamed, so that a labeller with hundreds of thousands of them costs no more memory than one with ten.
 """
 
 import csv
-import io
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 
-from django.db.models import Sum
+from django.db.models import Count, QuerySet, Sum
 
 from attribution.models import Share
+from marketplace.csv_cells import cell_text, written
 from marketplace.errors import InvalidInput
 from marketplace.models import Party
-from marketplace.money import Money
+from marketplace.money import MICROS, Money
+from payouts.books import EARNING_KINDS, PAYING_KINDS
 from payouts.models import Division, DivisionLine, JournalEntry, Posting
 
-#: What a spreadsheet would take for a formula, and the blanks that it skips before one.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+CHUNK = 2_000
 COLUMNS = [
+    "statement",
+    "line",
     "date",
     "what",
+    "division",
     "dataset",
     "version",
     "model",
@@ -38,6 +46,7 @@ COLUMNS = [
     "taken_back",
     "paid_out",
     "balance",
+    "owing",
     "currency",
     "due",
 ]
@@ -56,6 +65,7 @@ class StatementLine:
     """
 
     division_id: int
+    division_key: str  # "release:pool:3": which pool, order line or invoice line it came from
     divided_at: datetime
     source: str
     dataset: str
@@ -71,7 +81,7 @@ class StatementLine:
     divided: Money  # the whole amount, before it was split in two pots
     pot: Money
     amount: Money
-    due_at: datetime
+    due_at: datetime | None  # None only where a recomputed line was never stored
 
     @property
     def share(self) -> float:
@@ -101,14 +111,11 @@ class StatementAdjustment:
 class CurrencyStatement:
     currency: str
     opening: Money
-    lines: list[StatementLine]
+    earned: Money
+    lines: list[StatementLine]  # empty where there were too many to show
     adjustments: list[StatementAdjustment]
     payouts: list[StatementPayout]
     closing: Money
-
-    @property
-    def earned(self) -> Money:
-        return Money(sum(line.amount.micros for line in self.lines), self.currency)
 
     @property
     def paid_out(self) -> Money:
@@ -145,8 +152,11 @@ def month_bounds(year: int, month: int) -> tuple[datetime, datetime]:
     return datetime(year, month, 1, tzinfo=UTC), datetime(*after, 1, tzinfo=UTC)
 
 
-def statement(*, party: Party, year: int, month: int) -> Statement:
+def statement(*, party: Party, year: int, month: int, with_lines: bool = True) -> Statement:
     """Everything that moved a party's balance in a month; balances are the ledger's, lines the divisions'.
+
+    Args:
+        with_lines: without them what they come to is all that is known of them (`n_lines`, `earned`).
 
     Raises:
         InvalidInput: there is no such month.
@@ -155,8 +165,16 @@ def statement(*, party: Party, year: int, month: int) -> Statement:
     opening = _payable(party, before=starts_at)
     closing = _payable(party, before=ends_at)
     lines: dict[str, list[StatementLine]] = defaultdict(list)
-    for line in _lines(party, starts_at, ends_at):
-        lines[line.amount.currency].append(line)
+    earned: dict[str, int] = {
+        row["division__currency"]: int(row["sum"])
+        for row in _lines_between(party, starts_at, ends_at)
+        .order_by()
+        .values("division__currency")
+        .annotate(sum=Sum("amount_micros"))
+    }
+    if with_lines:
+        for line in stored_lines(party, starts_at, ends_at):
+            lines[line.amount.currency].append(line)
     adjustments: dict[str, list[StatementAdjustment]] = defaultdict(list)
     for adjustment in _adjustments(party, starts_at, ends_at):
         adjustments[adjustment.amount.currency].append(adjustment)
@@ -173,76 +191,184 @@ def statement(*, party: Party, year: int, month: int) -> Statement:
             CurrencyStatement(
                 currency=currency,
                 opening=Money(opening.get(currency, 0), currency),
+                earned=Money(earned.get(currency, 0), currency),
                 lines=lines[currency],
                 adjustments=adjustments[currency],
                 payouts=payouts[currency],
                 closing=Money(closing.get(currency, 0), currency),
             )
-            for currency in sorted({*opening, *closing, *lines, *adjustments, *payouts})
+            for currency in sorted({*opening, *closing, *earned, *adjustments, *payouts})
         ],
     )
 
 
-def statement_csv(statement: Statement) -> str:
-    """The statement as CSV, one row a movement, opening and closing included; texts cannot act as formulas."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\r\n")
-    writer.writerow(COLUMNS)
-    for of in statement.currencies:
-        writer.writerow(
-            _row(date=statement.starts_at, what="opening balance", balance=_amount(of.opening), currency=of.currency)
-        )
-        for line in of.lines:
-            writer.writerow(
-                _row(
-                    date=line.divided_at,
-                    what=line.source,
-                    dataset=_text(line.dataset),
-                    version=line.version,
-                    model=_text(line.model),
-                    result=line.result,
-                    role=line.role,
-                    records=line.n_records,
-                    weight=line.weight,
-                    weight_total=line.weight_total,
-                    share_low="" if line.share_low is None else f"{line.share_low:.6f}",
-                    share_high="" if line.share_high is None else f"{line.share_high:.6f}",
-                    divided=_amount(line.divided),
-                    pot=_amount(line.pot),
-                    earned=_amount(line.amount),
-                    currency=of.currency,
-                    due=line.due_at,
-                )
-            )
-        for adjustment in of.adjustments:
-            column = "earned" if adjustment.amount.micros > 0 else "taken_back"  # no cell is negative
-            amount = _amount(adjustment.amount if adjustment.amount.micros > 0 else -adjustment.amount)
-            writer.writerow(
-                _row(date=adjustment.booked_at, what=adjustment.what, currency=of.currency, **{column: amount})
-            )
-        for payout in of.payouts:
-            column = "paid_out" if payout.amount.micros > 0 else "earned"  # what came back is positive again
-            amount = _amount(payout.amount if payout.amount.micros > 0 else -payout.amount)
-            writer.writerow(_row(date=payout.booked_at, what=payout.what, currency=of.currency, **{column: amount}))
-        writer.writerow(
-            _row(date=statement.ends_at, what="closing balance", balance=_amount(of.closing), currency=of.currency)
-        )
-    return out.getvalue()
+@dataclass(frozen=True)
+class LineTotal:
+    """What a month's lines come to, by source, dataset version, model and role."""
+
+    currency: str
+    source: str
+    dataset: str
+    version: int
+    model: str  # "" when by count
+    role: str
+    n_lines: int
+    amount: Money
 
 
-def _row(**cells: object) -> list[object]:
+def totals_of(*, party: Party, year: int, month: int) -> list[LineTotal]:
+    """A month's lines, summed up in the database; the largest first.
+
+    Raises:
+        InvalidInput: there is no such month.
+    """
+    sums = (
+        _lines_between(party, *month_bounds(year, month))
+        .order_by()
+        .values(
+            "division__currency",
+            "division__source",
+            "division__version__dataset__title",
+            "division__version__number",
+            "division__result__model__name",
+            "role",
+        )
+        .annotate(n=Count("pk"), sum=Sum("amount_micros"))
+        .order_by("division__currency", "-sum")
+    )
     return [
-        f"{cell:%Y-%m-%dT%H:%M:%SZ}" if isinstance(cell, datetime) else cell
-        for cell in (cells.get(name, "") for name in COLUMNS)
+        LineTotal(
+            currency=row["division__currency"],
+            source=SOURCES[Division.Source(row["division__source"])],
+            dataset=row["division__version__dataset__title"],
+            version=row["division__version__number"],
+            model=row["division__result__model__name"] or "",
+            role=row["role"],
+            n_lines=row["n"],
+            amount=Money(int(row["sum"]), row["division__currency"]),
+        )
+        for row in sums
     ]
+
+
+def n_lines_of(*, party: Party, year: int, month: int) -> int:
+    return _lines_between(party, *month_bounds(year, month)).count()
+
+
+Lines = Callable[[Party, datetime, datetime, str], Iterator[StatementLine]]
+
+
+def statement_rows(
+    *, party: Party, starts_at: datetime, ends_at: datetime, number: str = "", lines: "Lines | None" = None
+) -> Iterator[dict[str, str]]:
+    """The statement's rows, one a movement, opening and closing balances included, streamed; every cell is text.
+
+    No cell acts as a formula, and no amount is negative: what was taken back, and what is owed to us, have columns of their own.
+
+    Args:
+        number: the statement's, once it has one.
+        lines: where the earned lines come from; the stored ones by default.
+    """
+    lines = lines or stored_lines
+    opening = _payable(party, before=starts_at)
+    closing = _payable(party, before=ends_at)
+    in_lines = (
+        _lines_between(party, starts_at, ends_at).order_by().values_list("division__currency", flat=True).distinct()
+    )
+    n_rows = 0
+    for currency in sorted({*opening, *closing, *in_lines}):
+        for cells in _currency_rows(party, starts_at, ends_at, currency, opening, closing, lines):
+            n_rows += 1
+            given = {"statement": number, "line": n_rows, "currency": currency} | cells
+            yield {name: _cell(given.get(name, "")) for name in COLUMNS}
+
+
+def csv_lines(rows: Iterator[dict[str, str]]) -> Iterator[str]:
+    """Rows as the lines of a CSV file, its header first."""
+    yield written(COLUMNS)
+    for row in rows:
+        yield written(row.values())
+
+
+def statement_csv(*, party: Party, year: int, month: int) -> Iterator[str]:
+    """A month as CSV, streamed.
+
+    Raises:
+        InvalidInput: there is no such month.
+    """
+    starts_at, ends_at = month_bounds(year, month)
+    return csv_lines(statement_rows(party=party, starts_at=starts_at, ends_at=ends_at))
+
+
+def read_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The rows of such a file, streamed.
+
+    Raises:
+        InvalidInput: its header is not a statement's.
+    """
+    reader = csv.DictReader(lines)
+    if reader.fieldnames is None or list(reader.fieldnames) != COLUMNS:
+        raise InvalidInput("This is no statement: its first row does not name a statement's columns.")
+    for row in reader:
+        yield {name: row[name] or "" for name in COLUMNS}
+
+
+def micros_of(cell: str) -> int:
+    """An amount's cell in micros; 0 where there is none."""
+    return int(Decimal(cell or "0") * MICROS)
+
+
+def _currency_rows(
+    party: Party,
+    starts_at: datetime,
+    ends_at: datetime,
+    currency: str,
+    opening: dict[str, int],
+    closing: dict[str, int],
+    lines: Lines,
+) -> Iterator[dict[str, object]]:
+    yield {"date": starts_at, "what": "opening balance"} | _balance(Money(opening.get(currency, 0), currency))
+    for line in lines(party, starts_at, ends_at, currency):
+        yield {
+            "date": line.divided_at,
+            "what": line.source,
+            "division": line.division_key,
+            "dataset": cell_text(line.dataset),
+            "version": line.version,
+            "model": cell_text(line.model),
+            "result": line.result,
+            "role": line.role,
+            "records": line.n_records,
+            "weight": line.weight,
+            "weight_total": line.weight_total,
+            "share_low": "" if line.share_low is None else cell_text(f"{line.share_low:.6f}"),
+            "share_high": "" if line.share_high is None else cell_text(f"{line.share_high:.6f}"),
+            "divided": _amount(line.divided),
+            "pot": _amount(line.pot),
+            "earned": _amount(line.amount),
+            "due": line.due_at or "",
+        }
+    for adjustment in _adjustments(party, starts_at, ends_at, currency):
+        column = "earned" if adjustment.amount.micros > 0 else "taken_back"
+        amount = adjustment.amount if adjustment.amount.micros > 0 else -adjustment.amount
+        yield {"date": adjustment.booked_at, "what": adjustment.what, column: _amount(amount)}
+    for payout in _payouts(party, starts_at, ends_at, currency):
+        column = "paid_out" if payout.amount.micros > 0 else "earned"  # what came back is positive again
+        amount = payout.amount if payout.amount.micros > 0 else -payout.amount
+        yield {"date": payout.booked_at, "what": f"{payout.what} {payout.payout_id}", column: _amount(amount)}
+    yield {"date": ends_at, "what": "closing balance"} | _balance(Money(closing.get(currency, 0), currency))
+
+
+def _balance(amount: Money) -> dict[str, object]:
+    return {"balance": _amount(amount)} if amount.micros >= 0 else {"balance": "0.00", "owing": _amount(-amount)}
+
+
+def _cell(value: object) -> str:
+    return f"{value:%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else str(value)
 
 
 def _amount(amount: Money) -> str:
     return amount.amount_text(exact=True)
-
-
-def _text(cell: str) -> str:
-    return f"'{cell}" if cell.lstrip(" \n").startswith(FORMULA_STARTS) else cell
 
 
 def _payable(party: Party, *, before: datetime) -> dict[str, int]:
@@ -255,48 +381,96 @@ def _payable(party: Party, *, before: datetime) -> dict[str, int]:
     return {row["account__currency"]: -int(row["sum"]) for row in sums}
 
 
-def _lines(party: Party, starts_at: datetime, ends_at: datetime) -> list[StatementLine]:
-    found = (
+def _lines_between(party: Party, starts_at: datetime, ends_at: datetime) -> "QuerySet[DivisionLine]":
+    return (
         DivisionLine.objects.filter(party=party, division__divided_at__gte=starts_at, division__divided_at__lt=ends_at)
-        .exclude(division__source=Division.Source.CORRECTION)  # an adjustment: no weight gives its amount
-        .select_related("division__version__dataset", "division__result__model")
+        .exclude(  # an adjustment: no weight gives its amount
+            division__source=Division.Source.CORRECTION
+        )
         .order_by("division__divided_at", "division", "role")
     )
-    intervals = {
+
+
+def stored_lines(
+    party: Party, starts_at: datetime, ends_at: datetime, currency: str | None = None
+) -> Iterator[StatementLine]:
+    """The lines as they were divided, of one currency or of all, streamed."""
+    found = _lines_between(party, starts_at, ends_at).select_related(
+        "division__version__dataset", "division__result__model"
+    )
+    if currency is not None:
+        found = found.filter(division__currency=currency)
+    chunk: list[DivisionLine] = []
+    for line in found.iterator(chunk_size=CHUNK):
+        chunk.append(line)
+        if len(chunk) == CHUNK:
+            yield from _with_intervals(party, chunk)
+            chunk = []
+    yield from _with_intervals(party, chunk)
+
+
+def _with_intervals(party: Party, lines: list[DivisionLine]) -> list[StatementLine]:
+    intervals = intervals_of(party, {line.division.result_id for line in lines} - {None})
+    return [
+        line_of(
+            line.division,
+            role=line.role,
+            n_records=line.n_records,
+            weight=line.weight,
+            amount_micros=line.amount_micros,
+            due_at=line.due_at,
+            intervals=intervals,
+        )
+        for line in lines
+    ]
+
+
+Intervals = dict[tuple[int, int, str], tuple[float | None, float | None]]
+
+
+def intervals_of(party: Party, results: set[int | None]) -> Intervals:
+    """(result, version, partition) → the 95 % interval of the party's share."""
+    return {
         (share.result_id, share.version_id, share.partition): (share.low, share.high)
-        for share in Share.objects.filter(party=party, result__in={line.division.result_id for line in found} - {None})
+        for share in Share.objects.filter(party=party, result__in=results)
     }
-    return [_line(line, intervals) for line in found]
 
 
-def _line(
-    line: DivisionLine, intervals: dict[tuple[int, int, str], tuple[float | None, float | None]]
+def line_of(
+    division: Division,
+    *,
+    role: str,
+    n_records: int,
+    weight: int,
+    amount_micros: int,
+    due_at: datetime | None,
+    intervals: Intervals,
 ) -> StatementLine:
-    division = line.division
     result = division.result
-    low, high = intervals.get((division.result_id or 0, division.version_id, line.role), (None, None))
+    low, high = intervals.get((division.result_id or 0, division.version_id, role), (None, None))
     labellers_pot = (
         division.amount.share(division.labellers_bps) if division.labellers_weight else Money(0, division.currency)
     )
-    is_labeller = line.role == DivisionLine.Role.LABELLER
+    is_labeller = role == DivisionLine.Role.LABELLER
     return StatementLine(
         division_id=division.pk,
+        division_key=division.key,
         divided_at=division.divided_at,
-        source=SOURCES[Division.Source(division.source)],
+        source=SOURCES.get(Division.Source(division.source), division.source),
         dataset=division.version.dataset.title,
         version=division.version.number,
         model=result.model.name if result else "",
         result=f"{result.grade} {result.number}" if result else "",
-        role=line.role,
-        n_records=line.n_records,
-        weight=line.weight,
+        role=role,
+        n_records=n_records,
+        weight=weight,
         weight_total=division.labellers_weight if is_labeller else division.holders_weight,
         share_low=low,
         share_high=high,
         divided=division.amount,
         pot=labellers_pot if is_labeller else division.amount - labellers_pot,
-        amount=Money(line.amount_micros, division.currency),
-        due_at=line.due_at,
+        amount=Money(amount_micros, division.currency),
+        due_at=due_at,
     )
 
 
@@ -313,50 +487,56 @@ ADJUSTMENTS = {
 }
 
 
-def _adjustments(party: Party, starts_at: datetime, ends_at: datetime) -> list[StatementAdjustment]:
+def _adjustments(
+    party: Party, starts_at: datetime, ends_at: datetime, currency: str | None = None
+) -> Iterator[StatementAdjustment]:
+    """Whatever moved the balance and is neither earned nor paid out; what only nets a debt comes to nothing and is left out."""
     sums = (
-        Posting.objects.filter(
-            account__party=party,
-            entry__kind__in=ADJUSTMENTS,
-            entry__booked_at__gte=starts_at,
-            entry__booked_at__lt=ends_at,
-        )
+        _postings_between(party, starts_at, ends_at, currency)
+        .exclude(entry__kind__in=[*EARNING_KINDS, *PAYING_KINDS])
         .values("entry", "entry__kind", "entry__booked_at", "account__currency")
         .annotate(sum=Sum("amount_micros"))
         .order_by("entry__booked_at", "entry")
     )
-    return [
-        StatementAdjustment(
-            booked_at=row["entry__booked_at"],
-            what=ADJUSTMENTS[JournalEntry.Kind(row["entry__kind"])],
-            amount=Money(-int(row["sum"]), row["account__currency"]),
-        )
-        for row in sums
-        if row["sum"]
-    ]
+    for row in sums.iterator(chunk_size=CHUNK):
+        if row["sum"]:
+            kind = row["entry__kind"]
+            yield StatementAdjustment(
+                booked_at=row["entry__booked_at"],
+                what=ADJUSTMENTS.get(kind) or kind.replace("_", " "),
+                amount=Money(-int(row["sum"]), row["account__currency"]),
+            )
 
 
-def _payouts(party: Party, starts_at: datetime, ends_at: datetime) -> list[StatementPayout]:
-    kinds = {
-        JournalEntry.Kind.PAYOUT_INTENT: "payout",
-        JournalEntry.Kind.PAYOUT_REVERSAL: "payout refused by Stripe and booked back",
-    }
+#: What paid the party, or came back.
+PAYOUTS = {
+    JournalEntry.Kind.PAYOUT_INTENT: "payout",
+    JournalEntry.Kind.PAYOUT_REVERSAL: "payout refused by Stripe and booked back",
+    JournalEntry.Kind.RAIL_INTENT: "payout by bank transfer",
+    JournalEntry.Kind.RAIL_REVERSAL: "payout by bank transfer that came back",
+}
+
+
+def _payouts(
+    party: Party, starts_at: datetime, ends_at: datetime, currency: str | None = None
+) -> Iterator[StatementPayout]:
     postings = (
-        Posting.objects.filter(
-            account__party=party,
-            entry__kind__in=kinds,
-            entry__booked_at__gte=starts_at,
-            entry__booked_at__lt=ends_at,
-        )
+        _postings_between(party, starts_at, ends_at, currency)
+        .filter(entry__kind__in=PAYING_KINDS)
         .select_related("entry", "account")
-        .order_by("entry__booked_at", "entry")
+        .order_by("entry__booked_at", "entry", "pk")
     )
-    return [
-        StatementPayout(
+    for posting in postings.iterator(chunk_size=CHUNK):
+        yield StatementPayout(
             payout_id=int(posting.entry.key.split(":")[1]),
             booked_at=posting.entry.booked_at,
-            what=kinds[JournalEntry.Kind(posting.entry.kind)],
+            what=PAYOUTS[JournalEntry.Kind(posting.entry.kind)],
             amount=Money(posting.amount_micros, posting.account.currency),
         )
-        for posting in postings
-    ]
+
+
+def _postings_between(
+    party: Party, starts_at: datetime, ends_at: datetime, currency: str | None
+) -> "QuerySet[Posting]":
+    found = Posting.objects.filter(account__party=party, entry__booked_at__gte=starts_at, entry__booked_at__lt=ends_at)
+    return found if currency is None else found.filter(account__currency=currency)

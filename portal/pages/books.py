@@ -1,181 +1,501 @@
-"""The desk's books: what waits in pools, what was invoiced and not paid, corrections of divisions, and tax rates.
+"""The books at the desk: trial balance, closing, journals, payables, manual entries, reconciliation, other rails, audit log.
 
-Whatever moves money here takes two people: one proposes or records, another approves.
+For staff with a second factor; for anyone else none of it exists (404). Every act is a service's, with the person in the log.
 """
+
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
 from django.contrib import messages
 from django.core.paginator import Paginator
-from django.http import Http404, HttpResponse, HttpResponseBase
+from django.db.models import Q, QuerySet
+from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
-from django.urls import reverse
+from django.utils import timezone
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from attribution.models import AttributionResult
 from marketplace import clock
+from marketplace.csv_cells import cell_text, written
 from marketplace.errors import DomainError
-from marketplace.money import Money
-from marketplace.web.views.orders import refusal
-from payouts import selectors as payouts
-from payouts.models import BankReceipt, DivisionCorrection, Document, TaxRate
-from payouts.services import billing, corrections, receipts
-from portal.pages.billing import document_page, pdf_of
-from portal.pages.desk import StaffRequest, staff_only
-from portal.pages.forms import CorrectDivisionForm, ReceiptForm, TaxRateForm
+from marketplace.models import AuditEvent
+from marketplace.money import MINOR_DIGITS, Money
+from payouts import books
+from payouts.models import (
+    BalanceCheck,
+    ClosedPeriod,
+    JournalEntry,
+    ManualEntry,
+    RailExport,
+    RailPayout,
+    ReconciliationRun,
+    RoyaltyPool,
+)
+from payouts.services import closing, manual_entries, other_rails, reconciliation
+from portal.pages.forms import AuditFilterForm, CloseForm, ManualEntryForm, ReferenceForm
+from portal.second_factor import StaffRequest, staff_only
 
 PER_PAGE = 50
+N_ACCOUNTS = 200
+
+
+# --- trial balance, closing -------------------------------------------------------------------------------------------
+@staff_only
+@require_http_methods(["GET", "POST"])
+def trial_balance(request: StaffRequest) -> HttpResponseBase:
+    """As of a day (the end of it), per currency; and the month that can be closed next."""
+    as_of, asked = _as_of(request.GET.get("as_of", ""))
+    coming = closing.find_next_period()
+    form = CloseForm(request.POST or None)
+    if request.method == "POST" and form.is_valid():
+        try:
+            period = closing.close_period(
+                starts_on=form.cleaned_data["month"], by=request.user, note=form.cleaned_data["note"]
+            )
+        except DomainError as error:
+            form.add_refusal(error)
+        else:
+            messages.success(request, f"{period} is closed. Its statements are being issued.")
+            return redirect("desk-trial-balance")
+    context = {
+        "tab": "trial-balance",
+        "as_of": as_of - timedelta(days=1),
+        "asked": asked,
+        "trials": books.trial_balance(as_of=as_of),
+        "coming": coming,
+        "form": form if coming and coming.is_over else None,
+        "periods": ClosedPeriod.objects.select_related("closed_by", "statement_run")[:24],
+        "years": range(clock.today().year, clock.today().year - 3, -1),
+    }
+    return render(request, "portal/desk_trial_balance.html", context, status=422 if form.errors else 200)
+
+
+def _as_of(text: str) -> tuple[datetime, str]:
+    """The first moment after the day asked for, and the text if it is a day; today otherwise."""
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        day, text = clock.today(), ""
+    if not 2000 <= day.year <= 9998:
+        day, text = clock.today(), ""
+    return datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1), text
+
+
+@staff_only
+@require_GET
+def beancount_export(request: StaffRequest) -> StreamingHttpResponse:
+    as_of, _ = _as_of(request.GET.get("as_of", ""))
+    return _download(books.beancount_lines(until=as_of), "residual.beancount", "text/plain")
+
+
+@staff_only
+@require_GET
+def yearly_export(request: StaffRequest, year: int) -> StreamingHttpResponse:
+    """One row per payee and currency, for tax forms."""
+    if not 2000 <= year <= 9998:
+        raise Http404("There is no such year")
+    return _download(_yearly_lines(year), f"residual-payees-{year}.csv", "text/csv")
+
+
+def _yearly_lines(year: int) -> Iterator[str]:
+    yield written(
+        [
+            "year",
+            "party",
+            "name",
+            "kind",
+            "country",
+            "stripe_account",
+            "currency",
+            "credited_q1",
+            "credited_q2",
+            "credited_q3",
+            "credited_q4",
+            "credited",
+            "n_credits",
+            "taken_back",
+            "given",
+            "adjusted_net",
+            "paid_out",
+        ]
+    )
+    for row in books.yearly_totals(year):
+        quarters = [quarter.amount_text(exact=True) for quarter in row.credited_by_quarter]
+        adjusted = row.adjusted
+        none = Money(0, row.currency)
+        yield written(
+            [
+                year,
+                row.party,
+                cell_text(row.name),
+                row.kind,
+                row.country,
+                row.stripe_account,
+                row.currency,
+                *quarters,
+                row.credited.amount_text(exact=True),
+                row.n_credits,
+                (-adjusted if adjusted.micros < 0 else none).amount_text(exact=True),
+                (adjusted if adjusted.micros > 0 else none).amount_text(exact=True),
+                cell_text(adjusted.amount_text(exact=True)),
+                cell_text(row.paid_out.amount_text(exact=True)),
+            ]
+        )
+
+
+def _download(lines: Iterator[str], name: str, kind: str) -> StreamingHttpResponse:
+    return StreamingHttpResponse(
+        lines,
+        content_type=f"{kind}; charset=utf-8",
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
+    )
+
+
+# --- journals ---------------------------------------------------------------------------------------------------------
+@staff_only
+@require_GET
+def accounts(request: StaffRequest) -> HttpResponse:
+    query = request.GET.get("q", "").strip()
+    page = Paginator(books.accounts_found(query), PER_PAGE).get_page(request.GET.get("page"))
+    return render(request, "portal/desk_accounts.html", {"tab": "journal", "page": page, "query": query})
+
+
+@staff_only
+@require_GET
+def journal(request: StaffRequest, code: str) -> HttpResponse:
+    """One account's postings with the balance after each, a hundred to a page."""
+    since = request.GET.get("since", "")
+    try:
+        page = books.account_journal(
+            code=code,
+            after=_number(request.GET.get("after")),
+            before=_number(request.GET.get("before")),
+            since=date.fromisoformat(since) if since else None,
+        )
+    except DomainError as error:
+        raise Http404(error.message) from None
+    except ValueError:
+        return redirect("desk-journal", code=code)  # type: ignore[return-value]
+    return render(request, "portal/desk_journal.html", {"tab": "journal", "page": page, "since": since})
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
+@staff_only
+@require_GET
+def journal_csv(request: StaffRequest, code: str) -> StreamingHttpResponse:
+    try:
+        account = books.find_account(code)
+    except DomainError as error:
+        raise Http404(error.message) from None
+    return _download(_journal_lines(account), f"{code.replace(':', '-')}.csv", "text/csv")
+
+
+def _journal_lines(account: Any) -> Iterator[str]:
+    yield written(
+        ["posting", "booked_at", "kind", "key", "debit", "credit", "balance_debit", "balance_credit", "currency"]
+    )
+    for row in books.account_journal_rows(account):
+        yield written(
+            [
+                row.posting_id,
+                f"{row.booked_at:%Y-%m-%dT%H:%M:%SZ}",
+                row.kind,
+                cell_text(row.key),
+                *_sides(row.amount),
+                *_sides(row.balance),
+                account.currency,
+            ]
+        )
+
+
+def _sides(amount: Money) -> tuple[str, str]:
+    """Debit and credit: no cell is negative."""
+    text = (amount if amount.micros >= 0 else -amount).amount_text(exact=True)
+    return (text, "") if amount.micros >= 0 else ("", text)
+
+
+@staff_only
+@require_GET
+def entry(request: StaffRequest, entry_id: int) -> HttpResponse:
+    found = get_object_or_404(JournalEntry.objects.select_related("reverses"), pk=entry_id)
+    legs = [
+        (posting.account, Money(posting.amount_micros, found.currency))
+        for posting in found.postings.select_related("account").order_by("leg")[:N_ACCOUNTS]
+    ]
+    context = {"tab": "journal", "entry": found, "legs": legs, "n_more": found.n_legs - len(legs)}
+    return render(request, "portal/desk_entry.html", context)
+
+
+# --- payables and pools -----------------------------------------------------------------------------------------------
+@staff_only
+@require_GET
+def payables(request: StaffRequest) -> HttpResponse:
+    """What is owed to payees, by how long it has been due."""
+    totals = books.aged_totals()
+    n_rows = sum(count for count, _ in totals.values())
+    paginator = Paginator(range(n_rows), PER_PAGE)
+    page = paginator.get_page(request.GET.get("page"))
+    context = {
+        "tab": "payables",
+        "ages": books.AGES,
+        "totals": [
+            (currency, count, amounts, Money(sum(amount.micros for amount in amounts), currency))
+            for currency, (count, amounts) in totals.items()
+        ],
+        "rows": books.aged_payables(offset=(page.number - 1) * PER_PAGE, limit=PER_PAGE),
+        "page": page,
+    }
+    return render(request, "portal/desk_payables.html", context)
 
 
 @staff_only
 @require_GET
 def pools(request: StaffRequest) -> HttpResponse:
-    page = Paginator(payouts.open_pools(), PER_PAGE).get_page(request.GET.get("page"))
-    rows = [(pool, Money(pool.left_micros, pool.currency)) for pool in page]
-    return render(request, "portal/desk_pools.html", {"page": page, "rows": rows, "now": clock.now()})
-
-
-@staff_only
-@require_GET
-def invoices(request: StaffRequest) -> HttpResponse:
-    """What waits for its money, transfers that wait for a second person, and every document."""
-    page = Paginator(Document.objects.select_related("buyer"), PER_PAGE).get_page(request.GET.get("page"))
+    """Royalty pools: those that wait, by their deadline; then what was released."""
+    shows_released = request.GET.get("show") == "released"
+    found = RoyaltyPool.objects.with_left().select_related(
+        "version__dataset", "order_line__order", "division__result__model"
+    )
+    if shows_released:
+        found = found.filter(released_at__isnull=False).order_by("-released_at", "pk")
+    else:
+        found = found.filter(released_at=None).order_by("deadline", "pk")
+    page = Paginator(found, PER_PAGE).get_page(request.GET.get("page"))
     context = {
+        "tab": "pools",
         "page": page,
-        "unpaid": payouts.unpaid_invoices()[:PER_PAGE],
-        "receipts": payouts.receipts_waiting(),
-        "today": clock.today(),
+        "pools": [(pool, Money(pool.left_micros, pool.currency)) for pool in page],
+        "shows_released": shows_released,
+        "now": clock.now(),
     }
-    return render(request, "portal/desk_invoices.html", context)
+    return render(request, "portal/desk_pools.html", context)
+
+
+# --- manual entries ---------------------------------------------------------------------------------------------------
+@staff_only
+@require_http_methods(["GET", "POST"])
+def manual_list(request: StaffRequest) -> HttpResponseBase:
+    """What was proposed and what became of it; and a form to propose another."""
+    form = ManualEntryForm(request.POST or None, initial={"key": uuid.uuid4().hex, "booked_on": clock.today()})
+    if form.is_valid():
+        try:
+            made = manual_entries.propose(user=request.user, **form.proposal)
+        except DomainError as error:
+            form.add_refusal(error)
+        else:
+            messages.success(request, f"Proposed as number {made.pk}. Another one of the staff must approve it.")
+            return redirect("desk-manual", manual_id=made.pk)
+    found = ManualEntry.objects.select_related("proposed_by", "decision__decided_by").prefetch_related("legs")
+    page = Paginator(found, PER_PAGE).get_page(request.GET.get("page"))
+    context = {"tab": "manual", "page": page, "form": form, "legs": form.leg_fields()}
+    return render(request, "portal/desk_manual_list.html", context, status=422 if form.errors else 200)
 
 
 @staff_only
 @require_http_methods(["GET", "POST"])
-def invoice(request: StaffRequest, reference: str) -> HttpResponseBase:
-    """One document; where it is unpaid, the form for the transfer that pays it."""
-    document = payouts.find_document(Document.objects.select_related("payment", "buyer"), reference)
-    if document is None:
-        raise Http404("There is no such document")
-    if request.GET.get("as") == "pdf":
-        return pdf_of(document)
-    can_be_paid = document.kind == "INV" and document.payment.status == "open" and not hasattr(document, "cancelled_by")
-    if not can_be_paid:
-        return document_page(request, document, back=reverse("desk-invoices"))
-    form = ReceiptForm(
-        request.POST or None,
-        currency=document.currency,
-        initial={"amount": document.total.amount_text(), "received_on": clock.today()},
+def manual(request: StaffRequest, manual_id: int) -> HttpResponseBase:
+    found = get_object_or_404(
+        ManualEntry.objects.select_related("proposed_by", "decision__decided_by", "decision__entry"), pk=manual_id
     )
-    if form.is_valid():
+    problem = None
+    if request.method == "POST":
+        note = request.POST.get("note", "")[:2_000]
         try:
-            receipts.record_receipt(payment=document.payment, by=request.user, **form.given)
+            if request.POST.get("act") == "approve":
+                manual_entries.approve(manual=found, user=request.user, note=note)
+                messages.success(request, "Posted.")
+            else:
+                manual_entries.reject(manual=found, user=request.user, note=note)
+                messages.success(request, "Rejected.")
         except DomainError as error:
-            form.add_refusal(error)
+            problem = error.message
         else:
-            messages.success(request, "Recorded. Somebody else confirms it before anything is booked.")
-            return redirect("desk-invoices")
-    context = {"document": document, "content": document.content, "form": form, "back": reverse("desk-invoices")}
-    return render(request, "portal/document_detail.html", context, status=422 if form.errors else 200)
+            return redirect("desk-manual", manual_id=found.pk)
+    context = {
+        "tab": "manual",
+        "manual": found,
+        "legs": found.legs.all(),
+        "problem": problem,
+        "may_decide": found.state == "awaiting" and found.proposed_by_id != request.user.pk,
+    }
+    return render(request, "portal/desk_manual.html", context, status=422 if problem else 200)
+
+
+# --- reconciliation ---------------------------------------------------------------------------------------------------
+@staff_only
+@require_http_methods(["GET", "POST"])
+def reconciliation_list(request: StaffRequest) -> HttpResponseBase:
+    """The latest look, what it found, and the ones before; and a button for another."""
+    if request.method == "POST":
+        run = reconciliation.request_reconciliation(
+            key=f"desk:{request.user.pk}:{timezone.now():%Y-%m-%dT%H:%M}", user=request.user
+        )
+        messages.success(request, "Asked for; it takes seconds to minutes.")
+        return redirect("desk-reconciliation-run", run_id=run.pk)
+    page = Paginator(ReconciliationRun.objects.select_related("requested_by"), PER_PAGE).get_page(
+        request.GET.get("page")
+    )
+    latest = ReconciliationRun.objects.filter(n_differences__isnull=False).first()
+    check = BalanceCheck.objects.first()
+    context = {"tab": "reconciliation", "page": page, "check": check} | _look_context(latest)
+    return render(request, "portal/desk_reconciliation.html", context)
+
+
+@staff_only
+@require_GET
+def reconciliation_run(request: StaffRequest, run_id: int) -> HttpResponse:
+    found = get_object_or_404(ReconciliationRun.objects.select_related("requested_by"), pk=run_id)
+    return render(
+        request, "portal/desk_reconciliation.html", {"tab": "reconciliation", "is_one": True} | _look_context(found)
+    )
+
+
+def _look_context(run: ReconciliationRun | None) -> dict[str, Any]:
+    if run is None:
+        return {"run": None}
+    return {
+        "run": run,
+        "differences": run.differences.all()[:500],
+        "cash": [
+            {
+                "currency": held["currency"],
+                "agrees": held["agrees"],
+                "rows": [
+                    (
+                        side,
+                        Money(held["ledger"][index], held["currency"]),
+                        Money(held["coming"][index], held["currency"]),
+                        Money(held["stripe"][index], held["currency"]),
+                    )
+                    for index, side in enumerate(("pending", "available"))
+                ],
+            }
+            for held in run.cash
+        ],
+    }
+
+
+# --- other rails ------------------------------------------------------------------------------------------------------
+@staff_only
+@require_http_methods(["GET", "POST"])
+def rails(request: StaffRequest) -> HttpResponseBase:
+    """Payees whom Stripe does not reach: exports over another rail, and a button to propose the next."""
+    problem = None
+    if request.method == "POST":
+        try:
+            export = other_rails.propose_export(
+                user=request.user,
+                currency=request.POST.get("currency", ""),
+                key=request.POST.get("key", "")[:80] or uuid.uuid4().hex,
+            )
+        except DomainError as error:
+            problem = error.message
+        else:
+            messages.success(request, f"Proposed as export {export.pk}. Another one of the staff must approve it.")
+            return redirect("desk-rail-export", export_id=export.pk)
+    page = Paginator(RailExport.objects.select_related("proposed_by", "decided_by"), PER_PAGE).get_page(
+        request.GET.get("page")
+    )
+    context = {
+        "tab": "rails",
+        "page": page,
+        "problem": problem,
+        "currencies": list(MINOR_DIGITS),
+        "key": uuid.uuid4().hex,
+        "n_unserved": other_rails.unserved_parties().count(),
+    }
+    return render(request, "portal/desk_rails.html", context, status=422 if problem else 200)
+
+
+@staff_only
+@require_http_methods(["GET", "POST"])
+def rail_export(request: StaffRequest, export_id: int) -> HttpResponseBase:
+    found = get_object_or_404(RailExport.objects.select_related("proposed_by", "decided_by"), pk=export_id)
+    problem = None
+    if request.method == "POST":
+        try:
+            if request.POST.get("act") == "approve":
+                other_rails.approve_export(export=found, user=request.user)
+            else:
+                other_rails.reject_export(export=found, user=request.user)
+        except DomainError as error:
+            problem = error.message
+        else:
+            messages.success(request, "Decided.")
+            return redirect("desk-rail-export", export_id=found.pk)
+    page = Paginator(found.payouts.select_related("party", "confirmed_by"), PER_PAGE).get_page(request.GET.get("page"))
+    context = {
+        "tab": "rails",
+        "export": found,
+        "page": page,
+        "problem": problem,
+        "may_decide": found.status == RailExport.Status.AWAITING and found.proposed_by_id != request.user.pk,
+        "standing": RailPayout.STANDING,
+    }
+    return render(request, "portal/desk_rail_export.html", context, status=422 if problem else 200)
+
+
+@staff_only
+@require_GET
+def rail_export_csv(request: StaffRequest, export_id: int) -> StreamingHttpResponse:
+    found = get_object_or_404(RailExport, pk=export_id, status=RailExport.Status.APPROVED)
+    return _download(other_rails.export_rows(found), f"residual-export-{found.pk}.csv", "text/csv")
 
 
 @staff_only
 @require_POST
-def decide_receipt(request: StaffRequest, receipt_id: int) -> HttpResponseBase:
-    receipt = get_object_or_404(BankReceipt, pk=receipt_id)
+def rail_payout(request: StaffRequest, payout_id: int) -> HttpResponseBase:
+    """The bank sent it, or sent it back."""
+    found = get_object_or_404(RailPayout, pk=payout_id)
+    form = ReferenceForm(request.POST)
+    act = other_rails.confirm_returned if request.POST.get("act") == "returned" else other_rails.confirm_sent
     try:
-        receipts.decide_receipt(receipt=receipt, approved=request.POST.get("act") == "approve", by=request.user)
+        act(payout=found, user=request.user, reference=form.cleaned_data["reference"] if form.is_valid() else "")
     except DomainError as error:
-        return refusal(request, error)
-    return redirect("desk-invoices")
+        messages.error(request, error.message)
+    else:
+        messages.success(request, "Booked.")
+    return redirect("desk-rail-export", export_id=found.export_id)
 
 
+# --- audit log --------------------------------------------------------------------------------------------------------
 @staff_only
 @require_GET
-def division_list(request: StaffRequest) -> HttpResponse:
-    query = request.GET.get("q", "").strip()
-    page = Paginator(payouts.divisions_found(query), PER_PAGE).get_page(request.GET.get("page"))
-    context = {"page": page, "query": query, "waiting": payouts.corrections_waiting()}
-    return render(request, "portal/desk_divisions.html", context)
-
-
-@staff_only
-@require_http_methods(["GET", "POST"])
-def division(request: StaffRequest, division_id: int) -> HttpResponseBase:
-    """One division, its versions, and the form that proposes another."""
-    found = get_object_or_404(payouts.divisions_found(""), pk=division_id)
-    results = (
-        AttributionResult.objects.filter(status=AttributionResult.Status.PUBLISHED, shares__version=found.version)
-        .select_related("model")
-        .distinct()
-        .order_by("-pk")
-    )
-    form = CorrectDivisionForm(request.POST or None, results=results)
+def audit_log(request: StaffRequest) -> HttpResponse:
+    """Who did what to what and when, newest first; pages by the last row seen, so that a long log stays quick."""
+    form = AuditFilterForm(request.GET or None)
+    found = AuditEvent.objects.select_related("actor", "party")
     if form.is_valid():
-        try:
-            proposed = corrections.propose_correction(division=found, by=request.user, **form.cleaned_data)
-        except DomainError as error:
-            form.add_refusal(error)
-        else:
-            messages.success(request, "Proposed. Nothing is booked until somebody else approves it.")
-            return redirect("desk-correction", correction_id=proposed.pk)
-    lines = found.lines.select_related("party").order_by("-amount_micros", "pk")[:PER_PAGE]
+        found = _filtered(found, form.cleaned_data)
+    before = _number(request.GET.get("before"))
+    if before is not None:
+        found = found.filter(pk__lt=before)
+    rows = list(found.order_by("-pk")[: PER_PAGE + 1])
+    query = request.GET.copy()
+    query.pop("before", None)
     context = {
-        "division": found,
-        "lines": [(line, Money(line.amount_micros, found.currency)) for line in lines],
-        "n_lines": found.lines.count(),
-        "corrections": found.corrections.select_related("proposed_by", "decided_by", "result__model"),
+        "tab": "audit",
         "form": form,
+        "rows": rows[:PER_PAGE],
+        "older": rows[PER_PAGE - 1].pk if len(rows) > PER_PAGE else None,
+        "query": query.urlencode(),
     }
-    return render(request, "portal/desk_division.html", context, status=422 if form.errors else 200)
+    return render(request, "portal/desk_audit.html", context)
 
 
-@staff_only
-@require_http_methods(["GET", "POST"])
-def correction(request: StaffRequest, correction_id: int) -> HttpResponseBase:
-    """Every payee's difference before it is booked; approving takes another person than the one who proposed."""
-    found = get_object_or_404(
-        DivisionCorrection.objects.select_related(
-            "division__version__dataset", "proposed_by", "decided_by", "result__model"
-        ),
-        pk=correction_id,
-    )
-    if request.method == "POST":
-        try:
-            corrections.decide_correction(
-                correction=found, approved=request.POST.get("act") == "approve", by=request.user
-            )
-        except DomainError as error:
-            return refusal(request, error)
-        return redirect("desk-correction", correction_id=found.pk)
-    page = Paginator(found.lines.select_related("party").order_by("pk"), PER_PAGE).get_page(request.GET.get("page"))
-    currency = found.division.currency
-    context = {
-        "correction": found,
-        "division": found.division,
-        "page": page,
-        "lines": [
-            (
-                line,
-                Money(line.before_micros, currency),
-                Money(line.after_micros, currency),
-                Money(line.difference_micros, currency),
-            )
-            for line in page
-        ],
-        "can_approve": found.status == "proposed" and found.proposed_by_id != request.user.pk,
-    }
-    return render(request, "portal/desk_correction.html", context)
-
-
-@staff_only
-@require_http_methods(["GET", "POST"])
-def taxes(request: StaffRequest) -> HttpResponseBase:
-    form = TaxRateForm(request.POST or None, initial={"valid_from": clock.today()})
-    if form.is_valid():
-        try:
-            billing.add_tax_rate(user=request.user, **form.given)
-        except DomainError as error:
-            form.add_refusal(error)
-        else:
-            messages.success(request, "It is added to whatever is asked for from its first day on.")
-            return redirect("desk-taxes")
-    context = {"rates": TaxRate.objects.all(), "form": form, "today": clock.today()}
-    return render(request, "portal/desk_taxes.html", context, status=422 if form.errors else 200)
+def _filtered(found: QuerySet[AuditEvent], data: dict[str, Any]) -> QuerySet[AuditEvent]:
+    if data["who"]:
+        found = found.filter(Q(actor__email__icontains=data["who"]) | Q(party__name__icontains=data["who"]))
+    if data["action"]:
+        found = found.filter(action__startswith=data["action"])
+    if data["target"]:
+        found = found.filter(target=data["target"])
+    if data["since"]:
+        found = found.filter(happened_at__date__gte=data["since"])
+    if data["until"]:
+        found = found.filter(happened_at__date__lte=data["until"])
+    return found.filter(actor__is_staff=True) if data["staff"] else found

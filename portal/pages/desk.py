@@ -4,42 +4,23 @@ For anyone else it does not exist (404). Every act is a service's, with the pers
 """
 
 import uuid
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec
 
 from django.contrib import messages
 from django.core.paginator import Paginator
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase
+from django.http import Http404, HttpResponse, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
 
 from marketplace.errors import DomainError
-from marketplace.models import Party, User
+from marketplace.models import Party
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import selectors as payouts
 from payouts.models import Dispute, Payment
 from payouts.services import clawbacks, disputes, recoveries, refunds
 from portal.pages.forms import DisputeAnswerForm, RefundForm, ReversalForm, WriteOffForm
+from portal.second_factor import StaffRequest, staff_only
 
 PER_PAGE = 50
-P = ParamSpec("P")
-
-
-class StaffRequest(HttpRequest):
-    user: User
-
-
-def staff_only(
-    view: Callable[Concatenate[StaffRequest, P], HttpResponseBase],
-) -> Callable[Concatenate[HttpRequest, P], HttpResponseBase]:
-    @wraps(view)
-    def inner(request: Any, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
-        if not (request.user.is_authenticated and request.user.is_active and request.user.is_staff):
-            raise Http404("There is no such page")
-        return view(request, *args, **kwargs)
-
-    return inner
 
 
 @staff_only

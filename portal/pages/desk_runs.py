@@ -15,8 +15,9 @@ from payouts import selectors as payouts
 from payouts.models import Payout, PayoutRun
 from payouts.services import transfers
 from payouts.standing import bank_in_words, standings_of
-from portal.pages.desk import PER_PAGE, StaffRequest, staff_only
+from portal.pages.desk import PER_PAGE
 from portal.pages.forms import ReasonForm, StartRunForm
+from portal.second_factor import StaffRequest, staff_only
 
 #: What staff may do to a run in each state: the act's name, the button, and whether it needs a reason.
 ACTS = {

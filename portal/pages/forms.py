@@ -1,4 +1,4 @@
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django import forms
@@ -10,9 +10,11 @@ from marketplace.models import TrainedModel
 from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
 from marketplace.templatetags.residual import money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
+from payouts import chart
 from payouts.models import Payout, Refund
 from payouts.services.clawbacks import Part
 from payouts.services.disputes import EVIDENCE_FIELDS, MAX_EVIDENCE
+from payouts.services.manual_entries import BY_HAND
 from payouts.services.plans import LEAST, MOST_TIMES
 
 
@@ -310,3 +312,110 @@ class StartRunForm(Form):
 
 class ReasonForm(Form):
     reason = forms.CharField(max_length=500, label="Why, in words", help_text="Whoever looks at the run reads it.")
+
+
+class CloseForm(Form):
+    """Close a month for good."""
+
+    month = forms.DateField(input_formats=["%Y-%m-%d"], widget=forms.HiddenInput)
+    note = forms.CharField(
+        required=False,
+        max_length=2_000,
+        widget=forms.Textarea(attrs={"rows": 2}),
+        label="Why it is closed although something is open",
+        help_text="For the auditor. Leave it empty where nothing is.",
+    )
+
+
+class ManualEntryForm(Form):
+    """Up to six legs, debit or credit; the key makes a second click harmless."""
+
+    N_LEGS = 6
+    key = forms.CharField(widget=forms.HiddenInput, max_length=64)
+    currency = forms.ChoiceField(choices=CURRENCIES)
+    booked_on = forms.DateField(widget=DateInput, label="On", help_text="Its business day, in a month that is open.")
+    reason = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}), max_length=2_000, label="Why, in words", help_text="For the auditor."
+    )
+    balance_transaction_id = forms.CharField(
+        required=False,
+        max_length=255,
+        label="Stripe's balance transaction",
+        help_text="txn_…, where the entry moves cash at Stripe; nowhere else.",
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        accounts = [("", "none"), *((name, f"{name}: {chart.PURPOSES[name].meaning}") for name in BY_HAND)]
+        for number in range(1, self.N_LEGS + 1):
+            self.fields[f"account_{number}"] = forms.ChoiceField(
+                choices=accounts, required=number <= 2, label=f"Account {number}"
+            )
+            self.fields[f"debit_{number}"] = forms.CharField(
+                required=False, max_length=40, widget=MoneyInput, label=f"Debit {number}"
+            )
+            self.fields[f"credit_{number}"] = forms.CharField(
+                required=False, max_length=40, widget=MoneyInput, label=f"Credit {number}"
+            )
+
+    def leg_fields(self) -> list[list[forms.BoundField]]:
+        """The fields of each leg, for the page."""
+        return [
+            [self[f"{name}_{number}"] for name in ("account", "debit", "credit")]
+            for number in range(1, self.N_LEGS + 1)
+        ]
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or {}
+        currency = data.get("currency", "USD")
+        legs: dict[str, int] = {}
+        for number in range(1, self.N_LEGS + 1):
+            account = data.get(f"account_{number}")
+            given = {side: data.get(f"{side}_{number}") for side in ("debit", "credit") if data.get(f"{side}_{number}")}
+            if not account:
+                if given:
+                    self.add_error(f"account_{number}", "Which account?")
+                continue
+            if len(given) != 1:
+                self.add_error(f"debit_{number}", "Give a debit or a credit, one of the two.")
+                continue
+            side, text = next(iter(given.items()))
+            try:
+                amount = Money.parse(text, currency).micros
+            except InvalidMoney as error:
+                self.add_error(f"{side}_{number}", str(error))
+                continue
+            code = f"{account}:{currency}"
+            if code in legs:
+                self.add_error(f"account_{number}", "This account has a leg already; give one amount.")
+            legs[code] = amount if side == "debit" else -amount
+        data["legs"] = legs
+        return data
+
+    @property
+    def proposal(self) -> dict[str, Any]:
+        """As `propose` takes it: at noon of its day, or now if that is today."""
+        data = self.cleaned_data
+        day = data["booked_on"]
+        now = clock.now()
+        noon = datetime(day.year, day.month, day.day, 12, tzinfo=UTC)
+        return {
+            "key": f"web:{data['key']}",
+            "legs": data["legs"],
+            "reason": data["reason"],
+            "booked_at": min(now, noon) if day == now.date() else noon,
+            "balance_transaction_id": data["balance_transaction_id"],
+        }
+
+
+class ReferenceForm(Form):
+    reference = forms.CharField(max_length=80, label="The bank's reference")
+
+
+class AuditFilterForm(Form):
+    who = forms.CharField(required=False, max_length=100, label="Who", help_text="An e-mail address or a party's name.")
+    action = forms.CharField(required=False, max_length=60, label="Did what", help_text="Such as period or refund.")
+    target = forms.CharField(required=False, max_length=120, label="To what", help_text="Such as period:2026-03.")
+    since = forms.DateField(required=False, widget=DateInput, label="From")
+    until = forms.DateField(required=False, widget=DateInput, label="To, inclusive")
+    staff = forms.BooleanField(required=False, label="Staff only")

@@ -1,6 +1,5 @@
 """Pages over several packages: home, models and their shares, checkouts, earnings and statements."""
 
-import re
 import uuid
 from datetime import date
 from typing import Any
@@ -33,7 +32,7 @@ from marketplace.services.parties import set_country
 from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
 from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
-from payouts.services import billing, duties, payees, plans, refunds, royalties, sales, statements
+from payouts.services import billing, duties, other_rails, payees, plans, refunds, royalties, sales
 from payouts.standing import standings_of
 from portal.pages import selectors
 from portal.pages.forest import forest
@@ -289,7 +288,8 @@ def invoice_checkout(request: ActingRequest, invoice_id: int) -> HttpResponseBas
 @require_GET
 def earnings(request: ActingRequest) -> HttpResponse:
     party = request.party
-    page = Paginator(payouts.lines_of(party), N_LINES).get_page(request.GET.get("page"))
+    shown = request.GET.get("show", "")
+    page = Paginator(payouts.lines_of(party, shown), N_LINES).get_page(request.GET.get("page"))
     payee = payouts.payee_of(party)
     earned = payouts.earnings_of(party)
     context = {
@@ -312,7 +312,11 @@ def earnings(request: ActingRequest) -> HttpResponse:
         "page": page,
         "lines": [(line, Money(line.amount_micros, line.division.currency)) for line in page],
         "payouts": payouts.payouts_of(party)[:12],
-        "months": [(f"{year}-{month:02}", date(year, month, 1)) for year, month in payouts.months_of(party)],
+        "shown": shown if shown in payouts.SHOWN else "",
+        "onboarding": payouts.onboarding_of(payee),
+        "is_unserved": other_rails.is_served(party.country) is False and not (payee and payee.is_ready),
+        "issued": payouts.statements_of(party)[:12],
+        "months": [(f"{year}-{month:02}", date(year, month, 1)) for year, month in payouts.open_months_of(party)],
         "country_form": CountryForm(initial={"country": party.country}) if payee is None else None,
         "came_from_stripe": request.GET.get("from") == "stripe",
     }
@@ -362,28 +366,3 @@ def onboarding(request: ActingRequest) -> HttpResponseBase:
     except DomainError as error:
         return refusal(request, error)
     return see_other(url)
-
-
-@acting
-@require_GET
-def statement(request: ActingRequest, month: str, suffix: str = "") -> HttpResponse:
-    matched = re.fullmatch(r"(\d{4})-(\d{2})", month)
-    if matched is None:
-        raise Http404("A month is written 2026-03")
-    try:
-        found = statements.statement(party=request.party, year=int(matched[1]), month=int(matched[2]))
-    except DomainError as error:
-        raise Http404(error.message) from None
-    if suffix:
-        return HttpResponse(
-            statements.statement_csv(found),
-            content_type="text/csv; charset=utf-8",
-            headers={"Content-Disposition": f'attachment; filename="residual-{month}.csv"'},
-        )
-    context = {
-        "section": "earnings",
-        "statement": found,
-        "month": month,
-        "has_adjustments": any(of.adjustments for of in found.currencies),
-    }
-    return render(request, "portal/statement.html", context)

@@ -9,14 +9,14 @@ from marketplace.services.disclosures import record_disclosure
 from tests.factories.marketplace import LicenseFactory, UserFactory
 from tests.marketplace.services.test_disclosures import cite, document
 from tests.marketplace.test_jobs import make_upload
+from tests.pages import with_second_factor
 
 REGISTERED = [model for model in admin.site._registry if model._meta.app_label == "marketplace"]
 
 
 @pytest.fixture
 def staff(client, db):
-    client.force_login(User.objects.create_superuser("root@example.org", "correct horse battery staple"))
-    return client
+    return with_second_factor(client, User.objects.create_superuser("root@example.org", "correct horse battery staple"))
 
 
 @pytest.mark.parametrize("model", REGISTERED, ids=lambda model: model.__name__)

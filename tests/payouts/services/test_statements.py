@@ -84,7 +84,7 @@ def test_a_stranger_has_an_empty_statement(two_months: Any, mallory: Any) -> Non
 
 def test_the_csv_adds_up_and_no_cell_acts_as_a_formula(two_months: Any, alice: Any) -> None:
     at = two_months[1]
-    text = statement_csv(statement(party=alice, year=at.year, month=at.month))
+    text = "".join(statement_csv(party=alice, year=at.year, month=at.month))
 
     rows = list(csv.DictReader(io.StringIO(text)))
     assert list(rows[0]) == COLUMNS

@@ -27,7 +27,7 @@ from payouts.services import disputes, transfers
 from payouts.services.proofs import check_books
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory
 from tests.factories.payouts import PayeeAccountFactory, sell
-from tests.pages import assert_page, signed_in
+from tests.pages import assert_page, signed_in, with_second_factor
 
 DOLLAR = 1_000_000
 
@@ -44,8 +44,8 @@ def order(alice: Any, carol: Any) -> Order:
 @pytest.fixture
 def finance(client: Any, db: Any) -> Any:
     """A browser of somebody on the staff, who acts for no party."""
-    client.force_login(User.objects.create_user("finance@example.org", "correct horse battery staple", is_staff=True))
-    return client
+    user = User.objects.create_user("finance@example.org", "correct horse battery staple", is_staff=True)
+    return with_second_factor(client, user)
 
 
 def test_the_buyer_asks_for_the_money_back_on_the_orders_page(order: Order, carol: Any) -> None:
