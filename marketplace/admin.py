@@ -28,6 +28,10 @@ from marketplace.models import (
     Upload,
     User,
 )
+from marketplace.services import audit
+
+#: What of a person is written down when staff change it.
+AUDITED = ("is_active", "is_staff", "is_superuser")
 
 
 class ReadOnly(admin.ModelAdmin):
@@ -101,6 +105,39 @@ class UserAdmin(DjangoUserAdmin):
     ]
     readonly_fields = ["last_login", "date_joined"]
 
+    def save_model(self, request: HttpRequest, obj: User, form: Any, change: bool) -> None:
+        """With what it was and became, but never an address or a password."""
+        kept = [name for name in form.changed_data if name in AUDITED]
+        was = User.objects.filter(pk=obj.pk).values(*kept).first() if kept else {}
+        super().save_model(request, obj, form, change)
+        assert isinstance(request.user, User), "nobody else gets here"
+        audit.record(
+            actor=request.user,
+            action="user.changed",
+            target=f"user:{obj.pk}",
+            before=was or {},
+            after={name: getattr(obj, name) for name in kept},
+            fields=form.changed_data,
+        )
+
+    def save_related(self, request: HttpRequest, form: Any, formsets: Any, change: bool) -> None:
+        rights = ("groups", "user_permissions")
+        of = form.instance
+        before = {name: sorted(getattr(of, name).values_list("pk", flat=True)) for name in rights}
+        super().save_related(request, form, formsets, change)
+        after = {name: sorted(getattr(of, name).values_list("pk", flat=True)) for name in rights}
+        if after != before:
+            assert isinstance(request.user, User), "nobody else gets here"
+            audit.record(
+                actor=request.user, action="user.rights_changed", target=f"user:{of.pk}", before=before, after=after
+            )
+
+    def log_change(self, request: HttpRequest, obj: Any, message: Any) -> Any:
+        """Also of a password that staff have set, which is saved by a form of its own."""
+        if isinstance(message, str) and isinstance(request.user, User):
+            audit.record(actor=request.user, action="user.password_set", target=f"user:{obj.pk}")
+        return super().log_change(request, obj, message)
+
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False  # people sign up, and so have a party
 
@@ -128,7 +165,13 @@ class JobAdmin(ReadOnly):
         reopened = [job for job in chosen.order_by("pk") if jobs.reopen(job)]
         for job in reopened:
             target = f"{job._meta.model_name}:{job.pk}"
-            AuditEvent.objects.create(actor=request.user, action="job.reopened", target=target)
+            audit.record(
+                actor=request.user,
+                action="job.reopened",
+                target=target,
+                before={"status": "failed"},
+                after={"status": "queued"},
+            )
         self.message_user(
             request,
             f"{len(reopened)} of {len(chosen)} will be tried again; what was refused for its input stays as it is.",

@@ -10,21 +10,27 @@ from payouts.models import (
     BalanceSnapshot,
     Clawback,
     ClawbackLine,
+    ClosedPeriod,
     Dispute,
     Division,
     DivisionLine,
+    IssuedStatement,
     JournalEntry,
+    ManualEntry,
     Movement,
     PayeeAccount,
     Payment,
     Payout,
     PayoutRun,
     Posting,
+    RailPayout,
+    ReconciliationRun,
     Refund,
     RoyaltyInvoice,
     RoyaltyInvoiceLine,
     RoyaltyPool,
     RoyaltyReport,
+    StatementRun,
     StripeEvent,
     TransferReversal,
     WriteOff,
@@ -202,3 +208,41 @@ class MovementAdmin(ReadOnly, admin.ModelAdmin):
     ]
     list_filter = ["kind", "currency"]
     search_fields = ["balance_transaction_id"]
+
+
+@admin.register(ClosedPeriod)
+class ClosedPeriodAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["starts_on", "ends_at", "closed_by", "closed_at", "note"]
+    list_select_related = ["closed_by"]
+
+
+@admin.register(ManualEntry)
+class ManualEntryAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "currency", "booked_at", "state", "reason", "proposed_by", "proposed_at"]
+    list_select_related = ["proposed_by", "decision"]
+
+
+@admin.register(IssuedStatement)
+class IssuedStatementAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["number", "party", "period", "n_lines", "csv_sha256", "issued_at"]
+    list_select_related = ["party", "period"]
+    search_fields = ["number", "party__name"]
+
+
+@admin.register(ReconciliationRun)
+class ReconciliationRunAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "key", "status", "n_transactions", "n_differences", "error_message", "requested_at"]
+    list_filter = ["status"]
+
+
+@admin.register(StatementRun)
+class StatementRunAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["period", "status", "attempt", "progress_done", "progress_total", "error_message"]
+    list_select_related = ["period"]
+
+
+@admin.register(RailPayout)
+class RailPayoutAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "export", "party", "amount", "status", "reference", "confirmed_by"]
+    list_filter = ["status", "currency"]
+    list_select_related = ["export", "party", "confirmed_by"]

@@ -1,16 +1,22 @@
 """Is the process alive, and can it do its work: two questions for whoever starts, watches and routes to it."""
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import redis
 from django.conf import settings
 from django.db import DatabaseError, connection
 from django.db.migrations.executor import MigrationExecutor
 from django.http import HttpRequest, JsonResponse
+from django.utils import timezone
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
+from payouts.models import BalanceCheck, ReconciliationRun
+
 TIMEOUT_SECONDS = 2
+CHECKS_AT_LEAST_EVERY = timedelta(hours=1)
+LOOKS_AT_LEAST_EVERY = timedelta(days=1)
 
 
 @require_safe
@@ -29,6 +35,30 @@ def readyz(request: HttpRequest) -> JsonResponse:
     if missing:
         return JsonResponse({"status": "not ready", "missing": missing}, status=503)
     return JsonResponse({"status": "ready", "checked": list(checks)})
+
+
+@require_safe
+@never_cache
+def booksz(request: HttpRequest) -> JsonResponse:
+    """Kept balances equal their postings, and the ledger agrees with Stripe: 503 where the latest look says otherwise, or is old.
+
+    For whoever watches, not for whoever routes: wrong books are no reason to stop serving. Without any look yet all is well.
+    """
+    wall = timezone.now()
+    wrong = {}
+    check = BalanceCheck.objects.first()
+    if check is not None and check.n_wrong:
+        wrong["balances"] = f"{check.n_wrong} differ from their postings"
+    elif check is not None and check.checked_at < wall - CHECKS_AT_LEAST_EVERY:
+        wrong["balances"] = f"last looked at {check.checked_at:%Y-%m-%d %H:%M}"
+    look = ReconciliationRun.objects.filter(n_differences__isnull=False).first()
+    if look is not None and look.n_differences:
+        wrong["reconciliation"] = f"{look.n_differences} differences"
+    elif look is not None and look.finished_at is not None and look.finished_at < wall - LOOKS_AT_LEAST_EVERY:
+        wrong["reconciliation"] = f"last looked at {look.finished_at:%Y-%m-%d %H:%M}"
+    if wrong:
+        return JsonResponse({"status": "look", "wrong": wrong}, status=503)
+    return JsonResponse({"status": "ok", "checked": ["balances", "reconciliation"]})
 
 
 def _postgresql() -> str:

@@ -4,11 +4,12 @@ from django.contrib import admin
 from django.urls import URLPattern, URLResolver, include, path
 
 from marketplace.api.views import disclosure_schema, download
-from portal.health import healthz, readyz
+from portal.health import booksz, healthz, readyz
 
 urlpatterns: list[URLPattern | URLResolver] = [
     path("healthz", healthz, name="healthz"),
     path("readyz", readyz, name="readyz"),
+    path("booksz", booksz, name="booksz"),
     path("api/v1/", include("portal.api")),
     path("schemas/disclosure/1.json", disclosure_schema, name="disclosure-schema"),
     path("downloads/<str:token>", download, name="download"),

@@ -10,6 +10,7 @@ from marketplace.models import Offer, TrainedModel
 from payouts.models import (
     BillingProfile,
     Document,
+    IssuedStatement,
     Payout,
     Refund,
     ReportDuty,
@@ -280,6 +281,46 @@ class StatementOutput(serializers.Serializer):
     year = serializers.IntegerField()
     month = serializers.IntegerField()
     currencies = CurrencyStatementOutput(many=True)
+
+
+class StatementBalanceOutput(serializers.Serializer):
+    """opening + earned + adjusted − paid_out = closing."""
+
+    currency = serializers.CharField()
+    opening = SignedMoneyField()
+    earned = MoneyField()
+    adjusted = SignedMoneyField()
+    paid_out = SignedMoneyField()
+    closing = SignedMoneyField()
+
+
+class StatementTotalOutput(serializers.Serializer):
+    currency = serializers.CharField()
+    source = serializers.CharField()  # type: ignore[assignment]
+    dataset = serializers.CharField()
+    version = serializers.IntegerField()
+    model = serializers.CharField(help_text="Empty when divided by count.")
+    role = serializers.CharField()
+    n_lines = serializers.IntegerField()
+    amount = MoneyField()
+
+
+class IssuedStatementOutput(serializers.ModelSerializer):
+    """A closed month's statement; it never changes. Its CSV has every line."""
+
+    month = serializers.CharField(help_text="2026-03")
+    balances = StatementBalanceOutput(many=True)
+
+    class Meta:
+        model = IssuedStatement
+        fields = ["number", "month", "party_name", "issued_at", "n_lines", "csv_sha256", "balances"]
+
+
+class IssuedStatementDetail(IssuedStatementOutput):
+    totals = StatementTotalOutput(many=True)
+
+    class Meta(IssuedStatementOutput.Meta):
+        fields = [*IssuedStatementOutput.Meta.fields, "totals"]
 
 
 class WaitOutput(serializers.Serializer):

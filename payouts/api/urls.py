@@ -6,6 +6,7 @@ from payouts.api.views import (
     DocumentPdfView,
     DocumentView,
     EarningsView,
+    IssuedStatementViewSet,
     PayoutMinimumView,
     PayoutViewSet,
     ReportDutiesView,
@@ -20,6 +21,7 @@ routes = [
     ("payouts", PayoutViewSet, "payout"),
     ("royalty-reports", RoyaltyReportViewSet, "royalty-report"),
     ("royalty-invoices", RoyaltyInvoiceViewSet, "royalty-invoice"),
+    ("issued-statements", IssuedStatementViewSet, "api-issued-statement"),
 ]
 paths = [
     path("statements/<str:month>/", StatementView.as_view(), name="api-statement"),

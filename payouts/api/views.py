@@ -25,6 +25,8 @@ from payouts.api.serializers import (
     CheckoutOutput,
     DocumentOutput,
     EarningsOutput,
+    IssuedStatementDetail,
+    IssuedStatementOutput,
     MinimumInput,
     MinimumOutput,
     PayoutOutput,
@@ -38,7 +40,7 @@ from payouts.api.serializers import (
     StatementOutput,
 )
 from payouts.errors import NotFound
-from payouts.models import BillingProfile, Document, Payout, RoyaltyInvoice, RoyaltyReport
+from payouts.models import BillingProfile, Document, IssuedStatement, Payout, RoyaltyInvoice, RoyaltyReport
 from payouts.selectors import (
     documents_of,
     earnings_of,
@@ -48,10 +50,12 @@ from payouts.selectors import (
     reports_due_of,
     royalty_invoices_of,
     royalty_reports_of,
+    statements_of,
 )
 from payouts.services import duties
 from payouts.services.billing import set_billing_profile
 from payouts.services.documents import render_pdf
+from payouts.services.issuing import statement_pdf, stored_csv
 from payouts.services.plans import minimum_of, set_minimum
 from payouts.services.quotes import quote_plan
 from payouts.services.report_corrections import correct_report
@@ -260,6 +264,41 @@ def _document(request: Request, reference: str) -> Document:
     if found is None:
         raise NotFound("There is no such document, or it is not yours.")
     return found
+
+
+@extend_schema_view(
+    list=extend_schema(summary="Your issued statements"),
+    retrieve=extend_schema(summary="One of your issued statements, with its totals", responses=IssuedStatementDetail),
+)
+class IssuedStatementViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
+    serializer_class = IssuedStatementOutput
+    queryset = IssuedStatement.objects.none()
+    lookup_field = "number"
+    lookup_value_regex = r"RS-[0-9]+-[0-9]+"
+
+    def get_queryset(self) -> QuerySet[IssuedStatement]:
+        return statements_of(_party(self.request)).prefetch_related("balances", "totals")
+
+    def get_serializer_class(self) -> type[IssuedStatementOutput]:
+        return IssuedStatementDetail if self.action == "retrieve" else IssuedStatementOutput
+
+    @extend_schema(summary="Every line of it, as CSV", responses={(200, "text/csv"): OpenApiTypes.STR})
+    @action(detail=True, methods=["get"])
+    def csv(self, request: Request, number: str) -> StreamingHttpResponse:
+        return StreamingHttpResponse(
+            stored_csv(self.get_object()),
+            content_type="text/csv; charset=utf-8",
+            headers={"Content-Disposition": f'attachment; filename="{number}.csv"'},
+        )
+
+    @extend_schema(summary="The statement as PDF", responses={(200, "application/pdf"): OpenApiTypes.BINARY})
+    @action(detail=True, methods=["get"])
+    def pdf(self, request: Request, number: str) -> HttpResponse:
+        return HttpResponse(
+            statement_pdf(self.get_object()),
+            content_type="application/pdf",
+            headers={"Content-Disposition": f'attachment; filename="{number}.pdf"'},
+        )
 
 
 class StatementView(APIView):
