@@ -162,7 +162,7 @@ def test_statements_and_earnings_are_the_partys_own(db: Any, alice: Any, mallory
     assert found["lines"][0]["weight"] == found["lines"][0]["weight_total"] == 1
     text = mine.get(f"/api/v1/statements/{month}/csv/")
     assert text["Content-Type"].startswith("text/csv")
-    assert len(text.content.decode().splitlines()) == 4
+    assert len(text.getvalue().decode().splitlines()) == 4
     assert [row["earned"]["amount"] for row in mine.get("/api/v1/earnings/").json()] == ["30.00"]
     assert theirs.get(f"/api/v1/statements/{month}/").json()["currencies"] == []
     assert theirs.get("/api/v1/earnings/").json() == []

@@ -117,7 +117,9 @@ def test_the_database_refuses_other_legs_than_were_approved(ann: User, ben: User
         commit_would_pass()
 
 
-def test_the_database_refuses_the_proposers_approval_later_legs_and_any_change(ann: User, ben: User, alice: Any) -> None:
+def test_the_database_refuses_the_proposers_approval_later_legs_and_any_change(
+    ann: User, ben: User, alice: Any
+) -> None:
     manual = proposed(ann)
     for decider in (ann, alice.user):
         with pytest.raises(DatabaseError, match="decision refused"), transaction.atomic():

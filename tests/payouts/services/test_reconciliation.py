@@ -2,18 +2,29 @@ from datetime import timedelta
 from io import StringIO
 from typing import Any
 
+import httpx
 import pytest
 from django.core.management import call_command
-from django.db import connection
+from django.db import DatabaseError, connection, transaction
 from django.utils import timezone
 
 from payouts import gateway, ledger
-from payouts.models import JournalEntry, Payment, Payout, PayoutRun, StripeEvent
+from payouts.models import (
+    JournalEntry,
+    Payment,
+    Payout,
+    PayoutRun,
+    ReconciliationDifference,
+    ReconciliationRun,
+    StripeEvent,
+)
 from payouts.services.events import book_checkout
+from payouts.services.manual_entries import approve, propose
 from payouts.services.proofs import check_books
-from payouts.services.reconciliation import reconcile, settle_funds
+from payouts.services.reconciliation import GRACE, reconcile, request_reconciliation, settle_funds
 from payouts.services.sales import start_checkout
-from tests.factories.marketplace import OfferFactory, OrderFactory
+from payouts.tasks import execute_reconciliation
+from tests.factories.marketplace import OfferFactory, OrderFactory, UserFactory
 from tests.factories.payouts import sell
 
 BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
@@ -127,3 +138,105 @@ def test_the_command_prints_and_exits_1_on_a_difference(db: Any, stripe: Any) ->
 
     assert ended.value.code == 1
     assert "DIFFERENCE cash_differs" in out.getvalue()
+
+
+def test_a_charge_that_is_being_booked_is_no_difference_until_the_grace_is_over(db: Any, stripe: Any) -> None:
+    order = OrderFactory()
+    stripe.pay(start_checkout(order=order, **BACK))
+
+    found = reconcile(grace=GRACE)
+    assert (found.differences, found.n_on_their_way, [held.agrees for held in found.cash]) == ([], 1, [True])
+    book_checkout(order.payment.checkout_id)
+    assert reconcile(grace=GRACE).n_on_their_way == 0
+
+
+def test_what_is_booked_while_stripes_list_is_read_is_no_difference(db: Any, stripe: Any, monkeypatch: Any) -> None:
+    """The list is read, then a sale is paid and booked, then our rows are read."""
+    buy(stripe)
+    real = gateway.newest_balance_transactions
+
+    def read_before_the_sale() -> Any:
+        listed = list(real())
+        buy(stripe, price_micros=7_010_000)
+        return iter(listed)
+
+    monkeypatch.setattr(gateway, "newest_balance_transactions", read_before_the_sale)
+
+    found = reconcile()
+
+    assert (found.differences, found.n_transactions) == ([], 1)
+
+
+def test_what_is_booked_between_two_readings_of_cash_is_no_difference(db: Any, stripe: Any, monkeypatch: Any) -> None:
+    buy(stripe)
+    real, calls = gateway.balance, []
+
+    def sold_meanwhile() -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            buy(stripe, price_micros=7_010_000)
+        return real()
+
+    monkeypatch.setattr(gateway, "balance", sold_meanwhile)
+
+    assert [one.code for one in reconcile().differences] == []
+    assert len(calls) >= 1
+
+
+def test_each_look_is_kept_with_the_cause_and_the_day_since_which_a_difference_is_known(
+    db: Any, stripe: Any, caplog: Any
+) -> None:
+    payment = sell(OrderFactory())
+    for key in ("one", "two"):
+        execute_reconciliation.run(request_reconciliation(key=key).pk)
+        request_reconciliation(key=key)
+
+    first, second = ReconciliationRun.objects.order_by("pk")
+    assert (first.status, first.n_differences, second.n_differences) == ("done", 2, 2)
+    (before,) = first.differences.filter(code="charge_not_at_stripe")
+    (after,) = second.differences.filter(code="charge_not_at_stripe")
+    assert before.subject == payment.balance_transaction_id and before.happened_at == payment.paid_at
+    assert after.first_seen_at == before.first_seen_at < second.compared_until
+    assert "without Stripe's word" in after.cause
+    with pytest.raises(DatabaseError, match="append-only"), transaction.atomic():
+        ReconciliationDifference.objects.update(detail="nothing")
+
+
+def test_what_stripe_moved_by_itself_is_settled_by_a_manual_entry_of_two_people(db: Any, stripe: Any) -> None:
+    buy(stripe)
+    stripe.advance(days=3)
+    settle_funds()
+    answer = httpx.post(
+        f"{stripe.handle.url}/v1/payouts",
+        auth=(stripe.handle.secret_key, ""),
+        data={"amount": 1_000, "currency": "usd"},
+    )
+    assert answer.status_code == 200, answer.text
+    (moved,) = [one for one in stripe.objects("balance_transactions") if one["type"] == "payout"]
+    assert "unknown_movement" in [one.code for one in reconcile().differences]
+
+    ann, ben = UserFactory(is_staff=True), UserFactory(is_staff=True)
+    legs = {"bank:USD": 10_000_000, "cash:available:USD": -10_000_000}
+    manual = propose(user=ann, key="k", legs=legs, reason="Own revenue", balance_transaction_id=moved["id"])
+    assert "unknown_movement" in [one.code for one in reconcile().differences]  # nobody approved it yet
+    approve(manual=manual, user=ben)
+
+    assert reconcile().differences == []
+
+
+def test_a_manual_entry_of_another_amount_or_of_nothing_at_stripe_is_named(db: Any, stripe: Any) -> None:
+    ann, ben = UserFactory(is_staff=True), UserFactory(is_staff=True)
+    legs = {"expense:stripe_fees:USD": 1_000_000, "cash:available:USD": -1_000_000}
+    manual = propose(user=ann, key="k", legs=legs, reason="A fee", balance_transaction_id="txn_nowhere")
+    approve(manual=manual, user=ben)
+
+    assert [one.code for one in reconcile().differences] == ["cash_differs", "manual_not_at_stripe"]
+
+
+def test_funds_that_nobody_settles_for_a_day_are_named(db: Any, stripe: Any, monkeypatch: Any) -> None:
+    buy(stripe)
+    stripe.advance(days=3)
+    assert reconcile().differences == []  # the settling job comes in seconds
+    monkeypatch.setattr(timezone, "now", lambda now=timezone.now: now() + timedelta(days=5))
+
+    assert [one.code for one in reconcile().differences] == ["settle_late"]

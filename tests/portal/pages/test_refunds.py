@@ -128,7 +128,7 @@ def test_a_payee_reads_what_went_back_and_why(order: Order, finance: Any, alice:
     month = f"{order.placed_at:%Y-%m}"
     statement = assert_page(signed_in(alice).get(f"/earnings/{month}/"))
     assert "refunded to the buyer" in statement and "recomputes" in statement
-    rows = signed_in(alice).get(f"/earnings/{month}.csv").content.decode()
+    rows = signed_in(alice).get(f"/earnings/{month}.csv").getvalue().decode()
     assert "refunded to the buyer" in rows and "12.00" in rows
     assert check_books().findings == []
 

@@ -1,0 +1,217 @@
+"""The books at the desk, as staff read and use them."""
+
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from django.test import Client
+
+from marketplace import clock
+from marketplace.models import AuditEvent, User
+from payouts import ledger
+from payouts.models import (
+    BalanceCheck,
+    ClosedPeriod,
+    JournalEntry,
+    ManualEntry,
+    RailExport,
+    ReconciliationDifference,
+    ReconciliationRun,
+    ServedCountries,
+)
+from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
+from tests.factories.payouts import sell
+from tests.pages import assert_page, signed_in, with_second_factor
+
+
+@pytest.fixture
+def ann(db: Any) -> User:
+    return UserFactory(is_staff=True)
+
+
+@pytest.fixture
+def desk(ann: User) -> Client:
+    return with_second_factor(Client(), ann)
+
+
+@pytest.fixture
+def other_desk(db: Any) -> Client:
+    return with_second_factor(Client(), UserFactory(is_staff=True))
+
+
+@pytest.fixture
+def spring(db: Any, alice: Any, bob: Any, carol: Any) -> None:
+    """A sale in March 2028; it is the second of April."""
+    clock.advance(datetime(2028, 3, 10, tzinfo=UTC) - clock.now())
+    sell(
+        OrderFactory(
+            buyer=carol, offers=[OfferFactory(version=PublishedVersionFactory(contributions={alice: 3, bob: 1}))]
+        )
+    )
+    clock.advance(datetime(2028, 4, 2, tzinfo=UTC) - clock.now())
+
+
+def test_the_trial_balance_is_shown_as_of_a_day_and_exported(spring: None, desk: Client) -> None:
+    text = assert_page(desk.get("/desk/trial-balance/"))
+    assert "USD balances" in text and "held for others" in text and "$90.00" in text
+    assert "Nothing was booked" in assert_page(desk.get("/desk/trial-balance/?as_of=2028-01-01"))
+    assert "USD balances" in assert_page(desk.get("/desk/trial-balance/?as_of=nonsense"))
+    assert b"open Assets:Cash:Pending:USD" in desk.get("/desk/trial-balance/residual.beancount").getvalue()
+    rows = desk.get("/desk/payees/2028.csv").getvalue().decode().splitlines()
+    assert len(rows) == 3 and ",22.50," in rows[1]
+    assert desk.get("/desk/payees/99.csv").status_code == 404
+
+
+def test_a_month_is_closed_on_the_page_with_a_reason_where_it_is_not_clean(spring: None, desk: Client) -> None:
+    page = "/desk/trial-balance/"
+    assert "never reconciled" in assert_page(desk.get(page))
+    assert "say why it is closed nevertheless" in assert_page(desk.post(page, {"month": "2028-03-01"}), 422)
+    assert "the next one is 2028-03" in assert_page(desk.post(page, {"month": "2028-04-01", "note": "x"}), 422)
+    assert not ClosedPeriod.objects.exists()
+
+    assert desk.post(page, {"month": "2028-03-01", "note": "A first look"}).url == page
+
+    text = assert_page(desk.get(page))
+    assert "March 2028 is closed" in text and "A first look" in text and "once it is over" in text
+
+
+def test_journals_are_found_paged_and_downloaded(spring: None, desk: Client, alice: Any) -> None:
+    code = f"payable:{alice.pk}:USD"
+    assert code in assert_page(desk.get("/desk/journal/", {"q": "Alice"}))
+    assert "cash:pending:USD" in assert_page(desk.get("/desk/journal/", {"q": "cash"}))
+    text = assert_page(desk.get(f"/desk/journal/{code}/"))
+    assert "upfront:line:" in text and "$22.50" in text
+    assert_page(desk.get(f"/desk/journal/{code}/?since=2028-03-01"))
+    assert desk.get(f"/desk/journal/{code}/?since=nonsense").status_code == 302
+    assert desk.get("/desk/journal/payable:999999:USD/").status_code == 404
+    assert desk.get(f"/desk/journal/{code}.csv").getvalue().decode().count("\r\n") == 2
+    entry = JournalEntry.objects.get(kind="upfront")
+    assert code in assert_page(desk.get(f"/desk/journal/entries/{entry.pk}/"))
+
+
+def test_payables_and_pools_are_shown_by_age_and_deadline(spring: None, desk: Client) -> None:
+    text = assert_page(desk.get("/desk/payables/"))
+    assert "Alice" in text and "not due yet" in text and "$30.00" in text
+    assert "$60.00" in assert_page(desk.get("/desk/pools/"))
+    assert "None." in assert_page(desk.get("/desk/pools/?show=released"))
+
+
+def proposal(**changes: str) -> dict[str, str]:
+    return {
+        "key": uuid.uuid4().hex,
+        "currency": "USD",
+        "booked_on": f"{clock.today()}",
+        "reason": "Paper",
+        "account_1": "expense:other",
+        "debit_1": "3.00",
+        "account_2": "equity:owners",
+        "credit_2": "3.00",
+    } | changes
+
+
+def test_a_manual_entry_is_proposed_by_one_and_posted_by_another(desk: Client, other_desk: Client) -> None:
+    form = proposal()
+    for _ in range(2):
+        page = desk.post("/desk/entries/", form).url
+    assert ManualEntry.objects.count() == 1
+    assert "another one of the staff must decide" in assert_page(desk.get(page))
+    assert "another one of the staff must decide" in assert_page(desk.post(page, {"act": "approve"}), 422)
+    assert ledger.balances() == {}
+
+    assert "Approve and post" in assert_page(other_desk.get(page))
+    assert other_desk.post(page, {"act": "approve"}).url == page
+
+    assert ledger.balances() == {"equity:owners:USD": -3_000_000, "expense:other:USD": 3_000_000}
+    assert "posted" in assert_page(desk.get("/desk/entries/"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"credit_2": "2.00"}, "Debits and credits differ by 1.00 USD"),
+        ({"debit_1": "-3"}, "is negative"),
+        ({"debit_1": "1e30"}, "more than the largest amount"),
+        ({"credit_1": "1.00"}, "one of the two"),
+        ({"account_1": "payable"}, "Select a valid choice"),
+        ({"reason": ""}, "This field is required"),
+        ({"booked_on": "2999-01-01"}, "lies in the future"),
+        ({"account_1": "cash:available"}, "names the balance transaction"),
+    ],
+)
+def test_a_bad_proposal_says_what_is_wrong_and_leaves_nothing(
+    desk: Client, changes: dict[str, str], message: str
+) -> None:
+    assert message in assert_page(desk.post("/desk/entries/", proposal(**changes)), 422)
+    assert not ManualEntry.objects.exists()
+
+
+def test_reconciliation_shows_each_difference_with_its_cause_and_the_kept_balances(desk: Client) -> None:
+    assert "Nothing was compared yet" in assert_page(desk.get("/desk/reconciliation/"))
+    held = {"currency": "USD", "ledger": [5, 0], "stripe": [0, 0], "coming": [0, 0], "agrees": False}
+    run = ReconciliationRun.objects.create(
+        key="k", status="done", n_differences=1, n_transactions=7, compared_until=clock.now(), cash=[held]
+    )
+    ReconciliationDifference.objects.create(
+        run=run, code="cash_differs", subject="USD", detail="<b>by five</b>", cause="A cause", first_seen_at=clock.now()
+    )
+    BalanceCheck.objects.create(after_account=0, up_to_account=0, n_checked=3, n_wrong=0)
+
+    text = assert_page(desk.get("/desk/reconciliation/"))
+    assert "1 difference" in text and "A cause" in text and "equal their postings" in text
+    assert b"&lt;b&gt;by five" in desk.get(f"/desk/reconciliation/{run.pk}/").content
+
+
+def test_the_watcher_is_told_when_the_books_are_wrong_or_nobody_looked(db: Any, client: Client) -> None:
+    assert client.get("/booksz").status_code == 200
+    BalanceCheck.objects.create(after_account=0, up_to_account=0, n_checked=1, n_wrong=1)
+    answer = client.get("/booksz")
+    assert (answer.status_code, answer.json()["wrong"]) == (503, {"balances": "1 differ from their postings"})
+    BalanceCheck.objects.create(after_account=0, up_to_account=0, n_checked=1, n_wrong=0)
+    ReconciliationRun.objects.create(
+        key="k", status="done", n_differences=0, finished_at=clock.now() - timedelta(days=2)
+    )
+    assert list(client.get("/booksz").json()["wrong"]) == ["reconciliation"]
+
+
+def test_an_export_over_another_rail_goes_through_the_pages(
+    spring: None, desk: Client, other_desk: Client, alice: Any
+) -> None:
+    ServedCountries.objects.create(platform_country="US", countries=["US"])
+    clock.advance(timedelta(days=40))
+    page = desk.post("/desk/rails/", {"currency": "USD", "key": "k"}).url
+    assert RailExport.objects.get().payouts.count() == 2
+    assert "too little" in assert_page(other_desk.post(page, {"act": "approve"}), 422)
+    assert desk.get(f"{page[:-1]}.csv").status_code == 404  # nobody approved it
+    other_desk.post(page, {"act": "reject"})
+    assert "rejected" in assert_page(desk.get(page))
+    assert "Nothing in EUR is due" in assert_page(desk.post("/desk/rails/", {"currency": "EUR", "key": "e"}), 422)
+
+
+def test_the_audit_log_is_filtered_and_paged_and_cannot_be_changed(desk: Client, ann: User, mallory: Any) -> None:
+    for number in range(60):
+        AuditEvent.objects.create(actor=ann if number % 2 else None, action="thing.done", target=f"thing:{number}")
+
+    text = assert_page(desk.get("/desk/audit/"))
+    assert "thing:59" in text and "thing:0 " not in text
+    assert "thing:59" in assert_page(desk.get("/desk/audit/", {"who": ann.email, "staff": "on"}))
+    assert "thing:58" not in assert_page(desk.get("/desk/audit/", {"staff": "on"}))
+    assert "Nothing is found" in assert_page(desk.get("/desk/audit/", {"action": "nothing"}))
+    assert "thing:7 " in assert_page(desk.get("/desk/audit/", {"target": "thing:7"}))
+    older = AuditEvent.objects.get(target="thing:10").pk + 1
+    assert "thing:10" in assert_page(desk.get("/desk/audit/", {"before": older}))
+    assert_page(desk.get("/desk/audit/", {"since": "2020-01-01", "until": "nonsense"}))
+
+
+def test_a_payee_sees_three_figures_the_lines_behind_them_and_where_stripe_does_not_pay(
+    spring: None, alice: Any
+) -> None:
+    ServedCountries.objects.create(platform_country="US", countries=["US"])
+    browser = signed_in(alice)
+
+    text = assert_page(browser.get("/earnings/"))
+
+    assert "earned, less what went back" in text and "still to come: held until 9 Apr 2028" in text and "paid:" in text
+    assert "Stripe does not pay to DE" in text
+    assert "the lines that wait" in assert_page(browser.get("/earnings/?show=pending"))
+    assert "Sale, upfront" not in assert_page(browser.get("/earnings/?show=due"))
