@@ -3,7 +3,6 @@
 Nothing here writes. Sums are made in PostgreSQL and long lists are streamed, so that memory does not grow with the books.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from django.db import connection, transaction
-from django.db.models import Min, QuerySet
+from django.db.models import Min, Q, QuerySet
 
 from marketplace import clock
 from marketplace.errors import InvalidInput
@@ -276,13 +275,7 @@ def account_journal_rows(account: Account) -> Iterator[JournalRow]:
 def accounts_found(query: str) -> QuerySet[Account]:
     """Accounts by the beginning of their code, or by the name of the party; in order of codes."""
     found = Account.objects.select_related("party").order_by("code")
-    if not query:
-        return found
-    return (
-        found.filter(code__startswith=query)
-        if re.match(r"[a-z_]+(:|$)", query)
-        else found.filter(party__name__icontains=query)
-    )
+    return found.filter(Q(code__startswith=query) | Q(party__name__icontains=query)) if query else found
 
 
 # --- what is owed -----------------------------------------------------------------------------------------------------

@@ -64,14 +64,13 @@ def test_a_trial_balance_in_the_past_leaves_out_what_came_later_with_and_without
     assert now.debit - march.debit == Money(5 * DOLLAR, "USD")
 
 
-def test_a_journal_runs_its_balance_over_pages_from_snapshots_and_days(db: Any) -> None:
+def test_a_journal_runs_its_balance_over_pages_from_snapshots_and_days(db: Any, monkeypatch: Any) -> None:
     start = datetime(2028, 3, 1, 12, tzinfo=UTC)
     for number in range(1, 8):
         post(number, number, at=start + timedelta(days=number))
         if number == 4:
-            ledger.take_snapshots.__globals__["SNAPSHOT_POSTINGS"], kept = 1, ledger.SNAPSHOT_POSTINGS
+            monkeypatch.setattr(ledger, "SNAPSHOT_POSTINGS", 1)
             assert ledger.take_snapshots() == 2
-            ledger.take_snapshots.__globals__["SNAPSHOT_POSTINGS"] = kept
 
     newest = books.account_journal(code="cash:pending:USD", size=3)
     assert [(row.key, row.balance.micros) for row in newest.rows] == [("e5", 15), ("e6", 21), ("e7", 28)]

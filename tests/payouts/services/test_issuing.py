@@ -96,6 +96,7 @@ def test_a_line_that_was_tampered_with_in_the_database_is_named(issued: list[Iss
     april = issued[1]
     line = DivisionLine.objects.get(party=alice, division__source="pool")
     with connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
         cursor.execute("ALTER TABLE payouts_divisionline DISABLE TRIGGER append_only")
         cursor.execute("UPDATE payouts_divisionline SET amount_micros = amount_micros + 1 WHERE id = %s", [line.pk])
         cursor.execute("ALTER TABLE payouts_divisionline ENABLE ALWAYS TRIGGER append_only")
@@ -121,6 +122,7 @@ def reissued(statement: IssuedStatement) -> IssuedStatement:
     digest = sha256(text).hexdigest()
     default_storage.save(issuing._file_name(digest), File(io.BytesIO(gzip.compress(text))))
     with connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
         cursor.execute("ALTER TABLE payouts_issuedstatement DISABLE TRIGGER append_only")
         cursor.execute("UPDATE payouts_issuedstatement SET csv_sha256 = %s WHERE id = %s", [digest, statement.pk])
         cursor.execute("ALTER TABLE payouts_issuedstatement ENABLE ALWAYS TRIGGER append_only")
@@ -183,6 +185,7 @@ def test_what_was_issued_is_refused_any_change(issued: list[IssuedStatement], ch
 
 def test_nothing_joins_a_statement_after_it_was_issued(issued: list[IssuedStatement]) -> None:
     with connection.cursor() as cursor:  # as if an earlier transaction had issued it
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
         cursor.execute("ALTER TABLE payouts_issuedstatement DISABLE TRIGGER append_only")
         cursor.execute("UPDATE payouts_issuedstatement SET txid = '3'")
         cursor.execute("ALTER TABLE payouts_issuedstatement ENABLE ALWAYS TRIGGER append_only")

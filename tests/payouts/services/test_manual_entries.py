@@ -125,6 +125,7 @@ def test_the_database_refuses_the_proposers_approval_later_legs_and_any_change(
         with pytest.raises(DatabaseError, match="decision refused"), transaction.atomic():
             ManualDecision.objects.create(manual=manual, is_approved=False, decided_by=decider)
     with connection.cursor() as cursor:  # as if it had been proposed by an earlier transaction
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
         cursor.execute("ALTER TABLE payouts_manualentry DISABLE TRIGGER append_only")
         cursor.execute("UPDATE payouts_manualentry SET txid = '3'")
         cursor.execute("ALTER TABLE payouts_manualentry ENABLE ALWAYS TRIGGER append_only")
