@@ -360,7 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--postings", type=int, default=0, help="fill an account with so many and read its balance")
-    parser.add_argument("--only", choices=["compare", "hot", "changes", "width"], help="one part")
+    parser.add_argument("--only", choices=["compare", "hot", "changes", "width", "balance"], help="one part")
     arguments = parser.parse_args()
     console = Console(width=110)
     with scratch.database("ledger") as url:

@@ -22,8 +22,9 @@ BEGIN
     SELECT d.order_line_id, d.invoice_line_id, l.amount_micros INTO of_division
         FROM payouts_divisionline l JOIN payouts_division d ON d.id = l.division_id WHERE l.id = NEW.division_line_id;
     given := of_division.amount_micros;
-    IF (of_line.order_line_id, of_line.invoice_line_id)
-        IS DISTINCT FROM (of_division.order_line_id, of_division.invoice_line_id) THEN
+    -- A royalty's division names the order line of its license beside the invoice line that it is of.
+    IF of_line.invoice_line_id IS DISTINCT FROM of_division.invoice_line_id
+        OR of_line.invoice_line_id IS NULL AND of_line.order_line_id IS DISTINCT FROM of_division.order_line_id THEN
         RAISE EXCEPTION 'reclaim refused: line % was not divided from what clawback line % takes back',
             NEW.division_line_id, NEW.clawback_line_id USING ERRCODE = 'check_violation';
     END IF;
@@ -100,6 +101,22 @@ BEGIN
     IF NEW.amount_micros < wanted.total_micros OR NEW.currency <> wanted.currency THEN
         RAISE EXCEPTION 'payment refused: % % is less than the % % that it is for', NEW.amount_micros, NEW.currency,
             wanted.total_micros, wanted.currency USING ERRCODE = 'check_violation';
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- What Stripe charged never changes, a paid payment stays paid and a settled one settled.
+CREATE FUNCTION payouts_keep_payment() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+    IF (NEW.order_id, NEW.invoice_id) IS DISTINCT FROM (OLD.order_id, OLD.invoice_id)
+        OR OLD.status = 'paid' AND (
+            NEW.amount_micros, NEW.currency, NEW.status, NEW.charge_id, NEW.balance_transaction_id, NEW.fee_micros, NEW.paid_at
+        ) IS DISTINCT FROM (
+            OLD.amount_micros, OLD.currency, OLD.status, OLD.charge_id, OLD.balance_transaction_id, OLD.fee_micros, OLD.paid_at
+        )
+        OR OLD.settled_at IS NOT NULL AND NEW.settled_at IS NULL THEN
+        RAISE EXCEPTION 'payment % keeps what it is about', OLD.id USING ERRCODE = 'restrict_violation';
     END IF;
     RETURN NEW;
 END $$;

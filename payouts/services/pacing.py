@@ -69,7 +69,7 @@ def wait_for_turn() -> float:
     """Sleep until Stripe may be asked once more; returns the seconds slept."""
     rate = float(settings.STRIPE_REQUESTS_PER_SECOND)
     try:
-        seconds = float(_redis().eval(_TAKE, 1, _key(), rate, max(1.0, rate / 10)))  # type: ignore[arg-type]
+        seconds = float(_redis().eval(_TAKE, 1, _key(), rate, max(1.0, rate / 10)))
     except RedisError as error:
         logger.warning("Redis does not pace error=%s", type(error).__name__)
         seconds = _local.take(rate)
@@ -91,8 +91,8 @@ def back_off(*, retry_after_seconds: float | None, number: int) -> float:
     return seconds
 
 
-def _redis() -> "Redis[bytes]":
-    client: Redis[bytes] = cache._cache.get_client(None, write=True)  # type: ignore[attr-defined] # Django's own connection
+def _redis() -> Redis:
+    client: Redis = cache._cache.get_client(None, write=True)  # type: ignore[attr-defined] # Django's own connection
     return client
 
 

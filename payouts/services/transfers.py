@@ -235,6 +235,7 @@ def execute_payout_run(run: PayoutRun) -> None:
     """
     if run.planned_at is None:
         _book_late_transfers(run)
+        recoveries.net_what_became_payable()  # also for whoever is owed just what they owe, and so not planned
         with transaction.atomic():
             run.lock()
             plans.write_plan(run)
@@ -249,7 +250,8 @@ def execute_payout_run(run: PayoutRun) -> None:
         run__status__in=[Job.Status.DONE, Job.Status.FAILED],
         status=Payout.Status.INTENDED,
     )
-    _send(run, left_behind.exclude(run=run).order_by("pk").values_list("pk", flat=True), done)
+    if left := list(left_behind.exclude(run=run).order_by("pk").values_list("pk", flat=True)):
+        _send(run, left, done)
     if run.n_planned <= shard_size():
         _work(run, run, 0, plans.funded_until(run), done)
     else:
@@ -352,8 +354,9 @@ def _work(run: PayoutRun, job: Job, first: int, end: int, done: _Done) -> None:
     unsent = Payout.objects.filter(run=run, status=Payout.Status.INTENDED).order_by("pk")
     if job is not run:
         unsent = unsent.filter(mine)
-    if not _is_stopped(run, done):
-        _send(job, unsent.values_list("pk", flat=True), done)  # what an attempt that died has left
+    left = list(unsent.values_list("pk", flat=True))  # by an attempt that died
+    if left and not _is_stopped(run, done):
+        _send(job, left, done)
     while not (done.is_short or _is_stopped(run, done)):
         batch = list(waiting.order_by("position").values_list("party", flat=True)[:AT_ONCE])
         if not batch:
@@ -527,11 +530,10 @@ def _book_late_transfers(run: PayoutRun) -> None:
 # --- effect -----------------------------------------------------------------------------------------------------------
 
 
-def _send(job: Job, pks: Iterable[int], done: _Done) -> None:
+def _send(job: Job, pks: list[int], done: _Done) -> None:
     """Bring intended payouts to an end; how many have none yet, and what needs a person, is added to `done`."""
-    left = list(pks)
-    for start in range(0, len(left), AT_ONCE):
-        batch = list(Payout.objects.filter(pk__in=left[start : start + AT_ONCE]).order_by("pk"))
+    for start in range(0, len(pks), AT_ONCE):
+        batch = list(Payout.objects.filter(pk__in=pks[start : start + AT_ONCE]).order_by("pk"))
         batch = [payout for payout in batch if payout.status == Payout.Status.INTENDED]
         done.n_tried += len(batch)
         # Of those tried before, somebody did not live to book the answer: they are looked up first, one by one.
