@@ -112,7 +112,7 @@ PLANTED = {
     ),
     "a payee's count of records": (
         "UPDATE payouts_payeecount SET n_records = n_records + 1 WHERE id = (SELECT min(c.id) FROM payouts_payeecount c"
-        " JOIN payouts_division d ON d.version_id = c.version_id WHERE d.result_id IS NULL)",
+        " JOIN payouts_division d ON d.version_id = c.version_id WHERE d.result_id IS NULL AND c.role = 'rights_holder')",
         {"count_differs", "line_does_not_recompute"},
     ),
     "a leg of no account": (

@@ -21,6 +21,7 @@ from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from tests.factories.marketplace import PublishedVersionFactory
 from tests.payouts.services.test_refunds import BACK, DOLLAR, back, balances, buy, clean, order_of, pay_out, run, staff
+from tests.payouts.conftest import switch_off
 
 __all__ = ["staff"]  # a fixture
 DISPUTES, INQUIRES = "4000000000000259", "4000000000001976"
@@ -160,6 +161,7 @@ def test_a_dispute_may_come_before_the_sale_was_booked(stripe: Any, alice: Any) 
 
 def test_a_dispute_about_a_charge_of_somebody_elses_is_for_a_person(stripe: Any, monkeypatch: Any, alice: Any) -> None:
     paid_with(stripe, DISPUTES, {alice: 1})
+    switch_off("keep_payment", table="payouts_payment")
     Payment.objects.update(charge_id="ch_of_somebody_else")
     monkeypatch.setattr(gateway, "charge_marks", lambda charge: {})
 
@@ -176,6 +178,7 @@ def test_one_that_needs_a_person_keeps_no_other_from_being_found_nor_the_books_f
     unknown = Payment.objects.latest("pk")  # its dispute is the newest, so it has the first turn
     charge = unknown.charge_id
     assert charge is not None
+    switch_off("keep_payment", table="payouts_payment")
     Payment.objects.filter(pk=unknown.pk).update(charge_id="ch_of_somebody_else")
     with monkeypatch.context() as patched:
         patched.setattr(gateway, "charge_marks", lambda charge: {})

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 from django.core.management import call_command
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, transaction
 from django.utils import timezone
 
 from payouts import gateway, ledger
@@ -26,6 +26,7 @@ from payouts.services.sales import start_checkout
 from payouts.tasks import execute_reconciliation
 from tests.factories.marketplace import OfferFactory, OrderFactory, UserFactory
 from tests.factories.payouts import sell
+from tests.payouts.conftest import switch_off
 
 BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
 
@@ -95,8 +96,7 @@ def test_reconcile_names_what_only_we_have(db: Any, stripe: Any) -> None:
 
 def test_reconcile_names_a_fee_that_we_booked_wrongly(db: Any, stripe: Any) -> None:
     payment = buy(stripe)
-    with connection.cursor() as cursor:  # as a hand at the database would, which the rules refuse
-        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE; ALTER TABLE payouts_payment DISABLE TRIGGER keep_payment")
+    switch_off("keep_payment", table="payouts_payment")
     Payment.objects.filter(pk=payment.pk).update(fee_micros=1)
 
     assert [difference.code for difference in reconcile().differences] == ["charge_differs"]
