@@ -20,8 +20,8 @@ from payouts.services import clawbacks, disputes, events, recoveries, refunds, r
 from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from tests.factories.marketplace import PublishedVersionFactory
-from tests.payouts.services.test_refunds import BACK, DOLLAR, back, balances, buy, clean, order_of, pay_out, run, staff
 from tests.payouts.conftest import switch_off
+from tests.payouts.services.test_refunds import BACK, DOLLAR, back, balances, buy, clean, order_of, pay_out, run, staff
 
 __all__ = ["staff"]  # a fixture
 DISPUTES, INQUIRES = "4000000000000259", "4000000000001976"
