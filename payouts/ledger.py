@@ -106,7 +106,8 @@ def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
         raise ValueError("Two of the entries have one key")
     if not drafts:
         return []
-    now = clock.now() if any(draft.booked_at is None for draft in drafts) else None
+    wall = timezone.now()
+    now = clock.now() if any(draft.booked_at is None for draft in drafts) else wall  # the demo's clock is a query
     in_order = sorted(
         drafts, key=lambda draft: draft.key
     )  # two writers of the same keys wait for each other, not in a ring
@@ -117,7 +118,7 @@ def post_many(drafts: Sequence[Draft]) -> list[JournalEntry]:
             currency=chart.currency_of(next(iter(legs[draft.key]))),
             n_legs=len(legs[draft.key]),
             booked_at=draft.booked_at or now,
-            created_at=timezone.now(),
+            created_at=wall,
             reverses=draft.reverses,
         )
         for draft in in_order
@@ -202,7 +203,7 @@ def post_split(
     currency: str,
     booked_at: datetime,
     dues: str,
-    parameters: Mapping[str, object],
+    parameters: Mapping[str, Any],
 ) -> int:
     """Move one amount from a source to many payables, as entries `key:0`, `key:1`, … of up to `MAX_LEGS` legs.
 

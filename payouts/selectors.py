@@ -433,15 +433,15 @@ def payout_runs() -> QuerySet[PayoutRun]:
 
 def run_figures(run: PayoutRun) -> RunFigures:
     outcomes = dict(run.planned_payouts.values_list("outcome").annotate(n=Count("pk")))
-    by_status = {
-        row["status"]: row
+    by_status: dict[str, tuple[int, int]] = {
+        row["status"]: (row["n"], int(row["sum"]))
         for row in run.payouts.values("status").annotate(n=Count("pk"), sum=Sum("amount_micros")).order_by()
     }
 
     def n(status: Payout.Status) -> int:
-        return int(by_status.get(status, {}).get("n", 0))
+        return by_status.get(status, (0, 0))[0]
 
-    gone = [by_status[status]["sum"] for status in (Payout.Status.SENT, Payout.Status.PAID) if status in by_status]
+    gone = [by_status.get(status, (0, 0))[1] for status in (Payout.Status.SENT, Payout.Status.PAID)]
     bank_refused = run.payouts.filter(status=Payout.Status.SENT, bank_failed_at__isnull=False).count()
     waiting = int(outcomes.get(PlannedPayout.Outcome.WAITING, 0))
     return RunFigures(
@@ -452,7 +452,7 @@ def run_figures(run: PayoutRun) -> RunFigures:
         refused=n(Payout.Status.REFUSED),
         bank_refused=bank_refused,
         passed_over=sum(outcomes.values()) - waiting - int(outcomes.get(PlannedPayout.Outcome.INTENDED, 0)),
-        sent_amount=Money(int(sum(gone)), run.currency),
+        sent_amount=Money(sum(gone), run.currency),
     )
 
 

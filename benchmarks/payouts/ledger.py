@@ -322,7 +322,7 @@ WHERE e.id > %(after)s AND a.code = 'in_transit:USD'
 
 def old_account(postings: int, console: Console) -> None:
     """The balance of an account with very many postings, a snapshot having been taken as beat takes them."""
-    from django.db import connection
+    from django.db import connection, transaction
 
     from payouts import ledger
     from payouts.models import JournalEntry
@@ -330,7 +330,7 @@ def old_account(postings: int, console: Console) -> None:
     ledger.post(key="open", kind=JournalEntry.Kind.SETTLE, postings={"cash:available:USD": 1, "in_transit:USD": -1})
     started, step = time.perf_counter(), 100_000
     for first in range(1, postings + 1, step):
-        with connection.cursor() as cursor:
+        with transaction.atomic(), connection.cursor() as cursor:
             cursor.execute("SELECT max(id) FROM payouts_journalentry")
             (after,) = cursor.fetchone()
             for statement in FILL.split(";"):

@@ -105,22 +105,6 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- What Stripe charged never changes, a paid payment stays paid and a settled one settled.
-CREATE FUNCTION payouts_keep_payment() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
-BEGIN
-    IF (NEW.order_id, NEW.invoice_id) IS DISTINCT FROM (OLD.order_id, OLD.invoice_id)
-        OR OLD.status = 'paid' AND (
-            NEW.amount_micros, NEW.currency, NEW.status, NEW.charge_id, NEW.balance_transaction_id, NEW.fee_micros, NEW.paid_at
-        ) IS DISTINCT FROM (
-            OLD.amount_micros, OLD.currency, OLD.status, OLD.charge_id, OLD.balance_transaction_id, OLD.fee_micros, OLD.paid_at
-        )
-        OR OLD.settled_at IS NOT NULL AND NEW.settled_at IS NULL THEN
-        RAISE EXCEPTION 'payment % keeps what it is about', OLD.id USING ERRCODE = 'restrict_violation';
-    END IF;
-    RETURN NEW;
-END $$;
-
 -- A pool is at most its line's price; it never changes, and is released once.
 CREATE FUNCTION payouts_check_pool() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$

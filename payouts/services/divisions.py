@@ -11,6 +11,7 @@ import logging
 import re
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 from django.conf import settings
 from django.db import connection, transaction
@@ -59,7 +60,7 @@ class Pot:
     weight_total: int
     is_kept: bool = True  # whether the version's counts are; otherwise its records are counted
 
-    def weights(self) -> tuple[str, dict[str, object]]:
+    def weights(self) -> tuple[str, dict[str, Any]]:
         """A statement that selects (party, weight, records) of the pot's payees, with its parameters."""
         counted = _COUNTED if self.is_kept else _COUNTED_ANEW
         return (counted if self.result is None else _MEASURED), {
@@ -91,7 +92,7 @@ SELECT party_id, weight, n_records, floor + (rank <= %(micros)s - all_floors)::i
 """
 
 
-def allocated(pot: Pot) -> tuple[str, dict[str, object]]:
+def allocated(pot: Pot) -> tuple[str, dict[str, Any]]:
     """A statement that selects (party, weight, records, micros) of a pot's payees, zero micros included."""
     weights, parameters = pot.weights()
     return ALLOCATED.format(weights=weights), parameters | {"micros": pot.amount.micros, "total": pot.weight_total}
@@ -136,7 +137,7 @@ def keep_counts(version: DatasetVersion) -> None:
 def _pot(version: DatasetVersion, result: AttributionResult | None, role: DivisionLine.Role) -> Pot:
     """Measured weights, or counts where nothing was measured; of no amount yet."""
     is_kept = PayeeCount.objects.filter(version=version).exists()
-    pot = Pot(role, Money(0, "USD"), version.pk, result and result.pk, 0, is_kept)
+    pot = Pot(role, Money(0, "USD"), version.pk, result.pk if result else None, 0, is_kept)
     with connection.cursor() as cursor:
         for by in (pot, replace(pot, result=None)) if result else (pot,):
             weights, parameters = by.weights()

@@ -89,7 +89,7 @@ def _balances() -> Balances:
     return {row["account__code"]: int(row["sum"]) for row in rows.iterator()}
 
 
-def _rows(statement: str, parameters: Mapping[str, object] | None = None) -> Iterator[tuple[Any, ...]]:
+def _rows(statement: str, parameters: Mapping[str, Any] | None = None) -> Iterator[tuple[Any, ...]]:
     """What a statement finds, fetched a thousand at a time from a cursor of the server's."""
     name = f"proof_{next(_numbers)}"
     with connection.cursor() as cursor:
@@ -280,6 +280,7 @@ def _divided_as_weighed(division: Division) -> Iterator[Finding]:
     )
     by_role = {pot.role: pot for pot in pots}
     for role in DivisionLine.Role:
+        parameters: dict[str, Any]
         anew, parameters = "SELECT 0::bigint, 0::bigint, 0::bigint, 0::bigint WHERE false", {"role": role.value}
         if role in by_role:
             anew, parameters = allocated(by_role[role])
