@@ -140,7 +140,7 @@ def remind() -> int:
             known = Reminder.objects.filter(moment=moment, **{f"{name}__isnull": False}).values(name)
             for thing in things.filter(due).exclude(pk__in=known).order_by("pk"):
                 with transaction.atomic():
-                    reminder, is_new = Reminder.objects.get_or_create(moment=moment, **{name: thing})
+                    reminder, is_new = Reminder.objects.get_or_create(**{"moment": moment, name: thing})  # type: ignore[arg-type]
                     if is_new:
                         jobs.wake(reminder)
                         n_new += 1

@@ -130,7 +130,8 @@ def _replace(
     more = {pk: max(0, micros) for pk, micros in differences.items()}
     less = {pk: max(0, -micros) for pk, micros in differences.items()}
     grew = revenue.micros >= report.revenue_micros
-    invoice = royalties.make_invoice(corrected, result, lines, more if grew else {})
+    number = report.invoice.purchase_order
+    invoice = royalties.make_invoice(corrected, result, lines, more if grew else {}, purchase_order=number)
     if not grew:
         _give_back(corrected, standing, less)
     AuditEvent.objects.create(

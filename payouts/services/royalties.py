@@ -316,7 +316,9 @@ def refuse_overlap(
     overlapping = standing_reports(model).filter(
         currency=currency, period_start__lte=period_end, period_end__gte=period_start
     )
-    first = overlapping.exclude(pk=but and but.pk).order_by("period_start").first()
+    if but is not None:
+        overlapping = overlapping.exclude(pk=but.pk)
+    first = overlapping.order_by("period_start").first()
     if first is not None:
         raise PeriodOverlaps(
             f"{model.name}'s revenue from {first.period_start} to {first.period_end} has been reported in "

@@ -93,7 +93,7 @@ def _ask_for(order: Order, *, purchase_order: str | None) -> Payment:
     if payment is not None and (payment.due_on is not None or payment.status == Payment.Status.PAID):
         return payment
     tax = billing.tax_on(order.total, party=order.buyer)
-    asked = {
+    asked: dict[str, object] = {
         "amount_micros": order.total_micros + tax.amount.micros,
         "tax_micros": tax.amount.micros,
         "tax_rate": tax.rate,

@@ -177,7 +177,7 @@ def _estimated(form: EstimateForm, party: Any) -> dict[str, Any]:
         ]
         return {"model": model, "quote": quote, "lines": lines, "revenue": revenue}
     offers, records = [], {}
-    for slug, n in form.wanted:
+    for slug, n in form.cleaned_data["datasets"]:
         dataset = Dataset.objects.filter(slug=slug.rstrip("/").rpartition("/")[2], status=Dataset.Status.LISTED).first()
         offer = (
             dataset

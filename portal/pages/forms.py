@@ -163,7 +163,7 @@ class EstimateForm(Form):
                 data["revenue"] = Money.parse(data["revenue"], data["currency"])
             except InvalidMoney as error:
                 self.add_error("revenue", str(error))
-        if not data.get("model") and not (data.get("datasets") or "").strip():
+        if not data.get("model") and not data.get("datasets") and "datasets" not in self.errors:
             self.add_error("datasets", "Name at least one dataset.")
         return data
 
@@ -174,8 +174,7 @@ class EstimateForm(Form):
                 len(line) == 2 and not (line[1].isascii() and line[1].isdigit() and len(line[1]) < 12)
             ):
                 raise forms.ValidationError(f"Line {number}: give a dataset, and a number of records if not all.")
-        self.wanted = [(line[0], int(line[1]) if len(line) == 2 else None) for line in lines]
-        return self.cleaned_data["datasets"]  # type: ignore[no-any-return]
+        return [(line[0], int(line[1]) if len(line) == 2 else None) for line in lines]
 
 
 class ReceiptForm(AmountForm):
