@@ -19,9 +19,9 @@ SELECT s.account_id, a.code, s.up_to, s.balance_micros, coalesce(earlier.balance
 FROM (
     SELECT DISTINCT account_id FROM payouts_balancesnapshot WHERE account_id > %(after)s
     ORDER BY account_id LIMIT %(accounts)s
-) some
+) chosen
 JOIN LATERAL (
-    SELECT * FROM payouts_balancesnapshot WHERE account_id = some.account_id ORDER BY up_to DESC LIMIT 2
+    SELECT * FROM payouts_balancesnapshot WHERE account_id = chosen.account_id ORDER BY up_to DESC LIMIT 2
 ) s ON true
 JOIN payouts_account a ON a.id = s.account_id
 LEFT JOIN LATERAL (
