@@ -1,7 +1,7 @@
 """Statements: a month as it stands while it is open, then the numbered one, as a page, CSV and PDF."""
 
 import re
-from datetime import UTC, datetime
+from datetime import date
 
 from django.core.paginator import Paginator
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
@@ -24,9 +24,7 @@ N_TOTALS = 100
 def month(request: ActingRequest, month: str) -> HttpResponseBase:
     """The month's issued statement, if there is one; else what it holds so far."""
     year, number = _month_or_404(month)
-    issued = (
-        payouts.statements_of(request.party).filter(period__starts_on=datetime(year, number, 1, tzinfo=UTC)).first()
-    )
+    issued = payouts.statements_of(request.party).filter(period__starts_on=date(year, number, 1)).first()
     if issued is not None:
         return redirect("issued-statement", number=issued.number)
     n_lines = statements.n_lines_of(party=request.party, year=year, month=number)
@@ -48,9 +46,7 @@ def month(request: ActingRequest, month: str) -> HttpResponseBase:
 @require_GET
 def month_csv(request: ActingRequest, month: str) -> HttpResponseBase:
     year, number = _month_or_404(month)
-    issued = (
-        payouts.statements_of(request.party).filter(period__starts_on=datetime(year, number, 1, tzinfo=UTC)).first()
-    )
+    issued = payouts.statements_of(request.party).filter(period__starts_on=date(year, number, 1)).first()
     if issued is not None:
         return redirect("issued-statement-csv", number=issued.number)
     return _csv(statements.statement_csv(party=request.party, year=year, month=number), f"residual-{month}.csv")
