@@ -64,7 +64,7 @@ def trajectory(task: Task, program: Program, *, n_segment: int, progress: Progre
     """
     recipe = task.recipe
     if task.checkpoints:
-        chosen = _spread(len(task.checkpoints), n_segment)
+        chosen = spread(len(task.checkpoints), n_segment)
         states = [load_checkpoint(program, number) for number in chosen]
         return _from_states(task, program, states)
     if recipe is None:
@@ -174,7 +174,7 @@ def _is_tied(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-def _spread(n: int, wanted: int) -> list[int]:
+def spread(n: int, wanted: int) -> list[int]:
     """Indices of at most `wanted` of n, evenly spread and with the last."""
     if n <= wanted:
         return list(range(n))

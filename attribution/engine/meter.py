@@ -341,7 +341,7 @@ class Meter:
     def _begin_stratum(self, stratum: tuple[int, int]) -> None:
         self._stratum, (start, length) = stratum, stratum
         self._stratum_end = start + length
-        self._drawn = start + seed_of("meter", self.seed, start) % length
+        self._drawn = _drawn_of(stratum, self.seed)
 
     def _find_stratum(self) -> None:
         while self._step >= self._stratum_end:
@@ -755,6 +755,17 @@ def _strata(every: int) -> Iterator[tuple[int, int]]:
         length = min(every, 1 + start // DENSITY)
         yield start, length
         start += length
+
+
+def _drawn_of(stratum: tuple[int, int], seed: int) -> int:
+    start, length = stratum
+    return start + seed_of("meter", seed, start) % length
+
+
+def measured_steps(every: int, seed: int) -> Iterator[tuple[int, float, int]]:
+    """Of every stratum: the step that is measured, with which probability it was drawn, and where the stratum ends."""
+    for start, length in _strata(every):
+        yield _drawn_of((start, length), seed), 1 / length, start + length
 
 
 @contextmanager

@@ -255,13 +255,19 @@ def entries(path: Path | str) -> Iterator[Entry]:
     Raises:
         EngineError: the chain is broken; the pointer names the entry.
     """
+    for _, entry in numbered_entries(path):
+        yield entry
+
+
+def numbered_entries(path: Path | str) -> Iterator[tuple[int, Entry]]:
+    """The same, each with its number in the log."""
     counting = {number for number, _ in _counting(path)}
     with _reading(path) as file:
         for number, payload, _, _, wrong in _frames(file):
             if wrong:
                 return
             if number in counting:
-                yield _entry(payload)
+                yield number, _entry(payload)
 
 
 def _counting(path: Path | str) -> list[tuple[int, tuple[float, int]]]:
@@ -293,14 +299,19 @@ def totals(path: Path | str, *, carry: bool = True) -> Tensor:
         (n_train,) float64, in units of the measurement; positive = helpful: it lowered the measurement. Where steps were drawn with
         a probability, each counts by its inverse, so that the expectation over the draw is that of a run measured throughout.
     """
-    header = read_header(path)
-    paces = [pace for _, pace in _counting(path)]
-    gain = gains(paces, header["optimizer"]) if carry else np.ones(len(paces))
-    sums = np.zeros(header["n_train"])
+    gain = gains_of(path)
+    if not carry:
+        gain = np.ones_like(gain)
+    sums = np.zeros(read_header(path)["n_train"])
     for entry, factor in zip(entries(path), gain, strict=True):
         if entry.influence is not None:
             np.add.at(sums, entry.records, entry.influence.astype(np.float64) * (factor / entry.probability))
     return torch.from_numpy(sums)
+
+
+def gains_of(path: Path | str) -> NDArray[np.float64]:
+    """(n_step,): what each of a log's steps counts for, momentum included; see `gains`."""
+    return gains([pace for _, pace in _counting(path)], read_header(path)["optimizer"])
 
 
 def gains(paces: Sequence[tuple[float, int]], optimizer: Mapping[str, Any]) -> NDArray[np.float64]:

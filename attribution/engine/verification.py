@@ -32,7 +32,7 @@ rules out; rounding logs (Srivastava et al. 2024, arXiv:2403.09603), which would
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -212,7 +212,7 @@ def _measured_tolerance(program: Program, start: State, truth: Tensors, tell: "T
     ones = torch.ones(1, program.task.n_train)
     # As one of three runs at once, products are summed in another order.
     batched = _run(program, start.stacked(3), ones.expand(3, -1), last, tell).tensors(1)
-    nudged = _run(program, _nudged(start, program.recipe.seed), ones, last, tell).tensors()
+    rounded = _run(program, nudged(start, program.recipe.seed), ones, last, tell).tensors()
     used = torch.unique(program.recipe.order[start.step : last])
     used = used[used >= 0]
     if not len(used):
@@ -222,7 +222,7 @@ def _measured_tolerance(program: Program, start: State, truth: Tensors, tell: "T
     weights = torch.ones(len(chosen), program.task.n_train)
     weights[torch.arange(len(chosen)), chosen] = 0
     run = _run(program, start.stacked(len(chosen)), weights, last, tell)
-    reordering = max(max(drifts(batched, truth, begin)), max(drifts(nudged, truth, begin)))
+    reordering = max(max(drifts(batched, truth, begin)), max(drifts(rounded, truth, begin)))
     left_out = min(drifts(run.tensors(number), truth, begin)[0] for number in range(len(chosen)))
     drift = min(REORDERING_FACTOR * reordering, LEFT_OUT_FRACTION * left_out)
     return Tolerance(drift=drift if math.isfinite(drift) else 0.0, reordering=reordering, left_out=left_out)
@@ -309,25 +309,12 @@ def _verify_segments(
     is_honest = not differences and origin.finding == ""
     for number in drawn:
         first, last = cuts[number]
-        tell.length = last - first
-        begin, end = chain[first].load(initial), chain[last].load(initial)
-        start = program.restored(first, begin)
-        try:
-            truth = _run(program, start, torch.ones(1, program.task.n_train), last, tell).tensors()
-        except (TrainingDiverged, IndexError) as error:  # no honest training has gone on from there
-            if not first and isinstance(error, IndexError):
-                raise  # the model's own, whatever was disclosed
-            cut = Compared(last, False, math.inf, math.inf)
-            segments.append(Segment(first, last, False, cut, None, _cut_short(first, begin, error)))
-            continue
-        compared, more = _compare(last, end, truth, begin)
-        tolerance = None
-        if not compared.is_bit_equal or not tolerances:  # one is measured whatever happens: it says what could hide
-            tolerance = measure_tolerance(program, start, truth, tell)
-            tolerances.append(tolerance)
-        matches = compared.is_bit_equal or (tolerance is not None and compared.worst <= tolerance.drift)
-        (within if matches else differences).extend(more)
-        segments.append(Segment(first, last, matches, compared, tolerance))
+        # One tolerance is measured whatever happens: it says what could hide.
+        segment, more = _replayed(program, chain, initial, first, last, tell, always_measured=not tolerances)
+        if segment.tolerance is not None:
+            tolerances.append(segment.tolerance)
+        (within if segment.matches else differences).extend(more)
+        segments.append(segment)
 
     widest = max(tolerances, key=lambda t: t.drift, default=Tolerance(0.0, 0.0, 0.0))
     moved = [_distance(chain[first].load(initial), chain[last].load(initial)) for first, last in cuts]
@@ -360,6 +347,82 @@ def _verify_segments(
         matches=is_honest and all(segment.matches for segment in segments),
         replayed=replayed,
     )
+
+
+def _replayed(
+    program: Program,
+    chain: Mapping[int, "_Link"],
+    initial: Tensors,
+    first: int,
+    last: int,
+    tell: Tell,
+    *,
+    always_measured: bool,
+) -> tuple[Segment, list[Difference]]:
+    """Replay one segment and compare its end."""
+    tell.length = last - first
+    begin, end = chain[first].load(initial), chain[last].load(initial)
+    start = program.restored(first, begin)
+    try:
+        truth = _run(program, start, torch.ones(1, program.task.n_train), last, tell).tensors()
+    except (TrainingDiverged, IndexError) as error:  # no honest training has gone on from there
+        if not first and isinstance(error, IndexError):
+            raise  # the model's own, whatever was disclosed
+        cut = Compared(last, False, math.inf, math.inf)
+        return Segment(first, last, False, cut, None, _cut_short(first, begin, error)), []
+    compared, differences = _compare(last, end, truth, begin)
+    tolerance = None
+    if not compared.is_bit_equal or always_measured:
+        tolerance = measure_tolerance(program, start, truth, tell)
+    matches = compared.is_bit_equal or (tolerance is not None and compared.worst <= tolerance.drift)
+    return Segment(first, last, matches, compared, tolerance), differences
+
+
+def segment_cuts(n_step: int, checkpoints: Iterable[int]) -> list[tuple[int, int]]:
+    """The segments that checkpoints cut a training into, as (first, last) completed steps."""
+    return list(pairwise(sorted({0, n_step, *checkpoints})))
+
+
+def commitment_of(task: Task, checkpoints: Sequence[tuple[int, Path]]) -> str:
+    """SHA-256 over the task's digest and every checkpoint: what a draw of segments depends on, beside its seed."""
+    return _commitment(task, list(checkpoints))
+
+
+def verify_segment(
+    task: Task,
+    *,
+    checkpoints: Sequence[tuple[int, Path]],
+    first: int,
+    last: int,
+    progress: Progress | None = None,
+) -> tuple[Segment, list[Difference], State]:
+    """Replay one segment by itself, as `verify(segments=…)` does each that it draws.
+
+    Returns:
+        What came out, the first differences (none that is allowed), and the state that the segment starts from.
+
+    Raises:
+        EngineError: see `verify`; or there is no such segment.
+    """
+    given, program = list(checkpoints), Program(task)
+    _check_steps(given, program.recipe.n_step)
+    initial = program.initial(1).tensors()
+    chain = _chain(program, given, initial)
+    if (first, last) not in segment_cuts(program.recipe.n_step, chain):
+        raise EngineError(f"no segment goes from step {first} to {last}", pointer="/segments")
+    tell = Tell(progress, (last - first) * (1 + RUNS_PER_TOLERANCE))
+    segment, differences = _replayed(program, chain, initial, first, last, tell, always_measured=True)
+    outside = _outside_the_draw(program, given, initial)
+    if outside:
+        segment = replace(segment, matches=False)
+    return segment, [*outside, *differences][:10], program.restored(first, chain[first].load(initial))
+
+
+def segments_needed(n_segment: int, *, part: float, chance: float) -> int:
+    """The fewest segments to draw for a cheat in `part` of them to be missed with probability `chance` at most."""
+    false = max(1, math.ceil(part * n_segment))
+    drawn = range(1, n_segment + 1)
+    return next((k for k in drawn if miss_probability(n_segment, false, k) <= chance), n_segment)
 
 
 def _cut_short(first: int, begin: Tensors, error: TrainingDiverged | IndexError) -> str:
@@ -564,11 +627,11 @@ def _run(program: Program, state: State, weights: Tensor, last: int, tell: Tell)
     return state
 
 
-def _nudged(start: State, seed: int) -> State:
+def nudged(start: State, seed: int) -> State:
     """The same state with weights that are off by a unit in the last place, some of them, by a fixed seed."""
     generator = torch.Generator().manual_seed(seed_of("nudge", seed))
 
-    def nudged(tensors: Tensors) -> Tensors:
+    def moved_by_a_unit(tensors: Tensors) -> Tensors:
         moved = {}
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
@@ -577,7 +640,7 @@ def _nudged(start: State, seed: int) -> State:
             moved[name] = tensor
         return moved
 
-    return replace(start, parameters=nudged(start.parameters), buffers=nudged(start.buffers))
+    return replace(start, parameters=moved_by_a_unit(start.parameters), buffers=moved_by_a_unit(start.buffers))
 
 
 def _report(

@@ -88,7 +88,7 @@ def estimate(
     path = at_state(task, program, state) if state is not None else trajectory(task, program, n_segment=CHECKPOINTS)
     states = _seen(path)
     d = parameter_count(program, path.final)
-    width = None if d <= EXACT else WIDTH
+    width = width_of(d)
     features = [_Features(task, program, segment, width, rows) for segment in states]
     steps = [segment.state.step for segment in states]
     settings: dict[str, Any] = {
@@ -149,10 +149,7 @@ class _Features:
         self.queries = self._rows(task.queries, size, of_loss=False)
         self.fisher = torch.zeros(train.shape[1], train.shape[1], dtype=torch.float64)
         for index in m.nonzero()[:, 0].split(rows or curvature_rows(program, segment.state, self.labels)):
-            found = curvature_gradients(program, segment.state, index, self.labels)
-            G = torch.cat([g.reshape(*g.shape[:2], -1) for g in found.values()], 2)  # (B, r, d)
-            G = self._projected((G * (m[index] / n).sqrt().to(G)[:, None, None]).flatten(0, 1))
-            self.fisher += G.T @ G
+            self.fisher += fisher_of(program, segment.state, index, self.labels, width=width, visits=m[index])
 
     def scores(self, ridge: float) -> Tensor:
         """(n_train, n_query) float64 for F + ridge · I."""
@@ -164,32 +161,65 @@ class _Features:
     def age_of(self, before: Tensors | None) -> tuple[float, str]:
         """τ whose inverse is the ridge, and how it was come by."""
         g = mean_gradient(self.program, self.state)
-        if before is None:
-            start, _, deviation = expected_start(self.program)
-        else:
-            start, deviation = before, {name: torch.zeros_like(p) for name, p in before.items()}
-        delta = {name: p - start[name][None] for name, p in self.state.parameters.items()}
-        remaining = -sum(float((g[name].double() * delta[name][0].double()).sum()) for name in g)
-        # What the start's own spread puts into each direction is taken off again, by one draw of it.
-        seen, moved = spectrum(self.fisher, self._projected(flat(delta))[0])
-        drawn, spread = spectrum(self.fisher, self._projected(flat({n: d[None] for n, d in deviation.items()}))[0])
-        tau = age(torch.cat([seen, drawn]), torch.cat([moved, -spread]), remaining)
-        if tau == tau:
-            return tau, "the age that the checkpoint shows"
-        mean = float(self.fisher.trace()) / len(self.fisher)
-        return 1 / max(
-            DEFAULT_DAMPING * mean, 1e-12
-        ), f"{DEFAULT_DAMPING} of the mean eigenvalue: no age can be read off"
+        return age_of(self.program, self.state, self.fisher, g, before, width=self.width)
 
     def _rows(self, records: Records, size: int, *, of_loss: bool) -> Tensor:
         parts = [
-            self._projected(flat(named_gradients(self.program, self.state, records, index, of_loss=of_loss)))
+            gradient_rows(self.program, self.state, records, index, of_loss=of_loss, width=self.width)
             for index in torch.arange(len(records)).split(size)
         ]
         return torch.cat(parts)
 
-    def _projected(self, G: Tensor) -> Tensor:
-        return G.double() if self.width is None else project(G, self.width, SEED).double()
+
+def width_of(d: int) -> int | None:
+    """To how many numbers gradients of d parameters are projected; None: they stay as they are."""
+    return None if d <= EXACT else WIDTH
+
+
+def gradient_rows(
+    program: Program, state: State, records: Records, index: Tensor, *, of_loss: bool, width: int | None
+) -> Tensor:
+    """(B, k) float64: what each record's gradient is made of here."""
+    return _projected(flat(named_gradients(program, state, records, index, of_loss=of_loss)), width)
+
+
+def fisher_of(
+    program: Program, state: State, index: Tensor, labels: Labels, *, width: int | None, visits: Tensor
+) -> Tensor:
+    """(k, k) float64: these records' part of F; the parts add up."""
+    found = curvature_gradients(program, state, index, labels)
+    G = torch.cat([g.reshape(*g.shape[:2], -1) for g in found.values()], 2)  # (B, r, d)
+    G = _projected((G * (visits / program.task.n_train).sqrt().to(G)[:, None, None]).flatten(0, 1), width)
+    return G.T @ G
+
+
+def age_of(
+    program: Program, state: State, fisher: Tensor, mean: Tensors, before: Tensors | None, *, width: int | None
+) -> tuple[float, str]:
+    """τ whose inverse is the ridge at a state, and how it was come by.
+
+    Args:
+        mean: the mean gradient of the training loss there, per parameter.
+        before: where training came from; None: from what the model is built with.
+    """
+    if before is None:
+        start, _, deviation = expected_start(program)
+    else:
+        start, deviation = before, {name: torch.zeros_like(p) for name, p in before.items()}
+    delta = {name: p - start[name][None] for name, p in state.parameters.items()}
+    remaining = -sum(float((mean[name].double() * delta[name][0].double()).sum()) for name in mean)
+    # What the start's own spread puts into each direction is taken off again, by one draw of it.
+    seen, moved = spectrum(fisher, _projected(flat(delta), width)[0])
+    drawn, spread = spectrum(fisher, _projected(flat({n: d[None] for n, d in deviation.items()}), width)[0])
+    tau = age(torch.cat([seen, drawn]), torch.cat([moved, -spread]), remaining)
+    if tau == tau:
+        return tau, "the age that the checkpoint shows"
+    damping = DEFAULT_DAMPING * float(fisher.trace()) / len(fisher)
+    return 1 / max(damping, 1e-12), f"{DEFAULT_DAMPING} of the mean eigenvalue: no age can be read off"
+
+
+def _projected(G: Tensor, width: int | None) -> Tensor:
+    return G.double() if width is None else project(G, width, SEED).double()
 
 
 def spectrum(matrix: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
