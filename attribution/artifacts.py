@@ -1,4 +1,4 @@
-"""Evidence in object storage under its SHA-256: checkpoints, queries, rounds, values. Nothing here is ever unpickled.
+"""Evidence in object storage under its SHA-256: checkpoints, queries, meter logs, rounds, values. Nothing here is ever unpickled.
 
 The bytes of one hash are kept once, whoever hands them in; a row per owner says who did, and when.
 """
@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import numpy as np
 from django.conf import settings
 from django.core.files import File
 from django.core.files.storage import default_storage
+from safetensors import safe_open
 
 from attribution.errors import ArtifactInvalid, ArtifactMissing
 from attribution.models import Artifact
@@ -27,6 +29,7 @@ from marketplace.models import Party
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+MAX_LOG_BYTES = 256 << 20  # of a meter: read several times while a disclosure is checked
 MAX_HEADER_BYTES = 1_000_000  # of a safetensors file: names and shapes of some ten thousand tensors
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 #: safetensors' names for what a training state is made of, and their sizes in bytes
@@ -52,6 +55,8 @@ def store_artifact(*, owner: Party | None, kind: str, stream: Readable) -> Artif
         match kind:
             case Artifact.Kind.STATE:
                 read_header(path)
+            case Artifact.Kind.METER:
+                _check_log(path, size)
             case Artifact.Kind.QUERIES:
                 normalised = _normalise(path)
                 _put(_normalised(key), normalised, normalised.stat().st_size)
@@ -146,6 +151,16 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     return tensors
 
 
+def find_not_finite(path: Path) -> str:
+    """The first tensor of a safetensors file, by name, that holds NaN or infinity; empty if none does."""
+    with safe_open(path, "np") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+                return str(name)
+    return ""
+
+
 def read_queries(artifact: Artifact) -> Queries:
     """What a file of queries held when it was handed in."""
     with default_storage.open(_normalised(artifact.key)) as file:
@@ -208,6 +223,30 @@ def _put(key: str, path: Path, size: int) -> None:
 
 def _not_a_state(reason: str) -> ArtifactInvalid:
     return ArtifactInvalid(f"Not a usable safetensors file: {reason}.", pointers={"/body": reason})
+
+
+def _check_log(path: Path, size: int) -> None:
+    """A meter's log whose chain holds from its header to its close."""
+    from attribution.engine import EngineError
+    from attribution.engine.meter_log import verify_log
+
+    if size > MAX_LOG_BYTES:
+        raise ArtifactInvalid(
+            f"A meter log has at most {MAX_LOG_BYTES:,} bytes, this one {size:,}; train in fewer or larger batches.",
+            pointers={"/body": "too large"},
+        )
+    try:
+        report = verify_log(path)
+    except EngineError as error:
+        raise ArtifactInvalid(
+            f"Not a usable meter log: it {error.reason}.", pointers={"/body": error.reason}
+        ) from error
+    if report.bad_entry is not None or not report.is_closed:
+        at = report.n_entry if report.bad_entry is None else report.bad_entry
+        reason = report.reason or "is missing: the log was not closed"
+        raise ArtifactInvalid(
+            f"Not a usable meter log: entry {at} {reason}.", pointers={"/body": f"entry {at}: {reason}"}
+        )
 
 
 def _normalise(path: Path) -> Path:

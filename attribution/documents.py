@@ -19,11 +19,12 @@ from django.core.files.storage import default_storage
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attribution.artifacts import find_artifact, local_path, read_header, read_queries
+from attribution.artifacts import find_artifact, find_not_finite, local_path, read_header, read_queries
 from attribution.engine import EngineError, Recipe, Task, TensorRecords, architectures, epoch_order
 from attribution.engine.task import initial_state_from_seed
 from attribution.engine.training import Program
 from attribution.errors import EvidenceInvalid
+from attribution.grades import Grade, disclosed_grade
 from attribution.models import Artifact
 from marketplace.ingest.copies import vector_fingerprints
 from marketplace.models import Citation, Contribution, DatasetVersion, Disclosure, RecordCopy, RecordFingerprint
@@ -35,6 +36,7 @@ NOBODY = -1
 MAX_REPLAYED = 1_000_000  # records; their columns are held at once
 MAX_STEPS = 200_000
 MAX_SLOTS = 50_000_000  # steps · batch: 400 MB of order
+LOOKED_AT = 256  # records at once, where no recipe says how many
 FINGERPRINTS_AT_ONCE = 5_000
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}  # torch's → safetensors' names
 
@@ -69,11 +71,6 @@ class TrainingRecords:
         return {int(key): int(n) for key, n in zip(*np.unique(distinct, return_counts=True), strict=True)}
 
 
-def is_replayable(document: Mapping[str, Any]) -> bool:
-    """Whether the document gives the evidence by which training is replayed; its schema wants all of it or nothing."""
-    return "recipe" in document
-
-
 def check_evidence(disclosure: Disclosure) -> None:
     """Refuse, before it is published, a disclosure from which no task can be built; reads labels, not contents.
 
@@ -81,33 +78,50 @@ def check_evidence(disclosure: Disclosure) -> None:
         EvidenceInvalid, ArtifactMissing, ArtifactInvalid: with a pointer into the document.
     """
     document = disclosure.document
-    if not is_replayable(document):
+    if disclosed_grade(document) == Grade.DECLARED:
         return
+    recipe: Mapping[str, Any] | None = document.get("recipe")
     n_cited = sum(citation.n_records for citation in disclosure.citations.all())
     if n_cited > MAX_REPLAYED:
         raise EvidenceInvalid(
-            f"It cites {n_cited:,} records; at most {MAX_REPLAYED:,} can be replayed. Disclose it without a recipe, or cite less.",
+            f"It cites {n_cited:,} records; at most {MAX_REPLAYED:,} can be replayed or looked at. Disclose it without evidence, or cite less.",
             pointers={"/training_data": f"{n_cited:,} records"},
         )
     records = read_records(disclosure)
     sample = _task(disclosure, records, rows=2)
     shape = sample.train[torch.arange(1)][0].shape[1:]
     with pointing("/architecture"):
-        architectures.check_activations(
-            sample.model, shape, batch=min(document["recipe"]["order"]["batch"], len(records))
-        )
+        batch = recipe["order"]["batch"] if recipe else LOOKED_AT
+        architectures.check_activations(sample.model, shape, batch=min(batch, len(records)))
     _probe(sample, len(document["features"]["classes"]))
-    _order(document["recipe"], len(records))
+    if recipe:
+        _order(recipe, len(records))
     with pointing(""):
-        expected = Program(sample).initial(1).tensors()
-    _check_checkpoints(disclosure, n_step=_n_step(document["recipe"], len(records)), expected=expected)
+        expected = Program(sample).blank(1).tensors()
+    n_step = _n_step(recipe, len(records)) if recipe else document["checkpoints"][-1]["step"]
+    _check_checkpoints(disclosure, n_step=n_step, expected=expected)
     queries, _ = _queries(disclosure)
     _check_disjoint(disclosure, records, queries)
 
 
-def build_task(disclosure: Disclosure, records: TrainingRecords | None = None) -> Task:
-    """The whole task, contents included; its checkpoints are left to `checkpoint_paths`."""
-    return _task(disclosure, records or read_records(disclosure))
+def build_task(
+    disclosure: Disclosure,
+    records: TrainingRecords | None = None,
+    checkpoints: Sequence[tuple[int, Any]] = (),
+) -> Task:
+    """The whole task, contents included; its checkpoints are those given, see `checkpoint_paths`."""
+    return _task(disclosure, records or read_records(disclosure), checkpoints=checkpoints)
+
+
+def sample_task(disclosure: Disclosure, records: TrainingRecords) -> Task:
+    """The task with its first two records and all of its queries: enough to build model, optimizer and meter."""
+    return _task(disclosure, records, rows=2)
+
+
+def build_recipe(document: Mapping[str, Any], *, n_train: int) -> Recipe:
+    """The document's recipe by itself, its whole order included."""
+    with pointing(""):
+        return _recipe(document["recipe"], _builder(document), n_train=n_train)
 
 
 def read_records(disclosure: Disclosure) -> TrainingRecords:
@@ -313,24 +327,25 @@ def _contents(records: TrainingRecords, rows: int | None = None) -> NDArray[np.f
     return np.concatenate(parts)
 
 
-def _task(disclosure: Disclosure, records: TrainingRecords, rows: int | None = None) -> Task:
+def _task(
+    disclosure: Disclosure,
+    records: TrainingRecords,
+    rows: int | None = None,
+    checkpoints: Sequence[tuple[int, Any]] = (),
+) -> Task:
     """The task; with `rows`, a small one of that many records, which shows whether its parts fit together."""
     document = disclosure.document
     classes = document["features"]["classes"]
     n_train = (rows and min(rows, len(records))) or len(records)
     targets = class_indices(records, classes)[:n_train]
     queries, query_targets = _queries(disclosure)
-    build, spec = _builder(document), document["recipe"]
+    build, spec = _builder(document), document.get("recipe")
     content = _contents(records, rows)[:n_train]
     if content.shape[1] != queries.shape[1]:
         raise EvidenceInvalid(
             f"The queries have {queries.shape[1]} numbers each, the training records {content.shape[1]}.",
             pointers={"/queries/sha256": f"{queries.shape[1]} numbers a query"},
         )
-    order = _order(spec, len(records)) if rows is None else torch.arange(n_train)[None]
-    rate = spec["learning_rate"]
-    if isinstance(rate, list):
-        rate = torch.tensor(rate if rows is None else rate[:1], dtype=torch.float64)
     is_whole = rows is None
     with pointing(""):
         return Task(
@@ -342,20 +357,31 @@ def _task(disclosure: Disclosure, records: TrainingRecords, rows: int | None = N
             owner=torch.from_numpy(records.owner) if is_whole else None,
             groups={"labeller": torch.from_numpy(records.labeller)} if is_whole else {},
             copy_of=torch.from_numpy(records.copy_of) if is_whole else None,
-            recipe=Recipe(
-                optimizer=spec["optimizer"],
-                options=spec.get("options", {}),
-                groups=[(regex, options) for regex, options in spec.get("groups", [])],
-                learning_rate=rate,
-                order=order,
-                normalizer=spec.get("normalizer", "batch"),
-                initial_state=initial_state_from_seed(build, spec["initial_state"]["seed"]),
-                clip_norm=spec.get("clip_norm"),
-                seed=spec.get("seed", 0),
-                order_seed=spec["order"]["seed"] if is_whole else None,
-                initial_seed=spec["initial_state"]["seed"],
-            ),
+            recipe=_recipe(spec, build, n_train=len(records), sampled=None if is_whole else n_train) if spec else None,
+            checkpoints=checkpoints,
         )
+
+
+def _recipe(
+    spec: Mapping[str, Any], build: Callable[[], nn.Module], *, n_train: int, sampled: int | None = None
+) -> Recipe:
+    """The document's recipe; `sampled`: one step over so many records in its place."""
+    rate = spec["learning_rate"]
+    if isinstance(rate, list):
+        rate = torch.tensor(rate if sampled is None else rate[:1], dtype=torch.float64)
+    return Recipe(
+        optimizer=spec["optimizer"],
+        options=spec.get("options", {}),
+        groups=[(regex, options) for regex, options in spec.get("groups", [])],
+        learning_rate=rate,
+        order=_order(spec, n_train) if sampled is None else torch.arange(sampled)[None],
+        normalizer=spec.get("normalizer", "batch"),
+        initial_state=initial_state_from_seed(build, spec["initial_state"]["seed"]),
+        clip_norm=spec.get("clip_norm"),
+        seed=spec.get("seed", 0),
+        order_seed=spec["order"]["seed"] if sampled is None else None,
+        initial_seed=spec["initial_state"]["seed"],
+    )
 
 
 def _queries(disclosure: Disclosure) -> tuple[NDArray[np.float64], Ints]:
@@ -446,6 +472,8 @@ def _check_checkpoints(disclosure: Disclosure, *, n_step: int, expected: Mapping
         )
         with local_path(artifact) as path:
             found = read_header(path)
+        if "recipe" not in disclosure.document:  # which optimizer it was is not known, and its state not looked at
+            found = {name: entry for name, entry in found.items() if not name.startswith("optimizer.")}
         has_optimizer = any(name.startswith("optimizer.") for name in found)
         wanted = {
             name: (DTYPES[tensor.dtype], list(tensor.shape))
@@ -459,6 +487,13 @@ def _check_checkpoints(disclosure: Disclosure, *, n_step: int, expected: Mapping
                     f"Checkpoint {number} has {has} under {name}; the architecture and its optimizer have {needs}.",
                     pointers={f"{pointer}/sha256": f"{name}: {has} instead of {needs}"},
                 )
+        with local_path(artifact) as path:
+            broken = find_not_finite(path)
+        if broken:
+            raise EvidenceInvalid(
+                f"Checkpoint {number} holds NaN or infinity in {broken}; disclose a training that did not diverge.",
+                pointers={f"{pointer}/sha256": f"{broken} is not finite"},
+            )
     if before != n_step:
         raise EvidenceInvalid(
             f"The last checkpoint is at step {before}; it must be the final state, step {n_step}.",

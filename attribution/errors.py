@@ -31,3 +31,21 @@ class NotReplayed(DomainError):
     """A measurement was asked for before the replay proved the disclosure."""
 
     code = "not_replayed"
+
+
+class MeteredRunTaken(DomainError):
+    """The party has planned another run under this name."""
+
+    code = "metered_run_taken"
+
+
+class HeadsRefused(DomainError):
+    """Heads that are malformed, out of order, or contradict what was posted."""
+
+    code = "heads_refused"
+
+
+class MeterCommitted(DomainError):
+    """The metered run was disclosed; neither its log nor its evidence changes any more."""
+
+    code = "meter_committed"

@@ -20,8 +20,9 @@ class Artifact(models.Model):
         STATE = "state"  # safetensors
         QUERIES = "queries"  # Parquet, the dataset's columns
         PLAN = "plan"  # the engine's plan, JSON
-        ROUND = "round"  # a shard's output
+        ROUND = "round"  # a shard's output: a round of replays, or a piece of an estimate
         VALUES = "values"  # records' values, Parquet
+        METER = "meter"  # an in-run meter's log, closed
 
     sha256 = models.CharField(max_length=64)
     kind = models.CharField(max_length=10, choices=Kind)
@@ -61,6 +62,75 @@ class Verification(Job):
 
     def __str__(self) -> str:
         return f"Verification of {self.disclosure}"
+
+
+class SegmentReplay(Job):
+    """One drawn segment of a metered training, run again with the meter on: do its weights and its entries come out?"""
+
+    task_name: ClassVar[str] = "attribution.tasks.replay_segment"
+
+    verification = models.ForeignKey(Verification, models.PROTECT, related_name="segments")
+    number = models.PositiveIntegerField()  # among all segments of the training
+    first_step = models.PositiveIntegerField()  # completed before it
+    last_step = models.PositiveIntegerField()  # and after it
+    matches = models.BooleanField(null=True)
+    report = models.JSONField(default=dict, blank=True)
+
+    class Meta(Job.Meta):
+        constraints = [
+            *Job.Meta.constraints,
+            models.UniqueConstraint(fields=["verification", "number"], name="segment_replayed_once"),
+        ]
+
+    def __str__(self) -> str:
+        return f"Steps {self.first_step} to {self.last_step} of {self.verification}"
+
+
+class MeteredRun(models.Model):
+    """A training that its trainer announced before it began, so that its meter's heads have somewhere to go."""
+
+    public_id = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    owner = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="metered_runs")
+    slug = models.SlugField(max_length=80)  # the trainer's own name for it
+    queries_sha256 = models.CharField(max_length=64)  # what will be asked is fixed before training
+    planned_at = models.DateTimeField(default=timezone.now)  # wall time; the database sets it
+
+    class Meta:
+        ordering = ["-pk"]
+        constraints = [models.UniqueConstraint(fields=["owner", "slug"], name="metered_run_once_per_owner")]
+
+    def __str__(self) -> str:
+        return self.slug
+
+
+class MeterHead(models.Model):
+    """A head of a log's hash chain, posted while training ran; rows are never changed, and their time is the database's."""
+
+    run = models.ForeignKey(MeteredRun, models.PROTECT, related_name="heads")
+    entry = models.PositiveBigIntegerField()
+    step = models.PositiveBigIntegerField()  # optimizer steps finished
+    head = models.CharField(max_length=64)
+    posted_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        ordering = ["run", "entry"]
+        constraints = [models.UniqueConstraint(fields=["run", "entry"], name="one_head_per_entry")]
+
+    def __str__(self) -> str:
+        return f"Head {self.entry} of {self.run}"
+
+
+class MeterCommitment(models.Model):
+    """What a metered run was disclosed with, and the seed that draws the segments to replay: made only then, once."""
+
+    run = models.OneToOneField(MeteredRun, models.PROTECT, related_name="commitment")
+    evidence_sha256 = models.CharField(max_length=64)  # of the document without the model's name and summary
+    log = models.ForeignKey(Artifact, models.PROTECT, related_name="+")
+    seed = models.BigIntegerField()
+    committed_at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return f"Commitment of {self.run}"
 
 
 class AttributionRun(Job):
@@ -127,7 +197,7 @@ class AttributionResult(models.Model):
     grade = models.CharField(max_length=9, choices=Grade)
     status = models.CharField(max_length=9, choices=Status, default=Status.DRAFT)
     paid_by = models.CharField(max_length=9, choices=[("influence", "influence"), ("count", "count")])
-    reliability = models.FloatField(null=True)  # λ in [0, 1]; null where nothing was replayed
+    reliability = models.FloatField(null=True)  # λ in [0, 1]; null where nothing was measured
     total = models.FloatField(null=True)  # f(all) − f(none), in the measurement's unit
     total_low = models.FloatField(null=True)
     total_high = models.FloatField(null=True)

@@ -97,4 +97,4 @@ def run_progress(run: AttributionRun) -> tuple[int, int]:
         1000 if shard.status == Shard.Status.DONE else 1000 * shard.progress_done // max(1, shard.progress_total)
         for shard in shards
     )
-    return done, 1000 * len(shards)
+    return done, 1000 * max(len(shards), run.progress_total if shards else 0)  # an estimate's later stages open later

@@ -2,13 +2,13 @@
 
 from celery import shared_task
 
-from attribution.models import AttributionRun, Shard, Verification
+from attribution.models import AttributionRun, SegmentReplay, Shard, Verification
 from marketplace import jobs
 
 
 @shared_task(acks_late=True)
 def verify_disclosure(verification_id: int) -> None:
-    """Harmless to run twice, at once, or after a crash; so are the other two."""
+    """Harmless to run twice, at once, or after a crash; so are the other three."""
     with jobs.claimed(Verification, verification_id) as verification:
         if verification:
             from attribution.services import runs
@@ -32,6 +32,15 @@ def execute_shard(shard_id: int) -> None:
             from attribution.services import runs
 
             runs.execute_shard(shard)
+
+
+@shared_task(acks_late=True)
+def replay_segment(replay_id: int) -> None:
+    with jobs.claimed(SegmentReplay, replay_id) as replay:
+        if replay:
+            from attribution.services import runs
+
+            runs.replay_segment(replay)
 
 
 @shared_task

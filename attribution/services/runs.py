@@ -1,10 +1,13 @@
 """A disclosure's way to a published result, as jobs.
 
-    replayable:  Verification —match→ AttributionRun: plan → Shards → merge → result of grade replayed
-                              —mismatch→ no result: what was proven false pays nobody by it
-    otherwise:   AttributionRun → result of grade declared, by count
+    replayed:   Verification —match→ AttributionRun: plan → Shards → merge → result of grade replayed
+                             —mismatch→ no result: what was proven false pays nobody by it
+    estimated:  AttributionRun: plan → Shards in three stages → merge → result of grade estimated
+    metered:    AttributionRun → result of grade declared, by count, which holds until segments replay
+                Verification: draw → SegmentReplays → verdict —match→ AttributionRun → result of grade metered
+    otherwise:  AttributionRun → result of grade declared, by count
 
-A planned run waits in the queue, not due, until its last shard resumes it; so no worker is held meanwhile.
+A planned run or verification waits in the queue, not due, until its last part resumes it; so no worker is held meanwhile.
 """
 
 import io
@@ -12,7 +15,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -28,18 +31,20 @@ from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
 from attribution.artifacts import local_path, open_artifact, store_artifact
-from attribution.documents import TrainingRecords, build_task, checkpoint_paths, is_replayable, pointing, read_records
+from attribution.documents import TrainingRecords, build_task, checkpoint_paths, pointing, read_records
 from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds, plan_shares, run_round
+from attribution.engine.unreplayed import UnreplayedShares
 from attribution.engine.verification import verify
 from attribution.errors import NotReplayed, RunFailed
-from attribution.models import Artifact, AttributionResult, AttributionRun, Shard, Share, Verification
+from attribution.grades import Grade, disclosed_grade
+from attribution.models import Artifact, AttributionResult, AttributionRun, SegmentReplay, Shard, Share, Verification
+from attribution.services import estimates, segments
 from attribution.services.shares import shares_by_count, shares_by_influence
 from marketplace import clock, jobs
 from marketplace.models import Disclosure
 
 logger = logging.getLogger(__name__)
 
-Grade = AttributionResult.Grade
 #: How long a run that waits for its shards is not due; `request_missing_runs` looks sooner.
 WAITING = timedelta(days=1)
 PROGRESS_SECONDS = 1.0
@@ -48,9 +53,13 @@ MIN_ROUNDS = 4
 
 def request_measurement(disclosure: Disclosure) -> Verification | AttributionRun:
     """Queue what the document's evidence allows; harmless to call twice."""
-    if is_replayable(disclosure.document):
+    grade = disclosed_grade(disclosure.document)
+    if grade == Grade.REPLAYED:
         return request_verification(disclosure=disclosure)
-    return request_run(disclosure=disclosure, grade=Grade.DECLARED, budget=0)
+    if grade == Grade.METERED:
+        request_verification(disclosure=disclosure)
+        grade = Grade.DECLARED  # until segments replay
+    return request_run(disclosure=disclosure, grade=grade, budget=0)
 
 
 def is_requested(disclosure: Disclosure) -> bool:
@@ -68,13 +77,13 @@ def request_run(*, disclosure: Disclosure, grade: str, budget: float | None = No
     """Queue one measurement; the same question is the same run.
 
     Raises:
-        NotReplayed: grade replayed, and no replay has matched.
+        NotReplayed: grade replayed or metered, and no replay has matched.
     """
-    if grade == Grade.REPLAYED:
+    if grade in (Grade.REPLAYED, Grade.METERED):
         matched = Verification.objects.filter(disclosure=disclosure, verdict=Verification.Verdict.MATCH)
         if not matched.exists():
             raise NotReplayed("Influence is measured once a replay has reproduced the disclosed weights.")
-    elif grade != Grade.DECLARED:
+    elif grade not in (Grade.DECLARED, Grade.ESTIMATED):
         raise ValueError(f"No run has grade {grade!r}")
     run, is_new = AttributionRun.objects.get_or_create(
         disclosure=disclosure,
@@ -91,6 +100,9 @@ def verify_disclosure(verification: Verification) -> None:
     """Replay the training; a match opens the measurement, a mismatch closes the matter."""
     _use_threads()
     disclosure = verification.disclosure
+    if disclosed_grade(disclosure.document) == Grade.METERED:
+        _verify_segments(verification)
+        return
     task = build_task(disclosure)
     with checkpoint_paths(disclosure) as paths, pointing(""):
         report = verify(task, checkpoints=paths, progress=_teller(verification))
@@ -105,6 +117,47 @@ def verify_disclosure(verification: Verification) -> None:
     logger.info("Verified disclosure=%s verdict=%s", disclosure.pk, verdict)
 
 
+def _verify_segments(verification: Verification) -> None:
+    """Take the check of a metered training one step on: draw its segments and open them, or read their verdict."""
+    replays = verification.segments.order_by("number")
+    if not replays.exists():
+        with transaction.atomic():
+            verification.lock()
+            for replay in segments.draw(verification):
+                jobs.wake(replay)
+            _wait(verification)
+    elif failed := replays.filter(status=SegmentReplay.Status.FAILED).first():
+        raise RunFailed(
+            f"Steps {failed.first_step} to {failed.last_step}: {failed.error_message}", pointers=failed.error_pointers
+        )
+    elif replays.exclude(status=SegmentReplay.Status.DONE).exists():
+        _wait(verification)
+    else:
+        matches = all(replay.matches for replay in replays)
+        verdict = Verification.Verdict.MATCH if matches else Verification.Verdict.MISMATCH
+        with transaction.atomic():
+            verification.lock()
+            verification.write(verdict=verdict, report=_plain(segments.report(verification)))
+            verification.finish()
+            if matches:
+                request_run(disclosure=verification.disclosure, grade=Grade.METERED, budget=0)
+        logger.info("Verified disclosure=%s verdict=%s segments=%s", verification.disclosure_id, verdict, len(replays))
+
+
+def replay_segment(replay: SegmentReplay) -> None:
+    """Train one drawn segment again, the meter on; whoever finishes the last one wakes the verdict."""
+    _use_threads()
+    matches, report = segments.replay(replay, progress=_teller(replay))
+    with transaction.atomic():
+        replay.lock()
+        replay.write(matches=matches, report=_plain(report))
+        replay.finish()
+        # Two last segments at once: the second to get the verification's row counts after the first has committed.
+        verification = Verification.objects.select_for_update().get(pk=replay.verification_id)
+        if not verification.segments.exclude(status=SegmentReplay.Status.DONE).exists():
+            jobs.resume(verification)
+
+
 def advance_run(run: AttributionRun) -> None:
     """Take a run one step on: plan it and open its shards, or merge them and publish.
 
@@ -113,8 +166,12 @@ def advance_run(run: AttributionRun) -> None:
     """
     _use_threads()
     if run.grade == Grade.DECLARED:
+        if run.disclosure.results.exists():  # what was measured meanwhile is not followed by a count
+            return
         records = read_records(run.disclosure)
         publish_result(run=run, shares=shares_by_count(records))
+    elif run.grade == Grade.METERED:
+        _publish(run, *segments.divide(run.disclosure, seed=run.seed))
     elif run.plan is None:
         _plan(run)
     elif failed := run.shards.filter(status=Shard.Status.FAILED).order_by("number").first():
@@ -124,6 +181,11 @@ def advance_run(run: AttributionRun) -> None:
         )
     elif run.shards.exclude(status=Shard.Status.DONE).exists():
         _wait(run)
+    elif run.grade == Grade.ESTIMATED:
+        if opened := estimates.next_stage(run):
+            _open(run, opened)
+        else:
+            _publish(run, *estimates.merge(run))
     else:
         _merge(run)
 
@@ -132,9 +194,13 @@ def execute_shard(shard: Shard) -> None:
     """Measure one round; whoever finishes the last one wakes the merge."""
     _use_threads()
     run = shard.run
-    task = build_task(run.disclosure)
-    with pointing("/plan"), tempfile.TemporaryDirectory(prefix="round-") as folder:
-        result = run_round(task, read_plan(run), shard.number, progress=_teller(shard))
+    with tempfile.TemporaryDirectory(prefix="round-") as folder:
+        if run.grade == Grade.ESTIMATED:
+            result = estimates.run_shard(shard, progress=_teller(shard))
+        else:
+            task = build_task(run.disclosure)
+            with pointing("/plan"):
+                result = run_round(task, read_plan(run), shard.number, progress=_teller(shard))
         path = Path(folder) / "round.safetensors"
         result.save(path)
         with path.open("rb") as stream:
@@ -153,7 +219,7 @@ def publish_result(
     *,
     run: AttributionRun,
     shares: list[Share],
-    measured: SharesResult | None = None,
+    measured: SharesResult | UnreplayedShares | None = None,
     values: Artifact | None = None,
 ) -> AttributionResult:
     """Write a result with its shares, final from here on, and finish its run: all in one transaction.
@@ -206,9 +272,16 @@ def request_missing_runs() -> int:
         request_measurement(disclosure)
         requested += 1
     matched = verified.filter(status=Verification.Status.DONE, verdict=Verification.Verdict.MATCH)
-    unmeasured = Disclosure.objects.filter(Exists(matched), ~Exists(run.filter(grade=Grade.REPLAYED)))
+    unmeasured = Disclosure.objects.filter(Exists(matched), ~Exists(run.filter(grade=Grade.REPLAYED))).exclude(
+        document__has_key="meter"
+    )
     for disclosure in unmeasured.order_by("pk")[:1000]:
         request_run(disclosure=disclosure, grade=Grade.REPLAYED)
+        requested += 1
+    metered = matched.filter(disclosure__document__has_key="meter")
+    uncounted = Disclosure.objects.filter(Exists(metered), ~Exists(run.filter(grade=Grade.METERED)))
+    for disclosure in uncounted.order_by("pk")[:1000]:
+        request_run(disclosure=disclosure, grade=Grade.METERED, budget=0)
         requested += 1
     shards = Shard.objects.filter(run=OuterRef("pk"))
     ended = Exists(shards.filter(status=Shard.Status.FAILED)) | ~Exists(shards.exclude(status=Shard.Status.DONE))
@@ -217,25 +290,49 @@ def request_missing_runs() -> int:
     )
     for stuck in waiting.order_by("pk")[:1000]:
         requested += jobs.resume(stuck)
+    replays = SegmentReplay.objects.filter(verification=OuterRef("pk"))
+    ended = Exists(replays.filter(status=SegmentReplay.Status.FAILED)) | (
+        Exists(replays) & ~Exists(replays.exclude(status=SegmentReplay.Status.DONE))
+    )
+    undecided = Verification.objects.filter(
+        ended, status=Verification.Status.QUEUED, due_at__gt=timezone.now(), n_failures=0
+    )
+    for verification in undecided.order_by("pk")[:1000]:
+        requested += jobs.resume(verification)
     return requested
 
 
 def _plan(run: AttributionRun) -> None:
+    if run.grade == Grade.ESTIMATED:
+        document, total = estimates.plan(run)
+        opened = list(estimates.first_stage(document))
+    else:
+        plan = _plan_replays(run)
+        document, total, opened = plan.to_json(), len(plan.rounds), list(range(len(plan.rounds)))
+    stored = store_artifact(owner=None, kind=Artifact.Kind.PLAN, stream=io.BytesIO(json.dumps(document).encode()))
+    with transaction.atomic():
+        run.lock()
+        run.write(plan=stored, progress_done=0, progress_total=total)
+        _open(run, opened)
+    logger.info("Planned run=%s grade=%s shards=%s", run.pk, run.grade, total)
+
+
+def _plan_replays(run: AttributionRun) -> Plan:
     task = build_task(run.disclosure)
     with pointing(""):
         plan = plan_shares(task, budget=run.budget, seed=run.seed)
         if len(plan.rounds) < MIN_ROUNDS:  # a small task, quickly planned again: several workers may share it
             plan = plan_shares(task, budget=run.budget, seed=run.seed, n_rounds=MIN_ROUNDS)
-    document = io.BytesIO(json.dumps(plan.to_json()).encode())
-    stored = store_artifact(owner=None, kind=Artifact.Kind.PLAN, stream=document)
-    with transaction.atomic():
-        run.lock()
-        run.write(plan=stored, progress_done=0, progress_total=len(plan.rounds))
-        shards = Shard.objects.bulk_create(Shard(run=run, number=number) for number in range(len(plan.rounds)))
-        for shard in shards:
-            jobs.wake(shard)
-        _wait(run)
-    logger.info("Planned run=%s rounds=%s run_equivalents=%.0f", run.pk, len(shards), plan.run_equivalents)
+    return plan
+
+
+@transaction.atomic
+def _open(run: AttributionRun, numbers: Sequence[int]) -> None:
+    """Give workers these shards, and wait for them."""
+    run.lock()
+    for shard in Shard.objects.bulk_create(Shard(run=run, number=number) for number in numbers):
+        jobs.wake(shard)
+    _wait(run)
 
 
 def read_plan(run: AttributionRun) -> Plan:
@@ -245,9 +342,9 @@ def read_plan(run: AttributionRun) -> Plan:
         return Plan.from_json(json.load(file))
 
 
-def _wait(run: AttributionRun) -> None:
-    """Back to the queue and not due: the last shard resumes it."""
-    run.postpone(timezone.now() + WAITING)
+def _wait(job: jobs.Job) -> None:
+    """Back to the queue and not due: the last of its parts resumes it."""
+    job.postpone(timezone.now() + WAITING)
 
 
 def _merge(run: AttributionRun) -> None:
@@ -258,11 +355,15 @@ def _merge(run: AttributionRun) -> None:
     with ExitStack() as stack, pointing("/rounds"):
         rounds = [RoundResult.load(stack.enter_context(local_path(output))) for output in outputs]
         measured = merge_rounds(task, read_plan(run), rounds)
+    _publish(run, records, measured)
+
+
+def _publish(run: AttributionRun, records: TrainingRecords, measured: SharesResult | UnreplayedShares) -> None:
     values = _store_values(records, measured)
     publish_result(run=run, shares=shares_by_influence(measured, records), measured=measured, values=values)
 
 
-def _store_values(records: TrainingRecords, measured: SharesResult) -> Artifact:
+def _store_values(records: TrainingRecords, measured: SharesResult | UnreplayedShares) -> Artifact:
     """Every record's value by its place, so that the shares can be added up again."""
     table = pa.table(
         {

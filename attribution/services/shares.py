@@ -7,6 +7,7 @@ from fractions import Fraction
 from attribution.documents import Payee, TrainingRecords
 from attribution.engine.shares import Share as MeasuredShare
 from attribution.engine.shares import SharesResult
+from attribution.engine.unreplayed import UnreplayedShares
 from attribution.models import PPQ, Share
 
 
@@ -25,7 +26,7 @@ def to_ppq(weights: Mapping[int, float]) -> dict[int, int]:
     return {key: int(floor) + (key in lucky) for key, (floor, _) in parts.items()}
 
 
-def shares_by_influence(measured: SharesResult, records: TrainingRecords) -> list[Share]:
+def shares_by_influence(measured: SharesResult | UnreplayedShares, records: TrainingRecords) -> list[Share]:
     """Both partitions' shares as the engine measured them, unsaved."""
     return [
         *_partition(Share.Partition.RIGHTS_HOLDER, measured.owners, records.owners),

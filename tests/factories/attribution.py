@@ -4,6 +4,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from torch.nn.functional import cross_entropy
 
 from attribution.artifacts import store_artifact
 from attribution.engine import Recipe, Task, TensorRecords, epoch_order, initial_state_from_seed, train
-from attribution.models import Artifact, AttributionResult, AttributionRun, Share
+from attribution.engine.meter_log import Head
+from attribution.engine.metered import run_metered
+from attribution.models import Artifact, AttributionResult, AttributionRun, MeteredRun, Share
+from attribution.services.meters import PostedHead, plan_metered_run, post_heads
 from attribution.services.shares import to_ppq
 from marketplace import clock
 from marketplace.models import Citation, DatasetVersion, Disclosure, License, Party, TrainedModel
@@ -197,6 +201,8 @@ def trained_document(
     n_queries: int = 24,
     epochs: int = 2,
     batch: int = 16,
+    checkpoint_steps: Sequence[int] | None = None,
+    meter: "Metering | None" = None,
 ) -> dict[str, Any]:
     """Train a small MLP with the engine's loop on the licensed bytes, hand in its evidence, and describe it.
 
@@ -231,16 +237,21 @@ def trained_document(
     )
     n_step = task.require_recipe().n_step
     checkpoints = []
+    queries = store_artifact(owner=owner, kind=Artifact.Kind.QUERIES, stream=queries_file(asked, answers))
+    metered: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = train(task, checkpoint_steps=[n_step // 2, n_step], checkpoint_dir=Path(folder))
-        for step, path in run.checkpoints:
+        steps = list(checkpoint_steps or [n_step // 2, n_step])
+        if meter is None:
+            kept = train(task, checkpoint_steps=steps, checkpoint_dir=Path(folder)).checkpoints
+        else:
+            kept, metered = meter.run(task, owner=owner, queries_sha256=queries.sha256, steps=steps, folder=Path(folder))
+        for step, path in kept:
             data = path.read_bytes()
             if alter_state and step == n_step:
                 data = _altered(path, alter_state)
             artifact = store_artifact(owner=owner, kind=Artifact.Kind.STATE, stream=io.BytesIO(data))
             checkpoints.append({"step": step, "sha256": artifact.sha256})
-    queries = store_artifact(owner=owner, kind=Artifact.Kind.QUERIES, stream=queries_file(asked, answers))
-    return declaration(licenses=licenses, slug=slug, selections=selections) | {
+    return metered | declaration(licenses=licenses, slug=slug, selections=selections) | {
         "features": {"transform": [{"kind": "scale", "divide_by": 4}], "classes": CLASSES},
         "architecture": {
             "kind": "sequential",
@@ -266,6 +277,66 @@ def trained_document(
         "queries": {"sha256": queries.sha256, "n_queries": n_queries},
         "checkpoints": checkpoints,
     }
+
+
+def estimated_document(*, licenses: Sequence[License], **options: Any) -> dict[str, Any]:
+    """As `trained_document`, with four checkpoints of the training and without its recipe."""
+    steps = {"checkpoint_steps": [2, 4, 8, 16], "epochs": 4}
+    document = trained_document(licenses=licenses, **steps | options)
+    return {name: part for name, part in document.items() if name != "recipe"}
+
+
+@dataclass
+class Metering:
+    """How a trainer meters; an honest one, unless told to alter the log or the heads.
+
+    Args:
+        alter_log: changes the log's bytes before they are handed in.
+        post: called with (run, head) as each head is due; by default posts it.
+        alter_task: what is metered in place of the disclosed training.
+    """
+
+    slug: str = "night-shift"
+    every: int = 1
+    heads_every: int = 1
+    alter_log: Callable[[Path], None] | None = None
+    post: Callable[[MeteredRun, Head], None] | None = None
+    alter_task: Callable[[Task], Task] | None = None
+    planned_queries: str | None = None
+
+    def run(
+        self, task: Task, *, owner: Party, queries_sha256: str, steps: Sequence[int], folder: Path
+    ) -> tuple[list[tuple[int, Path]], dict[str, Any]]:
+        run = plan_metered_run(owner=owner, slug=self.slug, queries_sha256=self.planned_queries or queries_sha256)
+        post = self.post or _post_head
+        log = folder / "run.meter"
+        kept = run_metered(
+            self.alter_task(task) if self.alter_task else task,
+            log=log,
+            every=self.every,
+            heads=lambda head: post(run, head),
+            heads_every=self.heads_every,
+            checkpoint_steps=steps,
+            checkpoint_dir=folder,
+        )
+        if self.alter_log:
+            self.alter_log(log)
+        with log.open("rb") as stream:
+            artifact = store_artifact(owner=owner, kind=Artifact.Kind.METER, stream=stream)
+        return kept, {"meter": {"run": str(run.public_id), "log_sha256": artifact.sha256}}
+
+
+def _post_head(run: MeteredRun, head: Head) -> None:
+    post_heads(run=run, heads=[PostedHead(head.entry, head.step, head.head)])
+
+
+def metered_document(*, licenses: Sequence[License], meter: Metering | None = None, **options: Any) -> dict[str, Any]:
+    """As `trained_document`, trained with the meter on and its heads posted meanwhile.
+
+    In a test all of that is one transaction, and so one moment, to the database: see `at_their_own_moments`.
+    """
+    steps = {"checkpoint_steps": [4, 8, 12, 16], "epochs": 4}
+    return trained_document(licenses=licenses, meter=meter or Metering(), **steps | options)
 
 
 def two_clouds(n: int, width: int = 6, *, seed: int = 0) -> tuple[np.ndarray, list[str]]:
