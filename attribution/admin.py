@@ -2,7 +2,17 @@
 
 from django.contrib import admin
 
-from attribution.models import Artifact, AttributionResult, AttributionRun, Shard, Share, Verification
+from attribution.models import (
+    Artifact,
+    AttributionResult,
+    AttributionRun,
+    MeteredRun,
+    MeterHead,
+    SegmentReplay,
+    Shard,
+    Share,
+    Verification,
+)
 from marketplace.admin import JobAdmin, ReadOnly, ReadOnlyInline
 
 JOB = ["status", "attempt", "queued_at", "finished_at", "error_code"]
@@ -11,6 +21,11 @@ JOB = ["status", "attempt", "queued_at", "finished_at", "error_code"]
 class ShardInline(ReadOnlyInline):
     model = Shard
     fields = ["number", *JOB]
+
+
+class SegmentInline(ReadOnlyInline):
+    model = SegmentReplay
+    fields = ["number", "first_step", "last_step", "matches", *JOB]
 
 
 class ShareInline(ReadOnlyInline):
@@ -31,6 +46,27 @@ class VerificationAdmin(JobAdmin):
     list_display = ["disclosure", "verdict", *JOB]
     list_filter = ["status", "verdict"]
     list_select_related = ["disclosure__model"]
+    inlines = [SegmentInline]
+
+
+@admin.register(SegmentReplay)
+class SegmentReplayAdmin(JobAdmin):
+    list_display = ["verification", "number", "first_step", "last_step", "matches", *JOB]
+    list_filter = ["status", "matches"]
+    list_select_related = ["verification__disclosure__model"]
+
+
+@admin.register(MeteredRun)
+class MeteredRunAdmin(ReadOnly):
+    list_display = ["slug", "owner", "queries_sha256", "planned_at"]
+    list_select_related = ["owner"]
+    search_fields = ["slug"]
+
+
+@admin.register(MeterHead)
+class MeterHeadAdmin(ReadOnly):
+    list_display = ["run", "entry", "step", "head", "posted_at"]
+    list_select_related = ["run"]
 
 
 @admin.register(AttributionRun)

@@ -2,9 +2,10 @@
 
 from datetime import datetime
 
-from django.db.models import Q, QuerySet
+from django.db.models import Count, F, Q, QuerySet
 
-from attribution.models import AttributionResult, AttributionRun, Shard, Share, Verification
+from attribution.grades import Grade, disclosed_grade
+from attribution.models import AttributionResult, AttributionRun, MeteredRun, SegmentReplay, Shard, Share, Verification
 from marketplace.models import DatasetVersion, Disclosure, Party, TrainedModel
 
 
@@ -49,7 +50,9 @@ def disclosures_visible_to(party: Party) -> QuerySet[Disclosure]:
     return (
         Disclosure.objects.filter(model__owner=party)
         .select_related("model", "verification")
-        .prefetch_related("citations__version__dataset", "citations__license", "runs__shards", "results")
+        .prefetch_related(
+            "citations__version__dataset", "citations__license", "runs__shards", "results", "verification__segments"
+        )
     )
 
 
@@ -63,21 +66,47 @@ def public_disclosures(at: datetime) -> QuerySet[Disclosure]:
     )
 
 
-#: declared: no recipe was given; open: the replay is still to come; reproduced: it gave the disclosed weights;
-#: contradicted: it gave others; unusable: it could not be carried out.
-EVIDENCE_STATES = ("declared", "open", "reproduced", "contradicted", "unusable")
+#: declared: no evidence was given; checkpoints: they were, and no recipe; open: the replay is still to come; reproduced: it
+#: gave the disclosed weights (metered: in every drawn segment, and the log's entries); contradicted: it gave others; unusable: it
+#: could not be carried out.
+EVIDENCE_STATES = ("declared", "checkpoints", "open", "reproduced", "contradicted", "unusable")
 
 
 def evidence_state(disclosure: Disclosure) -> str:
     """What has become of a disclosure's evidence, in a word of `EVIDENCE_STATES`."""
-    if "recipe" not in disclosure.document:
-        return "declared"
+    grade = disclosed_grade(disclosure.document)
+    if grade in (Grade.DECLARED, Grade.ESTIMATED):
+        return "declared" if grade == Grade.DECLARED else "checkpoints"
     verification = getattr(disclosure, "verification", None)
     if verification is None or not verification.is_finished:
         return "open"
     if verification.status == Verification.Status.FAILED:
         return "unusable"
     return "reproduced" if verification.verdict == Verification.Verdict.MATCH else "contradicted"
+
+
+#: Where a result's λ comes from.
+RELIABILITY_SOURCES = ("replays", "record", "none")
+
+
+def reliability_source(result: AttributionResult) -> str:
+    """In a word of `RELIABILITY_SOURCES`."""
+    if result.grade == Grade.DECLARED:
+        return "none"
+    return "replays" if result.grade == Grade.REPLAYED else "record"
+
+
+def metered_runs_of(party: Party) -> QuerySet[MeteredRun]:
+    """The only door to planned trainings: their owner's."""
+    runs = MeteredRun.objects.filter(owner=party).annotate(n_heads=Count("heads"))
+    return runs.annotate(committed_at=F("commitment__committed_at")).order_by("-pk")
+
+
+def find_metered_run(disclosure: Disclosure) -> MeteredRun | None:
+    """The planned training that a metered disclosure names."""
+    if disclosed_grade(disclosure.document) != Grade.METERED:
+        return None
+    return metered_runs_of(disclosure.model.owner).filter(public_id=disclosure.document["meter"]["run"]).first()
 
 
 def find_verification(disclosure: Disclosure) -> Verification | None:
@@ -88,6 +117,18 @@ def open_run(disclosure: Disclosure) -> AttributionRun | None:
     """The run that is queued or running, if any."""
     unfinished = Q(status=AttributionRun.Status.QUEUED) | Q(status=AttributionRun.Status.RUNNING)
     return AttributionRun.objects.filter(unfinished, disclosure=disclosure).order_by("-pk").first()
+
+
+def verification_progress(verification: Verification) -> tuple[int, int]:
+    """(work done, work in all): the job's own units or, of a metered training, thousandths of a drawn segment."""
+    segments = list(verification.segments.all())
+    if not segments:
+        return verification.progress_done, verification.progress_total
+    done = sum(
+        1000 if s.status == SegmentReplay.Status.DONE else 1000 * s.progress_done // max(1, s.progress_total)
+        for s in segments
+    )
+    return done, 1000 * len(segments)
 
 
 def run_progress(run: AttributionRun) -> tuple[int, int]:

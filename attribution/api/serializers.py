@@ -4,7 +4,16 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from attribution import selectors
-from attribution.models import Artifact, AttributionResult, AttributionRun, Share, Verification
+from attribution.grades import MEANING
+from attribution.models import (
+    Artifact,
+    AttributionResult,
+    AttributionRun,
+    MeteredRun,
+    MeterHead,
+    Share,
+    Verification,
+)
 from marketplace import clock
 from marketplace.api.fields import MoneyField
 from marketplace.jobs import Job
@@ -41,9 +50,74 @@ class JobOutput(serializers.Serializer):
         return job.progress_done, job.progress_total
 
 
+class MeteredRunInput(serializers.Serializer):
+    slug = serializers.CharField(
+        max_length=80, help_text="Your own name for the run: lower-case letters, digits, hyphens."
+    )
+    queries_sha256 = serializers.RegexField(
+        r"^[0-9a-f]{64}\Z",
+        help_text="The evaluation queries, handed in as an artifact; the disclosure must name the same.",
+    )
+
+
+class HeadInput(serializers.Serializer):
+    """A head of the log's hash chain, as the engine's `Meter(heads=…)` hands it out."""
+
+    entry = serializers.IntegerField(min_value=0, max_value=2**53 - 1, help_text="The number of the log's last entry.")
+    step = serializers.IntegerField(min_value=0, max_value=2**53 - 1, help_text="Optimizer steps finished.")
+    head = serializers.RegexField(r"^[0-9a-f]{64}\Z")
+
+
+class HeadsInput(serializers.Serializer):
+    heads = HeadInput(many=True, allow_empty=False)
+
+
+class HeadOutput(serializers.ModelSerializer):
+    class Meta:
+        model = MeterHead
+        fields = ["entry", "step", "head", "posted_at"]
+
+
+class HeadsOutput(serializers.Serializer):
+    heads = HeadOutput(many=True)
+
+
+class MeteredRunOutput(serializers.ModelSerializer):
+    id = serializers.UUIDField(source="public_id")
+    n_heads = serializers.IntegerField()
+    last_head = serializers.SerializerMethodField(help_text="The head posted last; null: none yet.")
+    committed_at = serializers.DateTimeField(
+        allow_null=True, help_text="When the run was disclosed; its log takes no heads from then on."
+    )
+
+    class Meta:
+        model = MeteredRun
+        fields = ["id", "slug", "queries_sha256", "planned_at", "n_heads", "last_head", "committed_at"]
+
+    @extend_schema_field(HeadOutput(allow_null=True))
+    def get_last_head(self, run: MeteredRun) -> dict[str, Any] | None:
+        last = run.heads.order_by("-entry").first()
+        return HeadOutput(last).data if last else None
+
+
+class SegmentOutput(JobOutput):
+    """One drawn segment of a metered training."""
+
+    first_step = serializers.IntegerField()
+    last_step = serializers.IntegerField()
+    matches = serializers.BooleanField(allow_null=True)
+
+
 class VerificationOutput(JobOutput):
     verdict = serializers.ChoiceField(choices=Verification.Verdict.choices, allow_blank=True)
     report = serializers.JSONField(help_text="What the replay found, tensor by tensor, and on which build.")
+    segments = SegmentOutput(
+        many=True, help_text="Of a metered training: the segments that were drawn. Otherwise none."
+    )
+
+    def _progress(self, job: Job) -> tuple[int, int]:
+        assert isinstance(job, Verification)
+        return selectors.verification_progress(job)
 
 
 class RunOutput(JobOutput):
@@ -88,6 +162,14 @@ class ShareOutput(serializers.ModelSerializer):
 class ResultOutput(serializers.ModelSerializer):
     id = serializers.UUIDField(source="public_id")
     disclosure = serializers.UUIDField(source="disclosure.public_id")
+    meaning = serializers.SerializerMethodField(help_text="What the grade means, in plain words.")
+    reliability_source = serializers.SerializerMethodField(
+        help_text="`replays`: λ was measured on this training. `record`: replay was not possible, and λ is the method's measured "
+        "record times the values' coherence. `none`: records were counted."
+    )
+    intervals = serializers.SerializerMethodField(
+        help_text="What the 95 % intervals promise; empty where nothing was measured."
+    )
 
     class Meta:
         model = AttributionResult
@@ -96,14 +178,27 @@ class ResultOutput(serializers.ModelSerializer):
             "number",
             "disclosure",
             "grade",
+            "meaning",
             "paid_by",
             "reliability",
+            "reliability_source",
+            "intervals",
             "total",
             "total_low",
             "total_high",
             "regime",
             "published_at",
         ]
+
+    def get_meaning(self, result: AttributionResult) -> str:
+        return MEANING[result.grade]
+
+    @extend_schema_field({"type": "string", "enum": list(selectors.RELIABILITY_SOURCES)})
+    def get_reliability_source(self, result: AttributionResult) -> str:
+        return selectors.reliability_source(result)
+
+    def get_intervals(self, result: AttributionResult) -> str:
+        return str(result.summary.get("intervals", ""))
 
 
 class CurrentResultOutput(ResultOutput):

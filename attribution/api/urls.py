@@ -1,8 +1,9 @@
-from attribution.api.views import ArtifactViewSet, DisclosureViewSet, ModelViewSet
+from attribution.api.views import ArtifactViewSet, DisclosureViewSet, MeteredRunViewSet, ModelViewSet
 
 routes = [
     ("artifacts", ArtifactViewSet, "artifact"),
     ("disclosures", DisclosureViewSet, "disclosure"),
+    ("metered-runs", MeteredRunViewSet, "metered-run"),
     ("models", ModelViewSet, "model"),
 ]
 paths: list = []

@@ -4,6 +4,7 @@ from django.db.models import QuerySet
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, extend_schema, extend_schema_view
 from rest_framework import status
+from rest_framework.decorators import action
 from rest_framework.mixins import ListModelMixin, RetrieveModelMixin
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -11,17 +12,27 @@ from rest_framework.viewsets import GenericViewSet
 
 from attribution import selectors
 from attribution.api.parsers import RawBody
-from attribution.api.serializers import ArtifactOutput, DisclosureOutput, ModelOutput, ModelSummary
+from attribution.api.serializers import (
+    ArtifactOutput,
+    DisclosureOutput,
+    HeadsInput,
+    HeadsOutput,
+    MeteredRunInput,
+    MeteredRunOutput,
+    ModelOutput,
+    ModelSummary,
+)
 from attribution.artifacts import store_artifact
 from attribution.errors import ArtifactInvalid
-from attribution.models import Artifact
+from attribution.models import Artifact, MeteredRun
 from attribution.services.disclosures import disclose_model
+from attribution.services.meters import PostedHead, plan_metered_run, post_heads
 from marketplace import clock
 from marketplace.errors import InvalidInput
 from marketplace.models import ApiKey, Disclosure, Party, TrainedModel
 
 #: What a trainer hands in; the other kinds are the engine's own.
-HANDED_IN = (Artifact.Kind.STATE, Artifact.Kind.QUERIES)
+HANDED_IN = (Artifact.Kind.STATE, Artifact.Kind.QUERIES, Artifact.Kind.METER)
 
 
 class ArtifactViewSet(GenericViewSet):
@@ -34,9 +45,10 @@ class ArtifactViewSet(GenericViewSet):
     queryset = Artifact.objects.none()
 
     @extend_schema(
-        summary="Hand in a checkpoint or evaluation queries",
+        summary="Hand in a checkpoint, evaluation queries or a meter's log",
         description="The body is the file as it is. Checkpoints are safetensors; queries are Parquet with the columns "
-        "`content` (a list of numbers, or a string) and `label` (a string). The same bytes again give the same answer.",
+        "`content` (a list of numbers, or a string) and `label` (a string); a meter's log is closed. The same bytes again "
+        "give the same answer.",
         parameters=[OpenApiParameter("kind", str, enum=[kind.value for kind in HANDED_IN], required=True)],
         request={"application/octet-stream": OpenApiTypes.BINARY},
         responses={201: ArtifactOutput},
@@ -82,6 +94,49 @@ class DisclosureViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
         disclosure = disclose_model(owner=_acting_party(request), document=document)
         seen = self.get_queryset().get(pk=disclosure.pk)
         return Response(DisclosureOutput(seen).data, status=status.HTTP_201_CREATED)
+
+
+@extend_schema_view(
+    list=extend_schema(summary="Your metered trainings"),
+    retrieve=extend_schema(summary="A metered training, and how far its heads were posted"),
+)
+class MeteredRunViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
+    """Planned before training begins; heads are posted to it while training runs, and a disclosure names it."""
+
+    scopes: ClassVar[dict[str, str]] = {"create": ApiKey.Scope.DISCLOSE, "heads": ApiKey.Scope.DISCLOSE}
+    serializer_class = MeteredRunOutput
+    queryset = MeteredRun.objects.none()
+    lookup_field = "public_id"
+    lookup_value_converter = "uuid"
+
+    def get_queryset(self) -> QuerySet[MeteredRun]:
+        return selectors.metered_runs_of(_acting_party(self.request))
+
+    @extend_schema(
+        summary="Plan a metered training",
+        description="Before training begins, with the queries that will be asked. The same plan again is the same run.",
+        request=MeteredRunInput,
+        responses={201: MeteredRunOutput},
+    )
+    def create(self, request: Request) -> Response:
+        data = MeteredRunInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        run = plan_metered_run(owner=_acting_party(request), **data.validated_data)
+        return Response(MeteredRunOutput(self.get_queryset().get(pk=run.pk)).data, status=status.HTTP_201_CREATED)
+
+    @extend_schema(
+        summary="Post heads of a metered training's log",
+        description="While training runs. Entries ascend; heads that are there already are answered with the time at which they first "
+        "came, so a request may be repeated. No more than an eighth of the log may lie between two posts. Nothing is ever changed or deleted.",
+        request=HeadsInput,
+        responses={201: HeadsOutput},
+    )
+    @action(detail=True, methods=["post"], pagination_class=None)
+    def heads(self, request: Request, public_id: str) -> Response:
+        data = HeadsInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        heads = post_heads(run=self.get_object(), heads=[PostedHead(**head) for head in data.validated_data["heads"]])
+        return Response(HeadsOutput({"heads": heads}).data, status=status.HTTP_201_CREATED)
 
 
 @extend_schema_view(

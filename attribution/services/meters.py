@@ -158,7 +158,9 @@ def check_meter(disclosure: Disclosure) -> None:
             rates=metered.first_rates(recipe, sample.model()),
             max_entries=MAX_ENTRIES,
         )
-        metered.check_heads(path, posted_moments(run), handed_in_at=log.registered_at.timestamp() + CLOCKS_DIFFER_SECONDS)
+        metered.check_heads(
+            path, posted_moments(run), handed_in_at=log.registered_at.timestamp() + CLOCKS_DIFFER_SECONDS
+        )
 
 
 def _check_segments(disclosure: Disclosure, *, needed: Sequence[str]) -> None:

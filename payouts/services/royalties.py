@@ -11,6 +11,7 @@ from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
+from attribution.grades import GRADES
 from attribution.models import PPQ, AttributionResult, Share
 from attribution.selectors import latest_result
 from marketplace import clock
@@ -37,13 +38,6 @@ from payouts.services.divisions import divide
 logger = logging.getLogger(__name__)
 
 PLATFORM_FEE_BPS = 1_000  # of a royalty; a sale's is on its offer
-#: The strongest evidence first: which result releases a pool at its deadline.
-GRADES = [
-    AttributionResult.Grade.REPLAYED,
-    AttributionResult.Grade.ESTIMATED,
-    AttributionResult.Grade.METERED,
-    AttributionResult.Grade.DECLARED,
-]
 
 
 # --- pools ------------------------------------------------------------------------------------------------------------
@@ -152,9 +146,12 @@ def _pools_to_release() -> Iterable[RoyaltyPool]:
 
 
 def _releasing_result(pool: RoyaltyPool) -> AttributionResult | None:
-    """Of what was published by the deadline, the first result of the best grade; or none: by count."""
-    citing = AttributionResult.objects.filter(_citing_results(pool)).distinct().order_by("published_at", "pk")
-    return min(citing, key=lambda result: GRADES.index(_grade(result)), default=None)
+    """Of what was published by the deadline, the first result of the best grade; or none: by count.
+
+    So it does not matter how soon after the deadline this runs.
+    """
+    citing = AttributionResult.objects.filter(_citing_results(pool), published_at__lte=pool.deadline).distinct()
+    return max(citing.order_by("published_at", "pk"), key=lambda result: GRADES.index(_grade(result)), default=None)
 
 
 def _grade(result: AttributionResult) -> AttributionResult.Grade:

@@ -20,6 +20,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from attribution import selectors as attribution
+from attribution.grades import MEANING, disclosed_grade
 from attribution.models import PPQ, AttributionResult, Share
 from marketplace import clock
 from marketplace import selectors as marketplace
@@ -79,6 +80,7 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
     )
     run = attribution.open_run(latest)
     result = attribution.latest_result(found)
+    verification = attribution.find_verification(latest)
     context = {
         "section": "models",
         "model": found,
@@ -87,10 +89,15 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
         "is_owner": found.owner == request.party,  # type: ignore[attr-defined]
         "citations": citations,
         "evidence": attribution.evidence_state(latest),
-        "verification": attribution.find_verification(latest),
+        "disclosed_grade": disclosed_grade(latest.document),
+        "verification": verification,
+        "replayed": attribution.verification_progress(verification) if verification else None,
+        "metered_run": attribution.find_metered_run(latest),
         "run": run,
         "progress": attribution.run_progress(run) if run else None,
         "result": result,
+        "meaning": MEANING[result.grade] if result else "",
+        "reliability_source": attribution.reliability_source(result) if result else "none",
         "partitions": _partitions(request, result, [citation.version_id for citation in citations]) if result else [],
         "n_drawn": N_DRAWN,
         "overdue": duties.overdue_of(found),

@@ -244,39 +244,45 @@ def trained_document(
         if meter is None:
             kept = train(task, checkpoint_steps=steps, checkpoint_dir=Path(folder)).checkpoints
         else:
-            kept, metered = meter.run(task, owner=owner, queries_sha256=queries.sha256, steps=steps, folder=Path(folder))
+            kept, metered = meter.run(
+                task, owner=owner, queries_sha256=queries.sha256, steps=steps, folder=Path(folder)
+            )
         for step, path in kept:
             data = path.read_bytes()
             if alter_state and step == n_step:
                 data = _altered(path, alter_state)
             artifact = store_artifact(owner=owner, kind=Artifact.Kind.STATE, stream=io.BytesIO(data))
             checkpoints.append({"step": step, "sha256": artifact.sha256})
-    return metered | declaration(licenses=licenses, slug=slug, selections=selections) | {
-        "features": {"transform": [{"kind": "scale", "divide_by": 4}], "classes": CLASSES},
-        "architecture": {
-            "kind": "sequential",
-            "layers": [
-                {"kind": "linear", "in_features": width, "out_features": 8},
-                {"kind": "gelu"},
-                {"kind": "linear", "in_features": 8, "out_features": len(CLASSES)},
-            ],
-        },
-        "loss": "cross_entropy",
-        "measurement": "cross_entropy",
-        "recipe": {
-            "optimizer": "sgd",
-            "options": {"momentum": 0.9},
-            "groups": [],
-            "learning_rate": 0.1,
-            "order": {"rule": "epoch_order", "batch": batch, "epochs": epochs, "seed": 1},
-            "normalizer": "batch",
-            "initial_state": {"rule": "seed", "seed": 7},
-            "clip_norm": None,
-            "seed": 0,
-        },
-        "queries": {"sha256": queries.sha256, "n_queries": n_queries},
-        "checkpoints": checkpoints,
-    }
+    return (
+        metered
+        | declaration(licenses=licenses, slug=slug, selections=selections)
+        | {
+            "features": {"transform": [{"kind": "scale", "divide_by": 4}], "classes": CLASSES},
+            "architecture": {
+                "kind": "sequential",
+                "layers": [
+                    {"kind": "linear", "in_features": width, "out_features": 8},
+                    {"kind": "gelu"},
+                    {"kind": "linear", "in_features": 8, "out_features": len(CLASSES)},
+                ],
+            },
+            "loss": "cross_entropy",
+            "measurement": "cross_entropy",
+            "recipe": {
+                "optimizer": "sgd",
+                "options": {"momentum": 0.9},
+                "groups": [],
+                "learning_rate": 0.1,
+                "order": {"rule": "epoch_order", "batch": batch, "epochs": epochs, "seed": 1},
+                "normalizer": "batch",
+                "initial_state": {"rule": "seed", "seed": 7},
+                "clip_norm": None,
+                "seed": 0,
+            },
+            "queries": {"sha256": queries.sha256, "n_queries": n_queries},
+            "checkpoints": checkpoints,
+        }
+    )
 
 
 def estimated_document(*, licenses: Sequence[License], **options: Any) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def test_a_lost_message_between_two_stages_is_found(license, carol, work):
     assert disclosure.results.get().grade == "estimated"
 
 
-def test_a_metered_training_pays_by_count_until_its_segments_replay_and_then_by_its_log(license, carol, alice, bob, work):
+def test_a_metered_training_pays_by_count_until_its_segments_replay_and_then_by_its_log(
+    license, carol, alice, bob, work
+):
     disclosure = disclose_model(owner=carol, document=metered_document(licenses=[license]))
     counted = disclosure.runs.get()
     tasks.advance_run(counted.pk)
@@ -169,7 +171,13 @@ def test_a_segment_whose_worker_died_is_replayed_again_and_gives_the_same_verdic
     expected = first.report
     drawn = [replay.number for replay in verification.segments.order_by("number")]
     dead = SegmentReplay.objects.filter(pk=first.pk)
-    dead.update(status="running", matches=None, report={}, finished_at=None, lease_expires_at=timezone.now() - timedelta(seconds=1))
+    dead.update(
+        status="running",
+        matches=None,
+        report={},
+        finished_at=None,
+        lease_expires_at=timezone.now() - timedelta(seconds=1),
+    )
 
     tasks.replay_segment(first.pk)
     work()
