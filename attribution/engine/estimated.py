@@ -109,16 +109,15 @@ def chosen_checkpoints(steps: Sequence[int]) -> list[int]:
 
 
 def is_spread(steps: Sequence[int]) -> bool:
-    """Whether checkpoints show training from its first eighth on; from its end alone, values are not worth what `RECORD` says."""
-    return all(
-        max(near / at, at / near) <= NEAR
-        for at in (part * steps[-1] for part in HALVINGS)
-        if (near := max(1, steps[_nearest(steps, at)]))
-    ) and len(chosen_checkpoints(steps)) == len(HALVINGS)
+    """Whether checkpoints show training from its first eighth on; at its end alone, values are not worth what `RECORD` says."""
+    if len(chosen_checkpoints(steps)) < len(HALVINGS):
+        return False
+    wanted = [part * steps[-1] for part in HALVINGS]
+    return all(1 / NEAR <= steps[_nearest(steps, at)] / at <= NEAR for at in wanted)
 
 
 def _nearest(steps: Sequence[int], at: float) -> int:
-    return min(range(len(steps)), key=lambda k: abs(math.log(max(1, steps[k]) / max(at, 1e-9))))
+    return min(range(len(steps)), key=lambda k: abs(math.log(max(steps[k], 1e-9) / at)))
 
 
 def run_piece(

@@ -471,3 +471,57 @@ def test_an_invoice_is_paid_at_stripe(measured: AttributionResult, stripe: Any) 
     assert gateway.balance() == {"USD": (ledger.balance("cash:pending:USD") // 10_000, 0)}
     with pytest.raises(AlreadyPaid):
         royalties.start_invoice_checkout(invoice=invoice, success_url="http://a.test/", cancel_url="http://a.test/")
+
+
+@pytest.mark.parametrize("strongest", range(4))
+def test_at_its_deadline_the_strongest_of_four_grades_releases_a_pool_whatever_came_last(
+    version: Any, alice: Any, bob: Any, strongest: int
+) -> None:
+    """declared < metered < estimated < replayed, the order of DESIGN §4."""
+    pool = PoolFactory(amount=usd("20"), version=version)
+    weakest_first = [Grade.DECLARED, Grade.METERED, Grade.ESTIMATED, Grade.REPLAYED]
+    best = PublishedResultFactory(license=license_of(pool), shares={bob: 1}, grade=weakest_first[strongest])
+    for grade in weakest_first[:strongest]:
+        PublishedResultFactory(disclosure=best.disclosure, version=version, shares={alice: 1}, grade=grade)
+    clock.advance(pool.deadline - clock.now() + timedelta(seconds=1))
+
+    assert divide_what_is_ready() == 1
+
+    assert Division.objects.get().result == best
+    assert ledger.balances(prefix="payable") == {chart.payable(bob, "USD"): -20_000_000}
+
+
+@pytest.mark.parametrize("grade", [Grade.METERED, Grade.ESTIMATED])
+def test_a_metered_or_estimated_result_waits_for_the_deadline(version: Any, alice: Any, grade: str) -> None:
+    pool = PoolFactory(amount=usd("20"), version=version)
+    PublishedResultFactory(license=license_of(pool), shares={alice: 1}, grade=grade)
+
+    assert divide_what_is_ready() == 0
+
+
+def test_a_result_that_comes_after_the_deadline_is_too_late_for_the_pool_however_strong(
+    version: Any, alice: Any, bob: Any
+) -> None:
+    """The division is the same, whether it runs a second or a week after the deadline."""
+    pool = PoolFactory(amount=usd("20"), version=version)
+    metered = PublishedResultFactory(license=license_of(pool), shares={bob: 1}, grade=Grade.METERED)
+    clock.advance(pool.deadline - clock.now() + timedelta(seconds=1))
+    PublishedResultFactory(disclosure=metered.disclosure, version=version, shares={alice: 1}, grade=Grade.REPLAYED)
+
+    assert divide_what_is_ready() == 1
+
+    assert Division.objects.get().result == metered
+
+
+def test_a_released_pool_stays_as_it_was_when_a_stronger_result_comes(version: Any, alice: Any, bob: Any) -> None:
+    pool = PoolFactory(amount=usd("20"), version=version)
+    metered = PublishedResultFactory(license=license_of(pool), shares={bob: 1}, grade=Grade.METERED)
+    clock.advance(pool.deadline - clock.now() + timedelta(seconds=1))
+    divide_what_is_ready()
+    for grade in (Grade.ESTIMATED, Grade.REPLAYED):
+        PublishedResultFactory(disclosure=metered.disclosure, version=version, shares={alice: 1}, grade=grade)
+
+    assert divide_what_is_ready() == 0
+
+    assert Division.objects.get().result == metered
+    assert ledger.balances(prefix="payable") == {chart.payable(bob, "USD"): -20_000_000}
