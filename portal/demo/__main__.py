@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     var = var_dir()
     os.environ.setdefault("ATTRIBUTION_BUDGET", BUDGET)
-    steps = Steps(n_step=8)
+    steps = Steps(n_step=9)
     try:
         with demo_environment(var) as environment, Supervisor(log_dir=var / "log") as supervisor:
             with steps.step("Start PostgreSQL, Redis, web, four workers, beat and the local Stripe"):
@@ -65,6 +65,7 @@ def _do(site: Site, steps: Steps) -> None:
                 ("License by API, pay by Stripe Checkout, download", job.license),
                 ("Train and disclose", job.train_and_disclose),
                 ("Attribute: replay, measure, publish", job.attribute),
+                ("Disclose by meter and by checkpoints", job.disclose_more),
                 ("Divide and pay", job.divide_and_pay),
             ):
                 with steps.step(title):

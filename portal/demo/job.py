@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +39,16 @@ from portal.demo.browser import Browser
 from portal.demo.cast import Listing, email_of
 from portal.demo.console import DemoFailed, follow, say, wait_for
 from portal.demo.mailbox import find_link
-from portal.demo.trainer import MODEL_SLUG, LicensedFile, train_and_describe
+from portal.demo.trainer import (
+    ESTIMATED_SLUG,
+    METERED_SLUG,
+    MODEL_SLUG,
+    LicensedFile,
+    file_digest,
+    train_and_describe,
+    train_metered,
+    train_unexplained,
+)
 from portal.site import Site
 
 REVENUE = Money(50_000_000_000, "USD")
@@ -269,7 +279,59 @@ class MainJob:
             f"paid by {result.paid_by}"
         )
 
-    # --- 7. divide and pay
+    # --- 7. weaker evidence
+
+    def disclose_more(self) -> None:
+        """Two more models on the same records: one metered while it trained, one of which checkpoints alone are shown."""
+        queries = self.files / "queries.parquet"
+        with self._api() as api:
+            if not Disclosure.objects.filter(model__slug=METERED_SLUG).exists():
+                self._hand_in(api, "queries", queries)
+                plan = {"slug": "digits-by-meter", "queries_sha256": file_digest(queries)}
+                run = _json(api.post("metered-runs/", json=plan))["id"]
+                document, states, log = train_metered(
+                    self._licensed(),
+                    queries,
+                    self.files,
+                    run_id=run,
+                    post=lambda head: _json(api.post(f"metered-runs/{run}/heads/", json={"heads": [asdict(head)]})),
+                )
+                self._disclose(api, document, states, log)
+            if not Disclosure.objects.filter(model__slug=ESTIMATED_SLUG).exists():
+                document, states = train_unexplained(self._licensed(), queries, self.files)
+                self._disclose(api, document, states)
+        for slug, grade in ((METERED_SLUG, "metered"), (ESTIMATED_SLUG, "estimated")):
+            self._await_result(slug, grade)
+
+    def _disclose(
+        self, api: httpx.Client, document: dict[str, Any], states: list[Path], log: Path | None = None
+    ) -> None:
+        for state in states:
+            self._hand_in(api, "state", state)
+        if log:
+            self._hand_in(api, "meter", log)
+        _json(api.post("disclosures/", json=document))
+
+    def _await_result(self, slug: str, grade: str) -> None:
+        def published() -> AttributionResult | None:
+            for job in (Verification, AttributionRun):
+                failed = job.objects.filter(disclosure__model__slug=slug, status="failed").first()
+                if failed:
+                    raise DemoFailed(f"{slug}: {failed.error_message}")
+            return AttributionResult.objects.filter(
+                model__slug=slug, grade=grade, status=AttributionResult.Status.PUBLISHED
+            ).first()
+
+        result = wait_for(f"The {grade} result", published, seconds=120, check=self.site.supervisor.check)
+        verification = Verification.objects.filter(disclosure__model__slug=slug).first()
+        if verification:
+            say(str(verification.report["summary"]))
+        say(
+            f"{result.model.name}, {grade}: reliability λ = {result.reliability:.2f} = the method's record {result.summary['record']:.2f} "
+            f"× coherence {result.summary['coherence']:.2f}; paid by {result.paid_by}; {self.site.url}/models/{slug}/"
+        )
+
+    # --- 8. divide and pay
 
     def divide_and_pay(self) -> None:
         check = self.site.supervisor.check
@@ -436,7 +498,7 @@ class MainJob:
         days = f"{whole.days} day{'' if whole.days == 1 else 's'}"
         say(f"the demo's clocks moved on by {days}, to {clock.now():%-d %B %Y}")
 
-    # --- 8. read
+    # --- 9. read
 
     def read_pages(self) -> None:
         """Each role's pages and statement, as its person sees them."""

@@ -1,10 +1,12 @@
 """What Lumen Lab does on its own machine: train on the files it licensed, then write down what it did.
 
-Nothing here sees the database: it reads the downloaded Parquet, uses the engine as a library and writes a checkpoint and
-the disclosure document.
+Nothing here sees the database: it reads the downloaded Parquet, uses the engine as a library and writes checkpoints and
+the disclosure document. Three trainings, one for each grade that measures: an MLP whose recipe is told (replayed), the same MLP
+with the meter on (metered), and a linear model of which checkpoints alone are shown (estimated).
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from attribution.engine import Recipe, Task, TensorRecords, architectures, epoch_order, initial_state_from_seed, train
+from attribution.engine.meter_log import Head
+from attribution.engine.metered import run_metered
 
 MODEL_SLUG = "lumen-digits-mlp"
+METERED_SLUG, ESTIMATED_SLUG = "lumen-digits-metered", "lumen-digits-linear"
 CLASSES = [str(digit) for digit in range(10)]
 ARCHITECTURE = {
     "kind": "sequential",
@@ -29,10 +34,12 @@ ARCHITECTURE = {
         {"kind": "linear", "in_features": 32, "out_features": 10},
     ],
 }
+LINEAR = {"kind": "sequential", "layers": [{"kind": "linear", "in_features": 64, "out_features": 10}]}
 TRANSFORM = [{"kind": "scale", "divide_by": 16}]
 OPTIONS = {"momentum": 0.9}
 LEARNING_RATE = 0.05
 BATCH, EPOCHS, ORDER_SEED, INITIAL_SEED, SEED = 64, 10, 1, 7, 0
+METER_EVERY, N_SEGMENT = 2, 8
 
 
 @dataclass(frozen=True)
@@ -57,57 +64,75 @@ class Trained:
 
 def train_and_describe(files: list[LicensedFile], queries: Path, directory: Path) -> Trained:
     """Train on every record of the files, in the order of the citations, and describe the training."""
-    tables = [pq.read_table(file.path, columns=["digest", "content", "label"]) for file in files]
-    features = torch.cat([_features(table) for table in tables])
-    targets = torch.cat([_targets(table) for table in tables])
-    asked = pq.read_table(queries)
-    query_features, query_targets = _features(asked), _targets(asked)
-
-    build = architectures.builder(ARCHITECTURE)
-    loss = architectures.per_record("cross_entropy")
-    order = epoch_order(len(features), BATCH, EPOCHS, ORDER_SEED)
-    task = Task(
-        model=build,
-        loss=loss,
-        measurement=loss,
-        train=TensorRecords(features, targets),
-        queries=TensorRecords(query_features, query_targets),
-        owner=None,
-        recipe=Recipe(
-            optimizer="sgd",
-            options=OPTIONS,
-            learning_rate=LEARNING_RATE,
-            order=order,
-            initial_state=initial_state_from_seed(build, INITIAL_SEED),
-            seed=SEED,
-        ),
-    )
+    tables = _tables(files)
+    task = _task(tables, queries, ARCHITECTURE)
     run = train(task)
     checkpoint = directory / "final.safetensors"
     save_file(run.state.tensors(), checkpoint)
 
-    model = build()
+    model = task.model()
     model.load_state_dict(run.model_state())
+    query_features, query_targets = task.queries[torch.arange(task.n_query)]
     with torch.no_grad():
         accuracy = (model.eval()(query_features).argmax(1) == query_targets).float().mean().item()
-    n_step = len(order)
-    document = describe(
-        files, tables, queries=queries, n_query=len(query_targets), checkpoint=checkpoint, n_step=n_step
+    n_step = task.require_recipe().n_step
+    model_page = {
+        "slug": MODEL_SLUG,
+        "name": "Lumen Digits MLP",
+        "summary": "A small network that reads handwritten digits; the demo's model.",
+    }
+    document = declare(model_page, files, tables) | describe(task, queries, ARCHITECTURE, [(n_step, checkpoint)])
+    document["recipe"] = recipe()
+    return Trained(checkpoint, document, accuracy, task.n_train, n_step)
+
+
+def train_metered(
+    files: list[LicensedFile], queries: Path, directory: Path, *, run_id: str, post: Callable[[Head], None]
+) -> tuple[dict[str, Any], list[Path], Path]:
+    """The same training with the meter on, its heads posted as they come; the document, the checkpoints and the log."""
+    tables = _tables(files)
+    task = _task(tables, queries, ARCHITECTURE)
+    n_step, log = task.require_recipe().n_step, directory / "run.meter"
+    log.unlink(missing_ok=True)  # of a demo that was stopped
+    checkpoints = run_metered(
+        task,
+        log=log,
+        every=METER_EVERY,
+        heads=post,
+        heads_every=n_step // 16,
+        checkpoint_steps=[n_step * k // N_SEGMENT for k in range(1, N_SEGMENT + 1)],
+        checkpoint_dir=directory,
     )
-    return Trained(checkpoint, document, accuracy, len(features), n_step)
+    model_page = {
+        "slug": METERED_SLUG,
+        "name": "Lumen Digits, metered",
+        "summary": "The same network, trained with the in-run meter on.",
+    }
+    document = declare(model_page, files, tables) | describe(task, queries, ARCHITECTURE, checkpoints)
+    document |= {"recipe": recipe(), "meter": {"run": run_id, "log_sha256": file_digest(log)}}
+    return document, [path for _, path in checkpoints], log
 
 
-def describe(
-    files: list[LicensedFile], tables: list[pa.Table], *, queries: Path, n_query: int, checkpoint: Path, n_step: int
-) -> dict[str, Any]:
-    """The disclosure document (schema: /schemas/disclosure/1.json)."""
+def train_unexplained(files: list[LicensedFile], queries: Path, directory: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A linear model whose recipe the lab keeps to itself; the document, and checkpoints from an eighth of the training on."""
+    tables = _tables(files)
+    task = _task(tables, queries, LINEAR)
+    n_step = task.require_recipe().n_step
+    run = train(task, checkpoint_steps=[n_step // 8, n_step // 4, n_step // 2, n_step], checkpoint_dir=directory)
+    model_page = {
+        "slug": ESTIMATED_SLUG,
+        "name": "Lumen Digits, linear",
+        "summary": "A linear model of the same digits, of which checkpoints are shown and no recipe.",
+    }
+    document = declare(model_page, files, tables) | describe(task, queries, LINEAR, run.checkpoints)
+    return document, [path for _, path in run.checkpoints]
+
+
+def declare(model_page: dict[str, str], files: list[LicensedFile], tables: list[pa.Table]) -> dict[str, Any]:
+    """What any disclosure says (schema: /schemas/disclosure/1.json)."""
     return {
         "schema_version": 1,
-        "model": {
-            "slug": MODEL_SLUG,
-            "name": "Lumen Digits MLP",
-            "summary": "A small network that reads handwritten digits; the demo's model.",
-        },
+        "model": model_page,
         "training_data": [
             {
                 "license": file.license_id,
@@ -118,24 +143,63 @@ def describe(
             }
             for file, table in zip(files, tables, strict=True)
         ],
+    }
+
+
+def describe(
+    task: Task, queries: Path, architecture: dict[str, Any], checkpoints: Sequence[tuple[int, Path]]
+) -> dict[str, Any]:
+    """The evidence that every grade beyond declared has."""
+    return {
         "features": {"transform": TRANSFORM, "classes": CLASSES},
-        "architecture": ARCHITECTURE,
+        "architecture": architecture,
         "loss": "cross_entropy",
         "measurement": "cross_entropy",
-        "recipe": {
-            "optimizer": "sgd",
-            "options": OPTIONS,
-            "groups": [],
-            "learning_rate": LEARNING_RATE,
-            "order": {"rule": "epoch_order", "batch": BATCH, "epochs": EPOCHS, "seed": ORDER_SEED},
-            "normalizer": "batch",
-            "initial_state": {"rule": "seed", "seed": INITIAL_SEED},
-            "clip_norm": None,
-            "seed": SEED,
-        },
-        "queries": {"sha256": file_digest(queries), "n_queries": n_query},
-        "checkpoints": [{"step": n_step, "sha256": file_digest(checkpoint)}],
+        "queries": {"sha256": file_digest(queries), "n_queries": task.n_query},
+        "checkpoints": [{"step": step, "sha256": file_digest(path)} for step, path in checkpoints],
     }
+
+
+def recipe() -> dict[str, Any]:
+    return {
+        "optimizer": "sgd",
+        "options": OPTIONS,
+        "groups": [],
+        "learning_rate": LEARNING_RATE,
+        "order": {"rule": "epoch_order", "batch": BATCH, "epochs": EPOCHS, "seed": ORDER_SEED},
+        "normalizer": "batch",
+        "initial_state": {"rule": "seed", "seed": INITIAL_SEED},
+        "clip_norm": None,
+        "seed": SEED,
+    }
+
+
+def _tables(files: list[LicensedFile]) -> list[pa.Table]:
+    return [pq.read_table(file.path, columns=["digest", "content", "label"]) for file in files]
+
+
+def _task(tables: list[pa.Table], queries: Path, architecture: dict[str, Any]) -> Task:
+    features = torch.cat([_features(table) for table in tables])
+    targets = torch.cat([_targets(table) for table in tables])
+    asked = pq.read_table(queries)
+    build = architectures.builder(architecture)
+    loss = architectures.per_record("cross_entropy")
+    return Task(
+        model=build,
+        loss=loss,
+        measurement=loss,
+        train=TensorRecords(features, targets),
+        queries=TensorRecords(_features(asked), _targets(asked)),
+        owner=None,
+        recipe=Recipe(
+            optimizer="sgd",
+            options=OPTIONS,
+            learning_rate=LEARNING_RATE,
+            order=epoch_order(len(features), BATCH, EPOCHS, ORDER_SEED),
+            initial_state=initial_state_from_seed(build, INITIAL_SEED),
+            seed=SEED,
+        ),
+    )
 
 
 def selection_digest(digests: pa.ChunkedArray) -> str:

@@ -26,6 +26,7 @@ def _do(story: Story) -> None:
         job.license()
         job.train_and_disclose()
         job.attribute()
+        job.disclose_more()
         job.divide_and_pay()
         job.read_pages()
 
