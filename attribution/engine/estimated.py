@@ -172,6 +172,7 @@ def merge_pieces(task: Task, plan: EstimatePlan, results: Mapping[int, RoundResu
         task,
         found * sizes / task.n_query,
         record=RECORD["estimated" if is_spread([step for step, _ in task.checkpoints]) else "estimated at the end"],
+        why_no_record="checkpoints from an eighth of the training on are needed, and these show its end alone",
         seed=plan.seed,
         intervals=INTERVALS,
         details={

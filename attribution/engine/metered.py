@@ -40,6 +40,7 @@ MOST = 0.1  # of an entry's length, whatever rounding does
 LEAST = 1e-5  # float32 sums in another order
 MIN_HEADS = 8  # moments at which heads were posted, and so many parts of the log that no two of them are further apart
 MIN_VISITS = 4.0  # measured times that a record was in a batch, on average, from which the record of the method holds
+HELD = (0.5, 2.0)  # how far the measurement may have fallen, over what first order said
 INTERVALS = "95 %, given these queries and this seed, measured steps redrawn"
 
 
@@ -353,33 +354,47 @@ def metered_shares(task: Task, log: Path, *, seed: int = 0) -> UnreplayedShares:
 
     The parts that are redrawn are measured steps, dealt in turn, so that neighbours fall into different parts (random groups;
     Wolter 2007, ch. 2). The queries are not redrawn: the log holds their mean.
+
+    First order holds for small steps only. Whether it did, the log itself shows: by how much the measurement fell, over what the
+    measured steps said it would, `Σ (Σ_i influence_i + carried) / probability`. Out of HELD, values are worth nothing for sure.
     """
     n_measured = sum(entry.influence is not None for entry in entries(log))
     parts = np.zeros((task.n_train, max(1, parts_of(n_measured))))
-    gain, visits, measured = gains_of(log), 0, 0
+    gain, visits, said = gains_of(log), 0, 0.0
+    seen: list[float] = []  # the measurement before each measured step
     for entry, factor in zip(entries(log), gain, strict=True):
         if entry.influence is None:
             continue
         weight = factor / entry.probability
-        np.add.at(parts[:, measured % parts.shape[1]], entry.records, entry.influence.astype(np.float64) * weight)
-        measured += 1
+        np.add.at(parts[:, len(seen) % parts.shape[1]], entry.records, entry.influence.astype(np.float64) * weight)
+        seen.append(entry.measurement)
         visits += len(entry.records)
+        said += (float(entry.influence.sum(dtype=np.float64)) + entry.carried) / entry.probability
     per_record = visits / task.n_train
-    result = divide(
+    held = (seen[0] - seen[-1]) / said if said else 0.0
+    why = ""
+    if per_record < MIN_VISITS:
+        why = f"a record was measured {per_record:.1f} times on average, and {MIN_VISITS:g} are needed: measure more steps"
+    elif not HELD[0] <= held <= HELD[1]:
+        why = (
+            f"the steps were too large for what a meter measures: the measurement fell by {held:.2f} of what they said, and "
+            f"{HELD[0]:g} to {HELD[1]:g} is needed"
+        )
+    return divide(
         task,
         parts,
-        record=RECORD["metered"] if per_record >= MIN_VISITS else 0.0,
+        record=0.0 if why else RECORD["metered"],
+        why_no_record=why,
         seed=seed,
         intervals=INTERVALS,
         details={
             "method": "meter",
-            "measured_steps": measured,
+            "measured_steps": len(seen),
             "steps": len(gain),
             "measured_visits": per_record,
-            "visits_needed": MIN_VISITS,
+            "held": held,
         },
     )
-    return result
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, state: State) -> tuple[torch.optim.Optimizer, list[list[float]]]:

@@ -31,8 +31,10 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 #: What each method's values were worth beyond counting, over κ: below the least of all worlds and seeds that
-#: `./run bench attribution/estimated` measured. 0 where in some world they were worth nothing.
+#: `./run bench attribution/estimated` measured, under the conditions that the method asks for (`estimated.is_spread`,
+#: `metered.MIN_VISITS` and `metered.HELD`). 0 where in some world they were worth nothing.
 RECORD = {"estimated": 0.5, "estimated at the end": 0.0, "metered": 0.5}
+NO_RECORD = "no record says that values got in this way are worth more than counting"
 N_REPLICATES = 400
 MAX_PARTS = 20  # of queries, or of measured steps, that are redrawn
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.20}
@@ -92,14 +94,21 @@ class UnreplayedShares:
 
 
 def divide(
-    task: Task, parts: Array, *, record: float, seed: int, intervals: str, details: Mapping[str, Any] | None = None
+    task: Task,
+    parts: Array,
+    *,
+    record: float,
+    seed: int,
+    intervals: str,
+    why_no_record: str = NO_RECORD,
+    details: Mapping[str, Any] | None = None,
 ) -> UnreplayedShares:
     """Sum records' values to owners' shares, with intervals from redrawing the parts.
 
     Args:
         parts: (n_train, K): each record's value in each part of the questions, or of the steps, that were asked; they add up to
             its value. Whatever lies at a copy is counted at its representative.
-        record: of the method, see `RECORD`.
+        record: of the method, see `RECORD`; 0 where it has none here, and then `why_no_record` says why.
         seed: of the draws.
         intervals: what they promise, in words.
 
@@ -129,7 +138,7 @@ def divide(
     elif low <= 0:
         why = "the interval of the total touches or lies below 0"
     elif record <= 0:
-        why = "of values got in this way no record says that they are worth more than counting"
+        why = why_no_record
     result = UnreplayedShares(
         values=values,
         owners=[],

@@ -7,7 +7,8 @@ of standard error a share or `--pairs`), and the division by
 
     estimated         checkpoints after an eighth, a quarter, a half and all of the training, no recipe (engine/estimated.py)
     at the end        the last checkpoint alone
-    metered, V visits the log of a run in which a record was measured V times on average (engine/metered.py)
+    metered, V visits the log of a run in which a record was measured V times on average (engine/metered.py); "not held" where the
+                      measurement did not fall as first order said
 
 each with κ, the values' coherence; the slope λ of truth − count on values − count over owners; c = λ / κ with the standard error that the truth's
 own error puts into it; and the TV of counting, of the raw shares and of what is paid with λ = record · κ. `unreplayed.RECORD` is
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from attribution.engine import Task
 from attribution.engine.estimated import estimate_shares
-from attribution.engine.metered import metered_shares, run_metered
+from attribution.engine.metered import HELD, metered_shares, run_metered
 from attribution.engine.training import train
 from attribution.engine.unreplayed import RECORD, UnreplayedShares
 from benchmarks.attribution import truth as games
@@ -55,7 +56,9 @@ def divisions(task: Task) -> Iterator[tuple[str, str, UnreplayedShares]]:
             log = folder / f"{every}.meter"
             run_metered(task, log=log, every=every)
             found = metered_shares(task, log)
-            yield f"metered, {found.details['measured_visits']:.1f} visits", "metered", found
+            held = HELD[0] <= found.details["held"] <= HELD[1]
+            kind = "metered" if held else "metered, not held"
+            yield f"{kind}, {found.details['measured_visits']:.0f} visits", "metered", found
 
 
 def row_of(label: str, record: str, found: UnreplayedShares, truth: games.Truth) -> dict[str, Any]:
@@ -98,24 +101,24 @@ def main() -> None:
             print(
                 f"\n{name}, seed {seed}: truth ± {100 * truth.errors.max():.2f} points (noise in TV {truth.noise_in_tv():.3f})"
             )
-            print(f"  {'':<22}{'κ':>7}{'λ':>7}{'c':>7}{'±':>6}{'count':>8}{'raw':>7}{'paid':>7}", flush=True)
+            print(f"  {'':<28}{'κ':>7}{'λ':>7}{'c':>7}{'±':>6}{'count':>8}{'raw':>7}{'paid':>7}", flush=True)
             for label, record, found in divisions(task):
                 row = row_of(label, record, found, truth) | {"world": name, "seed": seed}
                 rows.append(row)
                 print(
-                    f"  {label:<22}{row['coherence']:>7.2f}{row['slope']:>7.2f}{row['c']:>7.2f}{row['c_error']:>6.2f}"
+                    f"  {label:<28}{row['coherence']:>7.2f}{row['slope']:>7.2f}{row['c']:>7.2f}{row['c_error']:>6.2f}"
                     f"{row['tv_count']:>8.3f}{row['tv_raw']:>7.3f}{row['tv_paid']:>7.3f}",
                     flush=True,
                 )
             partial = CACHE / "estimated.json.partial"
             partial.write_text(json.dumps({"digits": digits().source, "rows": rows}, indent=1))
             partial.replace(CACHE / "estimated.json")
-    print(f"\n{'':<24}{'least c':>9}{'median':>8}{'count':>8}{'raw':>7}{'paid':>7}   (TV: means over worlds and seeds)")
+    print(f"\n{'':<28}{'least c':>9}{'median':>8}{'count':>8}{'raw':>7}{'paid':>7}   (TV: means over worlds and seeds)")
     for label in dict.fromkeys(row["method"] for row in rows):
         those = [row for row in rows if row["method"] == label]
         c = [row["c"] for row in those]
         means = [float(np.mean([row[f] for row in those])) for f in ("tv_count", "tv_raw", "tv_paid")]
-        print(f"{label:<24}{min(c):>9.2f}{float(np.median(c)):>8.2f}{means[0]:>8.3f}{means[1]:>7.3f}{means[2]:>7.3f}")
+        print(f"{label:<28}{min(c):>9.2f}{float(np.median(c)):>8.2f}{means[0]:>8.3f}{means[1]:>7.3f}{means[2]:>7.3f}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def _do(site: Site, steps: Steps) -> None:
 def _read(job: "MainJob") -> None:
     from portal.demo.checks import all_checks, table_rows
 
+    job.read_weaker()
     job.read_pages()
     show_table("Rights holders", COLUMNS, table_rows("rights_holder"))
     show_table("Labellers", COLUMNS, table_rows("labeller"))

@@ -282,7 +282,10 @@ class MainJob:
     # --- 7. weaker evidence
 
     def disclose_more(self) -> None:
-        """Two more models on the same records: one metered while it trained, one of which checkpoints alone are shown."""
+        """Two more models on the same records: one metered while it trained, one of which checkpoints alone are shown.
+
+        They are measured while the next steps run: `read_weaker` waits for their results.
+        """
         queries = self.files / "queries.parquet"
         with self._api() as api:
             if not Disclosure.objects.filter(model__slug=METERED_SLUG).exists():
@@ -300,6 +303,10 @@ class MainJob:
             if not Disclosure.objects.filter(model__slug=ESTIMATED_SLUG).exists():
                 document, states = train_unexplained(self._licensed(), queries, self.files)
                 self._disclose(api, document, states)
+        for slug in (METERED_SLUG, ESTIMATED_SLUG):
+            say(f"disclosed, and being measured: {self.site.url}/models/{slug}/")
+
+    def read_weaker(self) -> None:
         for slug, grade in ((METERED_SLUG, "metered"), (ESTIMATED_SLUG, "estimated")):
             self._await_result(slug, grade)
 

@@ -28,6 +28,7 @@ def _do(story: Story) -> None:
         job.attribute()
         job.disclose_more()
         job.divide_and_pay()
+        job.read_weaker()
         job.read_pages()
 
 

@@ -286,7 +286,7 @@ def test_shares_add_the_log_up_and_need_enough_measurements(make_task, tmp_path)
     assert np.abs(often.values - totals(tmp_path / "1.meter").numpy()).max() < 1e-12
     assert often.details["measured_visits"] == 8
     assert rarely.details["measured_visits"] < 4
-    assert rarely.counted and rarely.reliability == 0
+    assert rarely.counted and rarely.reliability == 0 and "measure more steps" in rarely.why_counted
     assert sum(owner.share for owner in often.owners) == pytest.approx(1)
 
 
@@ -309,3 +309,18 @@ def test_the_order_of_another_seed_is_refused(task, run):
         check(other, log)
 
     assert refused.value.pointer == "/log/1"
+
+
+def test_a_log_of_steps_too_large_for_first_order_does_not_count(make_task, tmp_path):
+    """Training leaps and falls back; the meter says that it fell by several times as much as it did."""
+    for rate in (0.1, 6.0):
+        task = make_task(
+            n_train=20, n_query=9, epochs=8, batch=5, learning_rate=rate, task={"owner": torch.arange(20) % 2}
+        )
+        run_metered(task, log=tmp_path / f"{rate}.meter", every=1)
+
+    small, large = (metered_shares(task, tmp_path / f"{rate}.meter") for rate in (0.1, 6.0))
+
+    assert 0.5 <= small.details["held"] <= 2
+    assert not 0.5 <= large.details["held"] <= 2
+    assert large.counted and large.reliability == 0
