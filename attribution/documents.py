@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from attribution.artifacts import find_artifact, find_not_finite, local_path, read_header, read_queries
 from attribution.engine import EngineError, Recipe, Task, TensorRecords, architectures, epoch_order
+from attribution.engine.estimated import check_cost
 from attribution.engine.task import initial_state_from_seed
 from attribution.engine.training import Program
 from attribution.errors import EvidenceInvalid
@@ -97,6 +98,8 @@ def check_evidence(disclosure: Disclosure) -> None:
     if recipe:
         _order(recipe, len(records))
     with pointing(""):
+        if not recipe:
+            check_cost(sample, n_train=len(records))
         expected = Program(sample).blank(1).tensors()
     n_step = _n_step(recipe, len(records)) if recipe else document["checkpoints"][-1]["step"]
     _check_checkpoints(disclosure, n_step=n_step, expected=expected)

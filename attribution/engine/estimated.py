@@ -36,6 +36,7 @@ from attribution.engine.unreplayed import RECORD, UnreplayedShares, divide, part
 
 PIECE_FLOPS = 6e10  # about 30 s of small products on one core of 2020
 PIECE_RECORDS = 50_000  # where a record costs next to nothing
+MAX_PIECES = 5_000  # two days of one core
 INTERVALS = "95 %, given these checkpoints, queries bootstrapped"
 STAGES = ("fisher", "solve", "scores")
 HALVINGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the last checkpoint's steps: where in training it is looked at
@@ -96,6 +97,7 @@ def plan_estimate(task: Task, *, seed: int = 0, records_per_piece: int | None = 
     program, chosen = Program(task), chosen_checkpoints([step for step, _ in task.checkpoints])
     states = [load_checkpoint(program, number) for number in chosen]
     size = records_per_piece or _records_per_piece(program, states[-1])
+    _check_cost(task.n_train, size)
     ranges = [(a, min(a + size, task.n_train)) for a in range(0, task.n_train, size)]
     pieces = [Piece("fisher", c, a, b) for c in range(len(chosen)) for a, b in ranges]
     pieces += [Piece("solve", c, 0, task.n_train) for c in range(len(chosen))]
@@ -267,6 +269,26 @@ def _records_per_piece(program: Program, state: State) -> int:
         gradient_rows(program, state, program.task.train, few, of_loss=True, width=width)
     per_record = max(1.0, counter.get_total_flops() / len(few))
     return max(1, min(PIECE_RECORDS, math.ceil(PIECE_FLOPS / per_record)))
+
+
+def check_cost(task: Task, *, n_train: int) -> None:
+    """Refuse early what would take days: the model on so many records, judged by a few of the task's.
+
+    Raises:
+        EngineError: with what would do.
+    """
+    program = Program(task)
+    _check_cost(n_train, _records_per_piece(program, program.blank()))
+
+
+def _check_cost(n_train: int, size: int) -> None:
+    n_piece = len(HALVINGS) * math.ceil(n_train / size)
+    if n_piece > MAX_PIECES:
+        raise EngineError(
+            f"an estimate for {n_train:,} records of this model takes {n_piece:,} pieces of half a minute, and {MAX_PIECES:,} are possible: "
+            "cite fewer records, show a smaller model, or declare it without checkpoints",
+            pointer="/checkpoints",
+        )
 
 
 def _check(task: Task, plan: EstimatePlan) -> None:

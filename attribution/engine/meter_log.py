@@ -409,7 +409,7 @@ def _entry(payload: bytes) -> Entry:
 def _header(payload: bytes) -> dict[str, Any]:
     try:
         header = json.loads(payload[1:])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError("its header is no JSON", pointer="/log/0") from error
     if header.get("format") != FORMAT:
         raise EngineError(f"format {header.get('format')!r}; this reads {FORMAT!r}", pointer="/log/0/format")

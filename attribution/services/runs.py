@@ -166,8 +166,6 @@ def advance_run(run: AttributionRun) -> None:
     """
     _use_threads()
     if run.grade == Grade.DECLARED:
-        if run.disclosure.results.exists():  # what was measured meanwhile is not followed by a count
-            return
         records = read_records(run.disclosure)
         publish_result(run=run, shares=shares_by_count(records))
     elif run.grade == Grade.METERED:
@@ -221,8 +219,10 @@ def publish_result(
     shares: list[Share],
     measured: SharesResult | UnreplayedShares | None = None,
     values: Artifact | None = None,
-) -> AttributionResult:
+) -> AttributionResult | None:
     """Write a result with its shares, final from here on, and finish its run: all in one transaction.
+
+    A count that comes after something was measured for the same disclosure is not published: it would hold from then on.
 
     Raises:
         LostLease: another worker holds the run; nothing is written.
@@ -234,6 +234,9 @@ def publish_result(
             cursor.execute(
                 "SELECT pg_advisory_xact_lock(hashtext('attribution.result'), %s::int)", [disclosure.model_id]
             )
+        if run.grade == Grade.DECLARED and disclosure.results.exclude(grade=Grade.DECLARED).exists():
+            run.finish()
+            return None
         last = AttributionResult.objects.filter(model=disclosure.model_id).order_by("-number").first()
         result = AttributionResult(
             disclosure=disclosure,

@@ -17,7 +17,7 @@ from django.core.files import File
 from django.core.files.storage import default_storage
 from django.db.models import Sum
 
-from attribution.models import PPQ, AttributionResult, Shard
+from attribution.models import PPQ, AttributionResult, SegmentReplay, Shard, Verification
 from attribution.services.disclosures import disclose_model
 from marketplace import clock
 from marketplace.ingest import merkle
@@ -31,7 +31,7 @@ from payouts.services.reconciliation import reconcile
 from payouts.services.sales import start_checkout
 from payouts.services.transfers import request_payout_run
 from portal.demo.browser import Browser
-from tests.factories.attribution import published_clouds, trained_document
+from tests.factories.attribution import Metering, metered_document, published_clouds, trained_document
 from tests.factories.marketplace import (
     LicenseFactory,
     OfferFactory,
@@ -127,6 +127,38 @@ def test_attribution_is_taken_up_after_its_worker_was_killed(story: Story) -> No
     for share in result.shares.all():
         sums[share.partition] += share.paid_ppq
     assert dict(sums) == {"rights_holder": PPQ, "labeller": PPQ}
+
+
+def test_a_segments_replay_is_taken_up_after_its_worker_was_killed(story: Story) -> None:
+    holders = [PartyFactory(name=name) for name in ("North", "South")]
+    lab = PartyFactory(name="Lab")
+    version = published_clouds({holders[0]: 60, holders[1]: 60})
+    license = LicenseFactory(version=version, licensee=lab)
+    steps = {"epochs": 40, "batch": 4, "checkpoint_steps": [400, 800, 1200]}
+    document = metered_document(licenses=[license], meter=Metering(every=8, heads_every=100), **steps)
+    disclosure = disclose_model(owner=lab, document=document)
+
+    def running_segment() -> SegmentReplay | None:
+        return (
+            SegmentReplay.objects.filter(verification__disclosure=disclosure, status="running").order_by("pk").first()
+        )
+
+    segment = story.wait_for("the middle of a segment", running_segment, seconds=120)
+    drawn = list(SegmentReplay.objects.order_by("number").values_list("number", flat=True))
+    seconds = _kill_and_replace(story, "attribution", segment)
+    assert seconds < TAKEOVER_SECONDS
+    assert not AttributionResult.objects.filter(grade="metered").exists()
+
+    story.wait_for(
+        "the result",
+        lambda: AttributionResult.objects.filter(grade="metered", status="published").exists(),
+        seconds=240,
+    )
+    segments = SegmentReplay.objects.order_by("number")
+    assert [one.number for one in segments] == drawn == [0, 1, 2]
+    assert {(one.status, one.matches) for one in segments} == {("done", True)}
+    assert Verification.objects.get().report["is_bit_equal"]
+    assert [result.grade for result in disclosure.results.order_by("number")] == ["declared", "metered"]
 
 
 def test_a_payout_run_is_taken_up_after_its_worker_was_killed_and_pays_everyone_once(story: Story) -> None:

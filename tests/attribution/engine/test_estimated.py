@@ -8,6 +8,7 @@ import torch
 from attribution.engine import EngineError, train
 from attribution.engine.estimated import (
     EstimatePlan,
+    check_cost,
     chosen_checkpoints,
     estimate_shares,
     is_spread,
@@ -119,3 +120,13 @@ def test_what_cannot_be_estimated_is_refused_by_its_place(task, make_task, tmp_p
     with pytest.raises(EngineError, match="NaN") as refused:
         plan_estimate(replace(task, checkpoints=checkpoints))
     assert refused.value.pointer == "/checkpoints/1"
+
+
+def test_an_estimate_of_days_is_refused_before_it_starts(task, monkeypatch):
+    check_cost(task, n_train=1_000_000)
+    monkeypatch.setattr("attribution.engine.estimated.MAX_PIECES", 50)
+
+    with pytest.raises(EngineError, match="takes 80 pieces of half a minute, and 50 are possible") as refused:
+        check_cost(task, n_train=1_000_000)
+
+    assert refused.value.pointer == "/checkpoints"

@@ -237,3 +237,18 @@ def _repost(path, run):
         for number, _, head, _, _ in _frames(file):
             if number:
                 _post_head(run, Head(number, number, head.hex()))
+
+
+def test_a_count_that_comes_late_does_not_follow_what_was_measured(license, carol, work):
+    disclosure = disclose_model(owner=carol, document=metered_document(licenses=[license]))
+    count = disclosure.runs.get()
+    AttributionRun.objects.filter(pk=count.pk).update(due_at=timezone.now() + timedelta(days=1))
+    work()
+    assert [result.grade for result in disclosure.results.all()] == ["metered"]
+    AttributionRun.objects.filter(pk=count.pk).update(due_at=timezone.now())
+
+    work()
+
+    count.refresh_from_db()
+    assert count.status == "done"
+    assert [result.grade for result in disclosure.results.all()] == ["metered"]

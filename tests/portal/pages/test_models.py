@@ -3,10 +3,10 @@ from datetime import timedelta
 
 import pytest
 
-from attribution.models import AttributionResult, AttributionRun, Shard
+from attribution.models import AttributionResult, AttributionRun, MeteredRun, MeterHead, Shard, Verification
 from marketplace import clock
-from marketplace.models import Party
-from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
+from marketplace.models import Disclosure, License, Party
+from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory, declaration
 from tests.factories.marketplace import LicenseFactory, OfferFactory, PublishedVersionFactory
 from tests.pages import assert_page, signed_in, text_of
 
@@ -133,3 +133,94 @@ def test_the_references_leave_as_bibtex_and_csl(client, measured):
     assert bibtex.content.startswith(b"@misc{") and title.encode() in bibtex.content
     assert [item["title"] for item in csl.json()] == [title]
     assert_page(client.get("/models/net/disclosures/2/references.bib"), 404)
+
+
+SUMMARY = {
+    "reliability_source": "record",
+    "record": 0.5,
+    "coherence": 0.76,
+    "intervals": "95 %, given these checkpoints, queries bootstrapped",
+    "why_counted": "",
+}
+
+
+def _graded(license: License, slug: str, evidence: dict[str, object]) -> Disclosure:
+    document = declaration(licenses=[license], slug=slug) | evidence
+    return DisclosureFactory(
+        model=ModelFactory(owner=license.licensee, slug=slug), licenses=[license], document=document
+    )
+
+
+def test_an_estimated_models_page_says_what_it_rests_on(client, alice, bob, carol):
+    license = LicenseFactory(licensee=carol, version=PublishedVersionFactory(contributions={alice: 5, bob: 5}))
+    disclosure = _graded(license, "shown", {"checkpoints": []})
+    PublishedResultFactory(
+        disclosure=disclosure,
+        shares={alice: 3, bob: 1},
+        grade="estimated",
+        paid_by="influence",
+        reliability=0.38,
+        summary=SUMMARY,
+    )
+
+    text = assert_page(client.get("/models/shown/"))
+
+    assert "Checkpoints were disclosed, and no recipe" in text and "stands on the trainer’s word" in text
+    assert "Money follows estimated influence" in text
+    assert "Reliability λ 0.38" in text and "λ is from the method’s record 0.50 × coherence 0.76" in text
+    assert (
+        "From checkpoints of the training, the gradient of every record" in text
+        and "given these checkpoints, queries bootstrapped" in text
+    )
+    assert "Sum of all values" in text and "what held-out replays showed" not in text
+
+
+def test_a_count_says_why_it_pays_in_place_of_the_estimate(client, alice, carol):
+    license = LicenseFactory(licensee=carol, version=PublishedVersionFactory(contributions={alice: 5}))
+    why = {"why_counted": "the interval of the total touches or lies below 0"}
+    PublishedResultFactory(
+        disclosure=_graded(license, "flat", {"checkpoints": []}),
+        shares={alice: 1},
+        grade="estimated",
+        reliability=0.0,
+        summary=SUMMARY | why,
+    )
+
+    text = assert_page(client.get("/models/flat/"))
+
+    assert "The count pays because the interval of the total touches or lies below 0." in text
+    assert "Money follows number of records" in text
+
+
+@pytest.mark.parametrize(
+    ("verdict", "says"),
+    [
+        ("", "Until they match, the number of records pays."),
+        ("match", "in 6 of 8 stretches of the training, drawn after disclosure,"),
+        ("mismatch", "Contradicted by replay, so the log does not count. Between steps 4 and 8, entry 6"),
+    ],
+    ids=["open", "match", "mismatch"],
+)
+def test_a_metered_models_page_says_how_its_log_was_checked(client, alice, carol, verdict, says):
+    license = LicenseFactory(licensee=carol, version=PublishedVersionFactory(contributions={alice: 5}))
+    run = MeteredRun.objects.create(owner=carol, slug="night", queries_sha256="0" * 64)
+    for entry in (3, 6):
+        MeterHead.objects.create(run=run, entry=entry, step=entry, head=f"{entry:064x}")
+    evidence = {"recipe": {}, "checkpoints": [], "meter": {"run": str(run.public_id), "log_sha256": "0" * 64}}
+    disclosure = _graded(license, "watched", evidence)
+    report = {
+        "is_bit_equal": True,
+        "summary": "Between steps 4 and 8, entry 6 does not come out again.",
+        "draw": {"n_segment": 8, "drawn": [0, 1, 2, 4, 5, 7], "miss_probability": 0.036},
+    }
+    Verification.objects.create(
+        disclosure=disclosure, verdict=verdict, report=report if verdict else {}, status="done" if verdict else "queued"
+    )
+
+    response = client.get("/models/watched/")
+    text = assert_page(response)
+
+    assert says in text
+    assert "2 heads of the meter’s log were posted while training ran" in text
+    assert ("missed with probability 0.036" in text) == (verdict == "match")
+    assert ("Replaying drawn segments of the training…" in text) == (not verdict)
