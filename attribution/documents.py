@@ -27,11 +27,13 @@ from attribution.engine.training import Program
 from attribution.errors import EvidenceInvalid
 from attribution.grades import Grade, disclosed_grade
 from attribution.models import Artifact
-from marketplace.ingest.copies import vector_fingerprints
+from attribution.queries import Queries
+from marketplace.ingest.copies import text_fingerprints, vector_fingerprints
 from marketplace.models import Citation, Contribution, DatasetVersion, Disclosure, RecordCopy, RecordFingerprint
 from marketplace.services.versions import fingerprint_key
 
 Ints = NDArray[np.int64]
+Content = NDArray[np.float64] | list[str]  # (n, length), or n texts
 
 NOBODY = -1
 MAX_REPLAYED = 1_000_000  # records; their columns are held at once
@@ -89,12 +91,16 @@ def check_evidence(disclosure: Disclosure) -> None:
             pointers={"/training_data": f"{n_cited:,} records"},
         )
     records = read_records(disclosure)
+    _check_parts(document)
     sample = _task(disclosure, records, rows=2)
-    shape = sample.train[torch.arange(1)][0].shape[1:]
+    content = sample.train[torch.arange(1)][0]
     with pointing("/architecture"):
         batch = recipe["order"]["batch"] if recipe else LOOKED_AT
-        architectures.check_activations(sample.model, shape, batch=min(batch, len(records)))
-    _probe(sample, len(document["features"]["classes"]))
+        architectures.check_tokens(document["architecture"], document["features"]["transform"])
+        architectures.check_activations(
+            sample.model, content.shape[1:], batch=min(batch, len(records)), dtype=content.dtype
+        )
+    _probe(sample, _outputs(document, content))
     if recipe:
         _order(recipe, len(records))
     with pointing(""):
@@ -276,6 +282,11 @@ def _read(version: DatasetVersion, row: Ints, columns: list[str]) -> pa.Table:
         return pa.Table.from_batches(kept, schema=pa.schema([file.schema_arrow.field(name) for name in columns]))
 
 
+def read_value(version: DatasetVersion, row: int, column: str) -> Any:
+    """One record's value of one column."""
+    return _read(version, np.array([row]), [column])[column][0].as_py()
+
+
 def _column(records: TrainingRecords, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     chunks: list[pa.Array] = []
     for number, version in enumerate(records.versions):
@@ -303,31 +314,64 @@ def _indices(
     return found.to_numpy().astype(np.int64)
 
 
-def _features(content: NDArray[np.float64], document: Mapping[str, Any]) -> Tensor:
+def _features(content: Content, document: Mapping[str, Any]) -> Tensor:
+    numbers = torch.from_numpy(content) if isinstance(content, np.ndarray) else content
     with pointing("/features/transform"):
-        return architectures.transform(document["features"]["transform"], torch.from_numpy(content))
+        return architectures.transform(document["features"]["transform"], numbers)
 
 
-def _contents(records: TrainingRecords, rows: int | None = None) -> NDArray[np.float64]:
-    """(n_train, length): the vectors of all selected records, or of the first few of the first citation."""
-    parts = []
-    for number, version in enumerate(records.versions[: 1 if rows else None]):
-        if version.features.get("content", {}).get("kind") != "vector":
-            raise EvidenceInvalid(
-                f"{version} holds text; the models that a document can describe so far take vectors of numbers.",
-                pointers={f"/training_data/{number}": "not vectors"},
-            )
-        if rows is None or number == 0:
-            content = _read(version, records.row[records.citation == number][:rows], ["content"])["content"]
-            parts.append(pc.list_flatten(content).to_numpy().reshape(len(content), -1))
+def _contents(records: TrainingRecords, rows: int | None = None) -> Content:
+    """(n_train, length), or the texts, of all selected records, or of the first few of the first citation."""
+    kinds = [version.features.get("content", {}).get("kind") for version in records.versions]
     lengths = [version.features["content"].get("length") for version in records.versions]
-    for number, length in enumerate(lengths):
-        if length != lengths[0]:
+    for number, version in enumerate(records.versions):
+        if kinds[number] != kinds[0]:
             raise EvidenceInvalid(
-                f"{records.versions[number]} has vectors of {length} numbers, {records.versions[0]} of {lengths[0]}.",
-                pointers={f"/training_data/{number}": f"{length} numbers a record"},
+                f"{version} holds {kinds[number]}s, {records.versions[0]} {kinds[0]}s; one model takes one kind.",
+                pointers={f"/training_data/{number}": f"{kinds[number]}s"},
             )
-    return np.concatenate(parts)
+        if lengths[number] != lengths[0]:
+            raise EvidenceInvalid(
+                f"{version} has vectors of {lengths[number]} numbers, {records.versions[0]} of {lengths[0]}.",
+                pointers={f"/training_data/{number}": f"{lengths[number]} numbers a record"},
+            )
+    parts = [
+        _read(version, records.row[records.citation == number][:rows], ["content"])["content"]
+        for number, version in enumerate(records.versions[: 1 if rows else None])
+    ]
+    if kinds[0] == "text":
+        return [text for part in parts for text in part.to_pylist()]
+    return np.concatenate([pc.list_flatten(part).to_numpy().reshape(len(part), -1) for part in parts])
+
+
+def _check_parts(document: Mapping[str, Any]) -> None:
+    """Refuse parts that do not belong together: next_byte asks a gpt about bytes and looks at no label, the others do."""
+    features, kind = document["features"], document["architecture"]["kind"]
+    steps = [step["kind"] for step in features["transform"]]
+    if kind != "gpt":
+        for name in ("loss", "measurement"):
+            if document[name] == "next_byte":
+                raise _unfit(f"/{name}", f"next_byte is a gpt's; of a {kind} model ask cross_entropy or squared_error")
+        if "classes" not in features:
+            raise _unfit("/features/classes", f"{document['loss']} needs the labels, in the order of the outputs")
+        return
+    for name in ("loss", "measurement"):
+        if document[name] != "next_byte":
+            raise _unfit(f"/{name}", f"a gpt says what follows, so its {name} is next_byte")
+    if steps != ["bytes"]:
+        raise _unfit("/features/transform", 'a gpt takes [{"kind": "bytes", "length": …}] and nothing else')
+    if "classes" in features:
+        raise _unfit("/features/classes", "next_byte looks at no label; leave the classes out")
+
+
+def _unfit(pointer: str, what: str) -> EvidenceInvalid:
+    return EvidenceInvalid(f"{pointer}: {what}.", pointers={pointer: what})
+
+
+def _outputs(document: Mapping[str, Any], content: Tensor) -> tuple[int, ...]:
+    """The shape that the model's output for one record must have."""
+    classes = document["features"].get("classes")
+    return (*content.shape[1:], architectures.VOCABULARY) if classes is None else (len(classes),)
 
 
 def _task(
@@ -338,25 +382,25 @@ def _task(
 ) -> Task:
     """The task; with `rows`, a small one of that many records, which shows whether its parts fit together."""
     document = disclosure.document
-    classes = document["features"]["classes"]
+    classes = document["features"].get("classes")
     n_train = (rows and min(rows, len(records))) or len(records)
-    targets = class_indices(records, classes)[:n_train]
+    targets = [] if classes is None else [torch.from_numpy(class_indices(records, classes)[:n_train])]
     queries, query_targets = _queries(disclosure)
     build, spec = _builder(document), document.get("recipe")
+    if records.versions[0].features["content"]["kind"] == "text":
+        with pointing("/features/transform"):
+            architectures.check_features(document["features"]["transform"], len(records))
     content = _contents(records, rows)[:n_train]
-    if content.shape[1] != queries.shape[1]:
-        raise EvidenceInvalid(
-            f"The queries have {queries.shape[1]} numbers each, the training records {content.shape[1]}.",
-            pointers={"/queries/sha256": f"{queries.shape[1]} numbers a query"},
-        )
+    _check_alike(content, queries)
+    train, asked = (_features(part, document) for part in (content, queries))
     is_whole = rows is None
     with pointing(""):
         return Task(
             model=build,
             loss=architectures.per_record(document["loss"], pointer="/loss"),
             measurement=architectures.per_record(document["measurement"], pointer="/measurement"),
-            train=TensorRecords(_features(content, document), torch.from_numpy(targets)),
-            queries=TensorRecords(_features(queries, document), torch.from_numpy(query_targets)),
+            train=TensorRecords(train, *targets),
+            queries=TensorRecords(asked, *query_targets),
             owner=torch.from_numpy(records.owner) if is_whole else None,
             groups={"labeller": torch.from_numpy(records.labeller)} if is_whole else {},
             copy_of=torch.from_numpy(records.copy_of) if is_whole else None,
@@ -387,7 +431,27 @@ def _recipe(
     )
 
 
-def _queries(disclosure: Disclosure) -> tuple[NDArray[np.float64], Ints]:
+def _check_alike(content: Content, queries: Content) -> None:
+    """Refuse queries of another kind, or another length, than the records'."""
+    pointer = "/queries/sha256"
+    if isinstance(content, list) != isinstance(queries, list):
+        kinds = [("texts" if isinstance(part, list) else "vectors") for part in (queries, content)]
+        raise EvidenceInvalid(
+            f"The queries are {kinds[0]}, the training records {kinds[1]}.", pointers={pointer: f"not {kinds[1]}"}
+        )
+    if isinstance(content, np.ndarray) and isinstance(queries, np.ndarray) and content.shape[1] != queries.shape[1]:
+        raise EvidenceInvalid(
+            f"The queries have {queries.shape[1]} numbers each, the training records {content.shape[1]}.",
+            pointers={pointer: f"{queries.shape[1]} numbers a query"},
+        )
+
+
+def read_query_file(disclosure: Disclosure) -> Queries:
+    """The evaluation queries that a document names.
+
+    Raises:
+        ArtifactMissing, EvidenceInvalid: they were not handed in, or are another number.
+    """
     pointer = "/queries/sha256"
     artifact = find_artifact(
         owner=disclosure.model.owner,
@@ -402,10 +466,16 @@ def _queries(disclosure: Disclosure) -> tuple[NDArray[np.float64], Ints]:
             f"The document says {stated} queries, the file has {len(queries)}.",
             pointers={"/queries/n_queries": f"the file has {len(queries)}"},
         )
-    if isinstance(queries.content, list):
-        raise EvidenceInvalid("The queries are texts, the model takes vectors.", pointers={pointer: "not vectors"})
-    classes = disclosure.document["features"]["classes"]
-    return queries.content, _indices(queries.labels, classes, lambda at: (f"query {at}", pointer))
+    return queries
+
+
+def _queries(disclosure: Disclosure) -> tuple[Content, list[Tensor]]:
+    """Contents and, for a model of classes, the targets."""
+    queries, classes = read_query_file(disclosure), disclosure.document["features"].get("classes")
+    if classes is None:
+        return queries.content, []
+    targets = _indices(queries.labels, classes, lambda at: (f"query {at}", "/queries/sha256"))
+    return queries.content, [torch.from_numpy(targets)]
 
 
 def _builder(document: Mapping[str, Any]) -> Callable[[], nn.Module]:
@@ -438,7 +508,7 @@ def _n_step(spec: Mapping[str, Any], n_train: int) -> int:
     return int(epochs) * math.ceil(n_train / batch)
 
 
-def _probe(task: Task, n_class: int) -> None:
+def _probe(task: Task, wanted: tuple[int, ...]) -> None:
     """Show the model two records: what it refuses of their values, or too few outputs, are found now."""
     module, batch = task.model(), task.train[torch.arange(len(task.train))]
     try:
@@ -448,14 +518,13 @@ def _probe(task: Task, n_class: int) -> None:
         raise EvidenceInvalid(
             f"The architecture does not take these records: {error}", pointers={"/architecture": str(error)}
         ) from error
-    if outputs.shape != (len(task.train), n_class):
+    if outputs.shape != (len(task.train), *wanted):
+        what = f"{wanted[-1]} classes" if len(wanted) == 1 else f"outputs of shape {wanted}"
+        pointers = {"/architecture": f"{tuple(outputs.shape[1:])} outputs"}
         raise EvidenceInvalid(
-            f"The architecture gives outputs of shape {tuple(outputs.shape[1:])} for {n_class} classes; it needs one "
+            f"The architecture gives outputs of shape {tuple(outputs.shape[1:])} for {what}; it needs one "
             "number a class.",
-            pointers={
-                "/architecture": f"{tuple(outputs.shape[1:])} outputs",
-                "/features/classes": f"{n_class} classes",
-            },
+            pointers=pointers | ({"/features/classes": what} if len(wanted) == 1 else {}),
         )
 
 
@@ -524,9 +593,10 @@ def checkpoint_paths(disclosure: Disclosure) -> Iterator[list[tuple[int, Any]]]:
         yield paths
 
 
-def _check_disjoint(disclosure: Disclosure, records: TrainingRecords, queries: NDArray[np.float64]) -> None:
+def _check_disjoint(disclosure: Disclosure, records: TrainingRecords, queries: Content) -> None:
     """A query that repeats a training record would measure memory, not learning; found by fingerprint."""
-    prints = vector_fingerprints(fingerprint_key(), list(queries))
+    key = fingerprint_key()
+    prints = text_fingerprints(key, queries) if isinstance(queries, list) else vector_fingerprints(key, list(queries))
     citation_of = {version.pk: number for number, version in enumerate(records.versions)}
     rows_of = {number: np.sort(records.row[records.citation == number]) for number in citation_of.values()}
     for start in range(0, len(prints), FINGERPRINTS_AT_ONCE):

@@ -49,3 +49,22 @@ class MeterCommitted(DomainError):
     """The metered run was disclosed; neither its log nor its evidence changes any more."""
 
     code = "meter_committed"
+
+
+class QuestionInvalid(InvalidInput):
+    """The question names no query of the model, or a text or a label that the model cannot take."""
+
+    code = "question_invalid"
+
+
+class NotIndexed(DomainError):
+    """The model's records cannot be asked about, or not yet."""
+
+    code = "not_indexed"
+
+
+class TooManyQuestions(DomainError):
+    """More was asked than one asker, or all together, may ask."""
+
+    code = "too_many_questions"
+    status = 429

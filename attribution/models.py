@@ -23,6 +23,8 @@ class Artifact(models.Model):
         ROUND = "round"  # a shard's output: a round of replays, or a piece of an estimate
         VALUES = "values"  # records' values, Parquet
         METER = "meter"  # an in-run meter's log, closed
+        GRADIENTS = "gradients"  # a shard of a gradient store
+        INDEX = "index"  # what else belongs to the store: its manifest, the model's state, the shortlist
 
     sha256 = models.CharField(max_length=64)
     kind = models.CharField(max_length=10, choices=Kind)
@@ -256,3 +258,73 @@ class Share(models.Model):
 
     def __str__(self) -> str:
         return f"{self.party}: {self.paid_ppq} ppq of {self.result}"
+
+
+class InfluenceIndex(Job):
+    """The gradient store of one disclosure's training records: plan → shards → the store. Asked, it names records.
+
+    It divides no money: see `attribution/engine/search.py` for what its scores are.
+    """
+
+    task_name: ClassVar[str] = "attribution.tasks.advance_index"
+    reopened_codes = ("internal", "run_failed")
+
+    disclosure = models.OneToOneField("marketplace.Disclosure", models.PROTECT, related_name="influence_index")
+    n_records = models.PositiveBigIntegerField(default=0)  # 0 until it is planned
+    # file name → SHA-256 of an artifact of kind "index"; empty until the store is whole
+    files = models.JSONField(default=dict, blank=True)
+
+    class Meta(Job.Meta):
+        pass
+
+    def __str__(self) -> str:
+        return f"Index of {self.disclosure}"
+
+
+class IndexShard(Job):
+    """The projected gradients of one range of records."""
+
+    task_name: ClassVar[str] = "attribution.tasks.build_index_shard"
+
+    index = models.ForeignKey(InfluenceIndex, models.PROTECT, related_name="shards")
+    number = models.PositiveIntegerField()
+    output = models.ForeignKey(Artifact, models.PROTECT, null=True, blank=True, related_name="+")
+
+    class Meta(Job.Meta):
+        constraints = [
+            *Job.Meta.constraints,
+            models.UniqueConstraint(fields=["index", "number"], name="shard_number_once_per_index"),
+        ]
+
+    def __str__(self) -> str:
+        return f"Shard {self.number} of {self.index}"
+
+
+class InfluenceQuestion(Job):
+    """Which records moved one output: of an evaluation query, or of a text that somebody entered. Asked once, kept."""
+
+    task_name: ClassVar[str] = "attribution.tasks.answer_question"
+
+    public_id = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    index = models.ForeignKey(InfluenceIndex, models.PROTECT, related_name="questions")
+    query = models.PositiveIntegerField(null=True, blank=True)  # number of an evaluation query
+    text = models.TextField(blank=True)
+    label = models.CharField(max_length=200, blank=True)  # the class that is asked about; "" where there are none
+    text_sha256 = models.CharField(max_length=64, blank=True)  # of text and label
+    answer = models.JSONField(default=dict, blank=True)
+
+    class Meta(Job.Meta):
+        constraints = [
+            *Job.Meta.constraints,
+            models.UniqueConstraint(
+                fields=["index", "query", "text_sha256"], name="question_once_per_index", nulls_distinct=False
+            ),
+            models.CheckConstraint(
+                condition=Q(query__isnull=False, text="", label="", text_sha256="")
+                | (Q(query__isnull=True) & ~Q(text="") & ~Q(text_sha256="")),
+                name="question_about_a_query_or_a_text",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"Question {self.public_id} of {self.index}"

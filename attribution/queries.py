@@ -31,7 +31,7 @@ class QueriesRefused(Exception):
 
 @dataclass(frozen=True)
 class Queries:
-    """Evaluation queries: vectors (n_query, length) or texts, each with its true label."""
+    """Evaluation queries: vectors (n_query, length) or texts, each with its true label ("" where there is none)."""
 
     content: NDArray[np.float64] | list[str]
     labels: list[str]
@@ -54,6 +54,8 @@ class Queries:
 
 def normalise_queries(source: Path, target: Path, *, max_numbers: int = MAX_NUMBERS) -> None:
     """Read a Parquet of queries in a process of its own: `content` (list of numbers, or string) and `label` (string).
+
+    Texts may come without labels, for a model that is asked what follows.
 
     Raises:
         QueriesRefused: names the column or the row that is wrong, or the limit that was hit; `target` is not written.
@@ -88,7 +90,9 @@ def read_parquet(path: Path, *, max_numbers: int) -> Queries:
         raise QueriesRefused("this is not a Parquet file; write it with two columns, content and label") from error
     with file:
         names = file.schema_arrow.names
-        for column in ("content", "label"):
+        is_text = "content" in names and _is_string(file.schema_arrow.field("content").type)
+        columns = ["content"] if is_text and "label" not in names else ["content", "label"]
+        for column in columns:
             if column not in names:
                 raise QueriesRefused(f"there is no column {column!r}; the columns are {', '.join(names[:20])}")
         rows = file.metadata.num_rows
@@ -100,26 +104,29 @@ def read_parquet(path: Path, *, max_numbers: int) -> Queries:
         if numbers > max_numbers or declared > 10 * max_numbers:
             raise QueriesRefused(f"it holds {numbers} values; at most {max_numbers} are possible. Send fewer queries")
         try:
-            table = file.read(columns=["content", "label"])
+            table = file.read(columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise QueriesRefused(f"it cannot be read: {error}") from error
-    labels = _texts(table["label"], "label")
-    kind = table.schema.field("content").type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    labels = _texts(table["label"], "label") if "label" in columns else [""] * len(table)
+    if is_text:
         return Queries(_texts(table["content"], "content"), labels)
     return Queries(_vectors(table["content"]), labels)
 
 
 def _texts(column: Any, name: str) -> list[str]:
-    import pyarrow as pa
-
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not _is_string(column.type):
         raise QueriesRefused(f"column {name!r} is {column.type}; it must be a string")
     texts: list[str] = column.to_pylist()
     for row, text in enumerate(texts):
         if not text:
             raise QueriesRefused(f"row {row} has no {name}")
     return texts
+
+
+def _is_string(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _vectors(column: Any) -> NDArray[np.float64]:

@@ -83,6 +83,9 @@ WORKER_WRITES = frozenset(
         "attribution_shard",
         "attribution_attributionresult",
         "attribution_share",
+        "attribution_influenceindex",
+        "attribution_indexshard",
+        "attribution_influencequestion",
     }
 )
 #: What they only read.

@@ -166,6 +166,11 @@ CELERY_BEAT_SCHEDULE = {
 
 #: What measuring a model may cost, in trainings of it.
 ATTRIBUTION_BUDGET = env.float("ATTRIBUTION_BUDGET", default=400.0)
+#: new questions which records moved an output, of one party or one address
+QUESTIONS_PER_HOUR = {
+    "party": env.int("QUESTIONS_PER_HOUR", default=120),
+    "address": env.int("QUESTIONS_PER_HOUR_WITHOUT_ACCOUNT", default=20),
+}
 ATTRIBUTION_THREADS = env.int("ATTRIBUTION_THREADS", default=1)  # of torch in a job; replays are bit-equal at one count
 
 # --- people -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Model descriptions that a server may build: JSON in, modules out, from allow-lists and nothing else.
 
     {"kind": "sequential", "layers": [{"kind": "linear", "in_features": 64, "out_features": 32}, {"kind": "gelu"}, …]}
+    {"kind": "gpt", "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
 
 A layer's options are torch's own, by torch's names. A description is counted on the meta device, which holds shapes and no
 numbers, before anything is built. Likewise the allow-lists of feature transforms, losses and measurements.
@@ -19,12 +20,14 @@ from torch.nn import functional
 
 from attribution.engine.errors import EngineError
 from attribution.engine.task import Batch, PerRecord
+from attribution.engine.text import GPT, VOCABULARY, MeanEmbedding, byte_tokens, hashed_ngrams, next_byte
 
 MAX_PARAMETERS = 50_000_000
 MAX_LAYERS = 64
 MAX_WIDTH = 1_000_000  # of any one size in a description: a vocabulary, a layer's width
 MAX_ACTIVATIONS = 200_000_000  # numbers that all layers put out together, over a batch
 MAX_STATE_BYTES = 4_000_000_000
+MAX_FEATURES = 100_000_000  # numbers that all records' texts become together
 
 Description = Mapping[str, Any]
 
@@ -53,6 +56,9 @@ LAYERS: dict[str, Layer] = {
         },
     ),
     "embedding": Layer(nn.Embedding, {"num_embeddings": SIZE, "embedding_dim": SIZE}),
+    "mean_embedding": Layer(
+        MeanEmbedding, {"num_embeddings": SIZE, "embedding_dim": SIZE, "padding_idx": (int, False)}
+    ),
     "layer_norm": Layer(nn.LayerNorm, {"normalized_shape": SIZE, "eps": (float, False), "bias": (bool, False)}),
     "relu": Layer(nn.ReLU, {}),
     "gelu": Layer(nn.GELU, {}),
@@ -64,6 +70,15 @@ LAYERS: dict[str, Layer] = {
     "avg_pool2d": Layer(nn.AvgPool2d, {"kernel_size": SIZE, "stride": (int, False), "padding": (int, False)}),
 }
 
+GPT_OPTIONS: Mapping[str, tuple[type, bool]] = {
+    "n_positions": SIZE,
+    "n_embd": SIZE,
+    "n_layer": SIZE,
+    "n_head": SIZE,
+    "dropout": (float, False),
+}
+KINDS = ("sequential", "gpt")
+
 
 def builder(description: Description, *, max_parameters: int = MAX_PARAMETERS) -> Callable[[], nn.Module]:
     """A function that builds the described model, untrained; checked and counted now, built when called.
@@ -72,6 +87,8 @@ def builder(description: Description, *, max_parameters: int = MAX_PARAMETERS) -
         EngineError: a kind or option that is not allowed, a size out of range, too many layers or parameters; the pointer
             names the place, relative to the description.
     """
+    if _kind(description) == "gpt":
+        return _gpt_builder(description, max_parameters)
     layers = _layers(description)
     with torch.device("meta"):
         total = 0
@@ -100,37 +117,93 @@ def count_parameters(description: Description) -> int:
         return sum(parameter.numel() for parameter in builder(description)().parameters())
 
 
-def check_activations(build: Callable[[], nn.Module], shape: Sequence[int], *, batch: int) -> None:
+def check_activations(
+    build: Callable[[], nn.Module], shape: Sequence[int], *, batch: int, dtype: torch.dtype = torch.float32
+) -> None:
     """Refuse a model whose layers put out more for a batch than fits; shapes alone, on the meta device.
 
     Args:
         shape: of one record, as the model takes it.
         batch: records that a step sees.
+        dtype: of the records; int64 for tokens.
 
     Raises:
         EngineError: a layer does not take what the one before it gives, or the sum is too large.
     """
     total = 0
     with torch.device("meta"), torch.no_grad():
-        passed = torch.empty(1, *shape)
-        for index, layer in enumerate(build().eval().children()):
+        model, passed = build().eval(), torch.empty(1, *shape, dtype=dtype)
+        is_chain = isinstance(model, nn.Sequential)
+        for index, part in enumerate(model.children() if is_chain else [model]):
+            pointer = f"/layers/{index}" if is_chain else ""
+            put_out: list[int] = []  # by every layer inside this one, or by itself
+            for inner in part.modules():
+                if next(inner.children(), None) is None:
+                    inner.register_forward_hook(lambda _, __, out, put_out=put_out: put_out.append(out.numel()))
             try:
-                passed = layer(passed)
+                passed = part(passed)
             except (RuntimeError, IndexError, TypeError, ValueError) as error:
-                raise EngineError(f"does not take what comes to it: {error}", pointer=f"/layers/{index}") from error
-            total += passed.numel() * batch
+                raise EngineError(f"does not take what comes to it: {error}", pointer=pointer) from error
+            total += sum(put_out) * batch
             if total > MAX_ACTIVATIONS:
                 raise EngineError(
                     f"up to this layer the model puts out {total:.1e} numbers for a batch of {batch}; at most "
                     f"{MAX_ACTIVATIONS:,} can be replayed",
-                    pointer=f"/layers/{index}",
+                    pointer=pointer,
                 )
 
 
+def check_tokens(description: Description, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a model whose embedding lacks a token that the transform can give: the first records need not show it.
+
+    Raises:
+        EngineError: with a pointer relative to the description.
+    """
+    if not steps or steps[0].get("kind") != "bytes":
+        return
+    if description.get("kind") == "gpt":
+        if description["n_positions"] < steps[0]["length"]:
+            raise EngineError(
+                f"the model has {description['n_positions']} positions, the transform gives {steps[0]['length']} bytes",
+                pointer="/n_positions",
+            )
+        return
+    first = description["layers"][0]
+    if first["kind"] not in ("embedding", "mean_embedding"):
+        raise EngineError("bytes are numbers of tokens; begin with embedding or mean_embedding", pointer="/layers/0")
+    if first["num_embeddings"] < VOCABULARY:
+        raise EngineError(
+            f"bytes and the padding are {VOCABULARY} tokens; give at least that many",
+            pointer="/layers/0/num_embeddings",
+        )
+
+
+def _kind(description: Any) -> str:
+    kind = description.get("kind") if isinstance(description, Mapping) else description
+    if kind not in KINDS:
+        raise EngineError(f"architecture {kind!r} is not allowed; use {' or '.join(KINDS)}", pointer="/kind")
+    return str(kind)
+
+
+def _gpt_builder(description: Description, max_parameters: int) -> Callable[[], nn.Module]:
+    given = {name: value for name, value in description.items() if name != "kind"}
+    options = _options("gpt", given, GPT_OPTIONS, "")
+    if options["n_layer"] > MAX_LAYERS:
+        raise EngineError(f"at most {MAX_LAYERS} layers", pointer="/n_layer")
+    if options["n_embd"] % options["n_head"]:
+        raise EngineError(f"must divide n_embd, {options['n_embd']}", pointer="/n_head")
+    least = 12 * options["n_layer"] * options["n_embd"] ** 2 + options["n_positions"] * options["n_embd"]
+    if least <= max_parameters:  # else even its description could be too large to make
+        with torch.device("meta"):
+            least = sum(parameter.numel() for parameter in GPT(**options).parameters())
+    if least > max_parameters:
+        raise EngineError(
+            f"the model has {least:.1e} parameters or more; at most {max_parameters:,} can be replayed", pointer=""
+        )
+    return lambda: GPT(**options)
+
+
 def _layers(description: Description) -> list[tuple[str, dict[str, Any]]]:
-    if not isinstance(description, Mapping) or description.get("kind") != "sequential":
-        kind = description.get("kind") if isinstance(description, Mapping) else description
-        raise EngineError(f"architecture {kind!r} is not allowed; use 'sequential'", pointer="/kind")
     if unknown := sorted(set(description) - {"kind", "layers"}):
         raise EngineError(f"unknown option {unknown[0]!r}; 'sequential' takes layers", pointer=f"/{unknown[0]}")
     layers = description.get("layers")
@@ -145,7 +218,12 @@ def _layer(index: int, layer: Any) -> tuple[str, dict[str, Any]]:
     if kind not in LAYERS:
         raise EngineError(f"layer {kind!r} is not allowed; use one of {', '.join(LAYERS)}", pointer=f"{pointer}/kind")
     given = {name: value for name, value in layer.items() if name != "kind"}
-    allowed = LAYERS[kind].options
+    return kind, _options(kind, given, LAYERS[kind].options, pointer)
+
+
+def _options(
+    kind: str, given: dict[str, Any], allowed: Mapping[str, tuple[type, bool]], pointer: str
+) -> dict[str, Any]:
     if unknown := sorted(set(given) - set(allowed)):
         takes = ", ".join(allowed) or "no options"
         raise EngineError(f"unknown option of {kind}; it takes {takes}", pointer=f"{pointer}/{unknown[0]}")
@@ -155,7 +233,7 @@ def _layer(index: int, layer: Any) -> tuple[str, dict[str, Any]]:
                 raise EngineError(f"{kind} needs it", pointer=f"{pointer}/{name}")
             continue
         given[name] = _value(given[name], wanted, f"{pointer}/{name}")
-    return kind, given
+    return given
 
 
 def _value(value: Any, wanted: type, pointer: str) -> Any:
@@ -164,7 +242,7 @@ def _value(value: Any, wanted: type, pointer: str) -> Any:
     if type(value) is not wanted:
         raise EngineError(f"must be {wanted.__name__}, not {value!r}", pointer=pointer)
     sizes: Any = value if wanted is list else [value] if wanted is int else []
-    lowest = 0 if pointer.endswith("/padding") else 1
+    lowest = 0 if pointer.endswith(("/padding", "/padding_idx")) else 1
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool) or not lowest <= size <= MAX_WIDTH:
             raise EngineError(f"must be a whole number from {lowest} to {MAX_WIDTH:,}, not {size!r}", pointer=pointer)
@@ -187,32 +265,81 @@ def _too_many(found: int, limit: int, index: int, kind: str) -> EngineError:
     )
 
 
-# --- feature transforms: list of steps, applied in order to (n, …) float64 content
+# --- feature transforms: list of steps, applied in order to (n, …) float64 content, or to texts
 
 
-def transform(steps: Sequence[Mapping[str, Any]], content: Tensor) -> Tensor:
+#: What makes numbers of a text, and between which bounds; it comes first, and only for texts.
+TEXT_STEPS: dict[str, dict[str, tuple[int, int]]] = {
+    "bytes": {"length": (1, 4_096)},
+    "hashed_ngrams": {"shortest": (1, 8), "longest": (1, 8), "buckets": (16, 65_536)},
+}
+
+
+def transform(steps: Sequence[Mapping[str, Any]], content: Tensor | Sequence[str]) -> Tensor:
     """Content as the model takes it.
 
     Args:
         steps: each {"kind": "scale", "divide_by": 16} or {"kind": "standardize", "mean": m, "std": s} with numbers, or
-            lists of one number per column.
-        content: (n, length) float64.
+            lists of one number per column. Of texts the first one is {"kind": "bytes", "length": 64}, the only one, or
+            {"kind": "hashed_ngrams", "shortest": 1, "longest": 4, "buckets": 2048}.
+        content: (n, length) float64, or n texts.
 
     Returns:
-        (n, length) float32.
+        (n, length) float32; of bytes int64.
 
     Raises:
         EngineError: a step that is not allowed; the pointer is relative to the list.
     """
-    for index, step in enumerate(steps):
+    first = 0
+    if not isinstance(content, Tensor):
+        check_features(steps, len(content))
+        options = {name: value for name, value in steps[0].items() if name != "kind"}
+        if steps[0]["kind"] == "bytes":
+            return byte_tokens(content, **options)
+        content, first = hashed_ngrams(content, **options), 1
+    for index, step in enumerate(steps[first:], first):
         content = _transformed(step, content, f"/{index}")
     if not torch.isfinite(content).all():
         raise EngineError("the transformed features hold a number that is not finite", pointer="")
     return content.float()
 
 
+def check_features(steps: Sequence[Mapping[str, Any]], n_records: int) -> None:
+    """Refuse, before a text is read, steps that make no numbers of texts, or too many.
+
+    Raises:
+        EngineError: the pointer is relative to the list.
+    """
+    kind = str(steps[0].get("kind")) if steps else "none"
+    if kind not in TEXT_STEPS:
+        raise EngineError(
+            f"of texts, transform {kind!r} makes no numbers; begin with {' or '.join(TEXT_STEPS)}",
+            pointer="/0/kind" if steps else "",
+        )
+    options, bounds = {name: value for name, value in steps[0].items() if name != "kind"}, TEXT_STEPS[kind]
+    if set(options) != set(bounds):
+        raise EngineError(f"{kind} takes exactly {', '.join(bounds)}", pointer="/0")
+    for name, (low, high) in bounds.items():
+        value = options[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise EngineError(f"must be a whole number from {low} to {high:,}, not {value!r}", pointer=f"/0/{name}")
+    if kind == "hashed_ngrams" and options["longest"] < options["shortest"]:
+        raise EngineError(f"is below shortest, {options['shortest']}", pointer="/0/longest")
+    if kind == "bytes" and len(steps) > 1:
+        raise EngineError("tokens are numbers of an embedding and cannot be scaled; bytes stands alone", pointer="/1")
+    widest = "length" if kind == "bytes" else "buckets"
+    if n_records * options[widest] > MAX_FEATURES:
+        raise EngineError(
+            f"{n_records:,} records of {options[widest]:,} numbers are more than {MAX_FEATURES:,}; give at most "
+            f"{MAX_FEATURES // n_records:,}, or cite less",
+            pointer=f"/0/{widest}",
+        )
+
+
 def _transformed(step: Mapping[str, Any], content: Tensor, pointer: str) -> Tensor:
     kind = step.get("kind")
+    if kind in TEXT_STEPS:
+        raise EngineError(f"{kind} takes texts, and comes first", pointer=f"{pointer}/kind")
     wanted = {"scale": {"divide_by"}, "standardize": {"mean", "std"}}.get(str(kind))
     if wanted is None:
         raise EngineError(f"transform {kind!r} is not allowed; use scale or standardize", pointer=f"{pointer}/kind")
@@ -236,7 +363,7 @@ def _numbers(value: Any, content: Tensor, pointer: str, *, is_divisor: bool = Fa
     return torch.tensor(given, dtype=torch.float64)
 
 
-# --- losses and measurements: (model, batch) -> (B,); a batch is (features, class index)
+# --- losses and measurements: (model, batch) -> (B,); a batch is (features, class index), or (tokens,)
 
 
 def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -253,7 +380,11 @@ def _squared_error(model: nn.Module, batch: Batch) -> Tensor:
     return (output - one_hot.to(output)).square().mean(1)
 
 
-PER_RECORD: dict[str, PerRecord] = {"cross_entropy": _cross_entropy, "squared_error": _squared_error}
+PER_RECORD: dict[str, PerRecord] = {
+    "cross_entropy": _cross_entropy,
+    "squared_error": _squared_error,
+    "next_byte": next_byte,
+}
 
 
 def per_record(name: str, *, pointer: str = "") -> PerRecord:

@@ -211,6 +211,7 @@ def build_store(
         if todo:
             (folder / MANIFEST).unlink(missing_ok=True)  # from here until the end nobody may take this for a store
             _check_room(folder, sum(stop - start for start, stop in todo) * (width + 4))
+        if todo or not (folder / STATE).exists():
             write_bytes(folder / STATE, save_tensors({f"model.{n}": t for n, t in state.items()}))
         made, done, total = [], 0, sum(stop - start for start, stop in todo)
         for start, stop in todo:
@@ -220,6 +221,33 @@ def build_store(
         if todo or not (folder / MANIFEST).exists():
             _write_manifest(folder, settings, shards, projector.n_parameters)
     return Store.open(folder, is_checked=False)  # kept shards were checked, the others have just been written
+
+
+def build_shard(
+    task: Task,
+    folder: Path,
+    number: int,
+    *,
+    width: int = WIDTH,
+    seed: int = 0,
+    shard_records: int = SHARD_RECORDS,
+    progress: Progress | None = None,
+) -> Path:
+    """Make one shard of a store by itself; `build_store` makes a store of a folder that holds all of them.
+
+    Raises:
+        EngineError, OSError: see `build_store`.
+    """
+    start = number * shard_records
+    if not 0 <= start < task.n_train:
+        raise EngineError(f"{number} begins at record {start}, the task has {task.n_train}", pointer="/number")
+    stop = min(start + shard_records, task.n_train)
+    _check_room(folder, (stop - start) * (width + 4))
+    state = final_state(task)
+    settings = Settings(state_digest(state), width, seed, shard_records)
+    projector = Projector(task, state, width=width, seed=seed)
+    made = _make_shard(task, projector, folder, settings, start, stop, _after(progress, 0, stop - start))
+    return folder / made.file
 
 
 def final_state(task: Task) -> Tensors:

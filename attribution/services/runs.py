@@ -39,6 +39,7 @@ from attribution.errors import NotReplayed, RunFailed
 from attribution.grades import Grade, disclosed_grade
 from attribution.models import Artifact, AttributionResult, AttributionRun, SegmentReplay, Shard, Share, Verification
 from attribution.services import estimates, segments
+from attribution.services.questions import request_index
 from attribution.services.shares import shares_by_count, shares_by_influence
 from marketplace import clock, jobs
 from marketplace.models import Disclosure
@@ -98,14 +99,14 @@ def request_run(*, disclosure: Disclosure, grade: str, budget: float | None = No
 
 def verify_disclosure(verification: Verification) -> None:
     """Replay the training; a match opens the measurement, a mismatch closes the matter."""
-    _use_threads()
+    use_threads()
     disclosure = verification.disclosure
     if disclosed_grade(disclosure.document) == Grade.METERED:
         _verify_segments(verification)
         return
     task = build_task(disclosure)
     with checkpoint_paths(disclosure) as paths, pointing(""):
-        report = verify(task, checkpoints=paths, progress=_teller(verification))
+        report = verify(task, checkpoints=paths, progress=teller(verification))
     with transaction.atomic():
         verification.lock()
         matches = report.matches
@@ -146,8 +147,8 @@ def _verify_segments(verification: Verification) -> None:
 
 def replay_segment(replay: SegmentReplay) -> None:
     """Train one drawn segment again, the meter on; whoever finishes the last one wakes the verdict."""
-    _use_threads()
-    matches, report = segments.replay(replay, progress=_teller(replay))
+    use_threads()
+    matches, report = segments.replay(replay, progress=teller(replay))
     with transaction.atomic():
         replay.lock()
         replay.write(matches=matches, report=_plain(report))
@@ -164,7 +165,7 @@ def advance_run(run: AttributionRun) -> None:
     Raises:
         RunFailed: a shard has failed for good.
     """
-    _use_threads()
+    use_threads()
     if run.grade == Grade.DECLARED:
         records = read_records(run.disclosure)
         publish_result(run=run, shares=shares_by_count(records))
@@ -190,15 +191,15 @@ def advance_run(run: AttributionRun) -> None:
 
 def execute_shard(shard: Shard) -> None:
     """Measure one round; whoever finishes the last one wakes the merge."""
-    _use_threads()
+    use_threads()
     run = shard.run
     with tempfile.TemporaryDirectory(prefix="round-") as folder:
         if run.grade == Grade.ESTIMATED:
-            result = estimates.run_shard(shard, progress=_teller(shard))
+            result = estimates.run_shard(shard, progress=teller(shard))
         else:
             task = build_task(run.disclosure)
             with pointing("/plan"):
-                result = run_round(task, read_plan(run), shard.number, progress=_teller(shard))
+                result = run_round(task, read_plan(run), shard.number, progress=teller(shard))
         path = Path(folder) / "round.safetensors"
         result.save(path)
         with path.open("rb") as stream:
@@ -260,6 +261,7 @@ def publish_result(
         result.status = AttributionResult.Status.PUBLISHED
         result.published_at = clock.now()
         result.save(update_fields=["status", "published_at"])
+        request_index(disclosure)
         run.finish()
     logger.info("Published result=%s model=%s grade=%s", result.pk, disclosure.model_id, run.grade)
     return result
@@ -382,7 +384,7 @@ def _store_values(records: TrainingRecords, measured: SharesResult | UnreplayedS
         return store_artifact(owner=None, kind=Artifact.Kind.VALUES, stream=file)
 
 
-def _teller(job: jobs.Job) -> Callable[[int, int], None]:
+def teller(job: jobs.Job) -> Callable[[int, int], None]:
     """Progress to the row, at most once a second; a lost lease stops the work here, at its next word."""
     told = 0.0
 
@@ -395,7 +397,7 @@ def _teller(job: jobs.Job) -> Callable[[int, int], None]:
     return tell
 
 
-def _use_threads() -> None:
+def use_threads() -> None:
     torch.set_num_threads(settings.ATTRIBUTION_THREADS)
 
 

@@ -1,5 +1,6 @@
 """Disclosures and results, declared or with evidence from a real training run."""
 
+import copy
 import hashlib
 import io
 import tempfile
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from attribution.artifacts import store_artifact
-from attribution.engine import Recipe, Task, TensorRecords, epoch_order, initial_state_from_seed, train
+from attribution.engine import Recipe, Task, TensorRecords, architectures, epoch_order, initial_state_from_seed, train
 from attribution.engine.meter_log import Head
 from attribution.engine.metered import run_metered
 from attribution.models import Artifact, AttributionResult, AttributionRun, MeteredRun, Share
@@ -352,11 +353,12 @@ def two_clouds(n: int, width: int = 6, *, seed: int = 0) -> tuple[np.ndarray, li
     return np.round(rng.normal(size=(n, width)) + 1.5 * (2 * targets - 1)[:, None], 6), [CLASSES[t] for t in targets]
 
 
-def queries_file(content: Any, labels: Sequence[Any], **columns: Any) -> io.BytesIO:
+def queries_file(content: Any, labels: Sequence[Any] | None, **columns: Any) -> io.BytesIO:
     if isinstance(content, np.ndarray):
         content = pa.array(content.tolist(), pa.list_(pa.float64()))
     sink = io.BytesIO()
-    pq.write_table(pa.table({"content": content, "label": pa.array(labels, pa.string())} | columns), sink)
+    labelled = {} if labels is None else {"label": pa.array(labels, pa.string())}
+    pq.write_table(pa.table({"content": content} | labelled | columns), sink)
     sink.seek(0)
     return sink
 
@@ -403,3 +405,117 @@ def _altered(path: Path, alter: Callable[[dict[str, torch.Tensor]], None]) -> by
     state = load_file(path)
     alter(state)
     return bytes(save(state))
+
+
+#: Three ways to model a text, as a document says them: hashed n-grams, embedded bytes, and a small GPT.
+TEXT_MODELS: dict[str, dict[str, Any]] = {
+    "ngrams": {
+        "features": {
+            "transform": [{"kind": "hashed_ngrams", "shortest": 1, "longest": 3, "buckets": 64}],
+            "classes": CLASSES,
+        },
+        "architecture": {"kind": "sequential", "layers": [{"kind": "linear", "in_features": 64, "out_features": 2}]},
+        "loss": "cross_entropy",
+        "measurement": "cross_entropy",
+        "recipe": {"optimizer": "sgd", "options": {"momentum": 0.9}, "learning_rate": 0.5},
+    },
+    "bytes": {
+        "features": {"transform": [{"kind": "bytes", "length": 24}], "classes": CLASSES},
+        "architecture": {
+            "kind": "sequential",
+            "layers": [
+                {"kind": "mean_embedding", "num_embeddings": 257, "embedding_dim": 8},
+                {"kind": "gelu"},
+                {"kind": "linear", "in_features": 8, "out_features": 2},
+            ],
+        },
+        "loss": "cross_entropy",
+        "measurement": "cross_entropy",
+        "recipe": {"optimizer": "adamw", "options": {"weight_decay": 0.01}, "learning_rate": 0.02},
+    },
+    "gpt": {
+        "features": {"transform": [{"kind": "bytes", "length": 16}]},
+        "architecture": {"kind": "gpt", "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2},
+        "loss": "next_byte",
+        "measurement": "next_byte",
+        "recipe": {"optimizer": "adamw", "options": {"weight_decay": 0.01}, "learning_rate": 0.01},
+    },
+}
+
+
+def two_moods(n: int, *, seed: int = 0) -> tuple[list[str], list[str]]:
+    """n different short texts, sad and glad in turn, and their labels; some are longer than the models look."""
+    rng = np.random.default_rng(seed)
+    sad, glad = ["grey", "cold", "loss", "grief", "rain", "alone"], ["sunny", "warm", "win", "joy", "dance", "friends"]
+    texts = [f"{' '.join(rng.choice((sad, glad)[i % 2], 3))} №{seed}.{i}" for i in range(n)]
+    return texts, [CLASSES[i % 2] for i in range(n)]
+
+
+def published_texts(parties: Mapping[Party, int], *, seed: int = 0, **fields: Any) -> DatasetVersion:
+    texts, labels = two_moods(sum(parties.values()), seed=seed)
+    return PublishedVersionFactory(contributions=parties, content=texts, **{"labels": labels} | fields)
+
+
+def text_document(
+    *,
+    licenses: Sequence[License],
+    model: str = "ngrams",
+    slug: str = "text-model",
+    epochs: int = 2,
+    alter: Callable[[list[str]], None] | None = None,
+    **queries: Any,
+) -> dict[str, Any]:
+    """As `trained_document`, for one of TEXT_MODELS; `alter` changes what is trained on, not what is said."""
+    owner, spec = licenses[0].licensee, copy.deepcopy(TEXT_MODELS[model])
+    texts, labels = (
+        [value for license in licenses for value in _column(license.version, name)] for name in ("content", "label")
+    )
+    if alter:
+        alter(texts)
+    asked, answers = two_moods(12, seed=99)
+    classes, recipe = spec["features"].get("classes"), spec["recipe"]
+    train_on, ask = (architectures.transform(spec["features"]["transform"], part) for part in (texts, asked))
+    targets = [
+        [torch.tensor([classes.index(label) for label in part])] if classes else [] for part in (labels, answers)
+    ]
+    build = architectures.builder(spec["architecture"])
+    task = Task(
+        model=build,
+        loss=architectures.per_record(spec["loss"]),
+        measurement=architectures.per_record(spec["measurement"]),
+        train=TensorRecords(train_on, *targets[0]),
+        queries=TensorRecords(ask, *targets[1]),
+        recipe=Recipe(
+            optimizer=recipe["optimizer"],
+            options=recipe["options"],
+            learning_rate=recipe["learning_rate"],
+            order=epoch_order(len(texts), 16, epochs, 1),
+            initial_state=initial_state_from_seed(build, 7),
+        ),
+    )
+    n_step = task.require_recipe().n_step
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(task, checkpoint_steps=[n_step], checkpoint_dir=Path(folder))
+        with run.checkpoints[-1][1].open("rb") as stream:
+            state = store_artifact(owner=owner, kind=Artifact.Kind.STATE, stream=stream)
+    stored = store_artifact(
+        owner=owner, kind=Artifact.Kind.QUERIES, stream=queries_file(asked, answers if classes else None)
+    )
+    return (
+        declaration(licenses=licenses, slug=slug)
+        | {name: spec[name] for name in ("features", "architecture", "loss", "measurement")}
+        | {
+            "recipe": recipe
+            | {
+                "order": {"rule": "epoch_order", "batch": 16, "epochs": epochs, "seed": 1},
+                "initial_state": {"rule": "seed", "seed": 7},
+            },
+            "queries": {"sha256": stored.sha256, "n_queries": 12} | queries,
+            "checkpoints": [{"step": n_step, "sha256": state.sha256}],
+        }
+    )
+
+
+def _column(version: DatasetVersion, name: str) -> list[Any]:
+    with default_storage.open(version.parquet_key, "rb") as stored:
+        return pq.read_table(stored, columns=[name])[name].to_pylist()

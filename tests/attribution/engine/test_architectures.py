@@ -44,7 +44,8 @@ def test_a_description_becomes_the_module_it_says():
 @pytest.mark.parametrize(
     ("description", "pointer"),
     [
-        ({"kind": "gpt", "layers": [LINEAR]}, "/kind"),
+        ({"kind": "rnn", "layers": [LINEAR]}, "/kind"),
+        ({"kind": "gpt", "layers": [LINEAR]}, "/layers"),
         ({"kind": "sequential", "layers": [LINEAR], "code": "x"}, "/code"),
         (sequential(), "/layers"),
         (sequential(*[{"kind": "relu"}] * 65), "/layers"),
