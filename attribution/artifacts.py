@@ -167,6 +167,11 @@ def read_queries(artifact: Artifact) -> Queries:
         return Queries.load(file.read())
 
 
+def normalised_key(artifact: Artifact) -> str:
+    """Where the queries lie that `read_queries` reads."""
+    return _normalised(artifact.key)
+
+
 def _normalised(key: str) -> str:
     return f"{key}.safetensors"
 

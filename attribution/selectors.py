@@ -1,12 +1,26 @@
 """What later packages and pages may ask of attribution."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from django.db.models import Count, F, Q, QuerySet
 
 from attribution.grades import Grade, disclosed_grade
-from attribution.models import AttributionResult, AttributionRun, MeteredRun, SegmentReplay, Shard, Share, Verification
-from marketplace.models import DatasetVersion, Disclosure, Party, TrainedModel
+from attribution.models import (
+    AttributionResult,
+    AttributionRun,
+    IndexShard,
+    InfluenceIndex,
+    InfluenceQuestion,
+    MeteredRun,
+    SegmentReplay,
+    Shard,
+    Share,
+    Verification,
+)
+from marketplace.models import Dataset, DatasetVersion, Disclosure, Party, TrainedModel
 
 
 def published_results(model: TrainedModel | None = None) -> QuerySet[AttributionResult]:
@@ -139,3 +153,69 @@ def run_progress(run: AttributionRun) -> tuple[int, int]:
         for shard in shards
     )
     return done, 1000 * max(len(shards), run.progress_total if shards else 0)  # an estimate's later stages open later
+
+
+def find_index(disclosure: Disclosure) -> InfluenceIndex | None:
+    """The gradient store of the disclosure's records, made or in the making."""
+    return InfluenceIndex.objects.filter(disclosure=disclosure).select_related("disclosure").first()
+
+
+def index_progress(index: InfluenceIndex) -> tuple[int, int]:
+    """(shards done, shards in all); (0, 0) while it is being planned."""
+    return index.shards.filter(status=IndexShard.Status.DONE).count(), index.shards.count()
+
+
+def questions_about(disclosures: Iterable[Disclosure]) -> QuerySet[InfluenceQuestion]:
+    """What was asked about some disclosures; whoever has a question's id may read it, if they may read the disclosure."""
+    found = InfluenceQuestion.objects.filter(index__disclosure__in=disclosures)
+    return found.select_related("index__disclosure__model")
+
+
+@dataclass(frozen=True)
+class MovedRecord:
+    """A record that moved an output, by what anyone may see of it."""
+
+    version: DatasetVersion
+    row: int
+    digest: str
+    score: float  # signed; positive helped
+    weight: float  # |score| over the largest of the answer
+    holder: Party | None  # None: they have no share in the published result
+    share_ppq: int | None  # their paid share of the model, by the latest result of this disclosure
+    preview: dict[str, Any] | None  # content and label, if the rights holder shows this row to anyone
+
+
+def moved_records(question: InfluenceQuestion) -> dict[str, list[MovedRecord]]:
+    """The records of an answer, largest first, under "helpful" and "harmful"; three queries, however many they are.
+
+    A record's content is shown only if it is one of the first rows that its rights holder lets anyone see, and its dataset
+    is on sale; of any other there is its place and its digest.
+    """
+    answer: dict[str, list[dict[str, Any]]] = {side: question.answer.get(side, []) for side in ("helpful", "harmful")}
+    places = [place for side in answer.values() for place in side]
+    versions = DatasetVersion.objects.select_related("dataset").in_bulk({place["version"] for place in places})
+    result = published_results().filter(disclosure=question.index.disclosure_id).first()
+    shares = {
+        (share.version_id, share.party_id): share
+        for share in Share.objects.filter(
+            result=result, partition=Share.Partition.RIGHTS_HOLDER, party__in={place["holder"] for place in places}
+        ).select_related("party")
+    }
+    largest = max((abs(place["score"]) for place in places), default=1.0)
+
+    def record(place: dict[str, Any]) -> MovedRecord:
+        version, row = versions[place["version"]], place["row"]
+        share = shares.get((version.pk, place["holder"]))
+        is_shown = version.dataset.status == Dataset.Status.LISTED and row < len(version.preview)
+        return MovedRecord(
+            version=version,
+            row=row,
+            digest=place["digest"],
+            score=place["score"],
+            weight=abs(place["score"]) / largest,
+            holder=share.party if share else None,
+            share_ppq=share.paid_ppq if share else None,
+            preview=version.preview[row] if is_shown else None,
+        )
+
+    return {side: [record(place) for place in found] for side, found in answer.items()}

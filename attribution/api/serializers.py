@@ -9,11 +9,13 @@ from attribution.models import (
     Artifact,
     AttributionResult,
     AttributionRun,
+    InfluenceQuestion,
     MeteredRun,
     MeterHead,
     Share,
     Verification,
 )
+from attribution.services.questions import MAX_TEXT
 from marketplace import clock
 from marketplace.api.fields import MoneyField
 from marketplace.jobs import Job
@@ -272,6 +274,84 @@ class PublicDisclosureOutput(serializers.ModelSerializer):
     @extend_schema_field({"type": "string", "enum": list(selectors.EVIDENCE_STATES)})
     def get_evidence(self, disclosure: Disclosure) -> str:
         return selectors.evidence_state(disclosure)
+
+
+class QuestionInput(serializers.Serializer):
+    """Either an evaluation query or a text."""
+
+    query = serializers.IntegerField(required=False, min_value=0, max_value=1_000_000, help_text="Its number, from 0.")
+    text = serializers.CharField(
+        required=False, max_length=MAX_TEXT, help_text="A text of your own, if the disclosed transform takes texts."
+    )
+    label = serializers.CharField(
+        required=False,
+        max_length=200,
+        help_text="With a text, the class that is asked about, if the model has classes.",
+    )
+
+    def validate(self, data: dict[str, Any]) -> dict[str, Any]:
+        if ("query" in data) == ("text" in data):
+            raise serializers.ValidationError("Give either a query or a text.")
+        return data
+
+
+class MovedRecordOutput(serializers.Serializer):
+    """A record that moved the output, by what anyone may see of it."""
+
+    dataset = serializers.SlugField(source="version.dataset.slug")
+    version = serializers.IntegerField(source="version.number")
+    row = serializers.IntegerField()
+    digest = serializers.CharField(help_text="The record's leaf in the version's Merkle tree.")
+    score = serializers.FloatField(help_text="Signed, known up to scale; above 0 the record helped.")
+    contributor = serializers.UUIDField(source="holder.public_id", default=None, allow_null=True)
+    share_ppq = serializers.IntegerField(
+        allow_null=True, help_text=f"Its rights holder's paid share of the whole model. {PPQ_HELP}"
+    )
+    preview = serializers.JSONField(
+        allow_null=True, help_text="Content and label, if the rights holder shows this row to anyone; else null."
+    )
+
+
+class QuestionOutput(serializers.ModelSerializer):
+    """Poll until its status is done."""
+
+    id = serializers.UUIDField(source="public_id")
+    model = serializers.SlugField(source="index.disclosure.model.slug")
+    disclosure = serializers.UUIDField(source="index.disclosure.public_id")
+    way = serializers.SerializerMethodField(help_text='"exact", or "shortlist": then `recall` was measured.')
+    recall = serializers.SerializerMethodField()
+    said = serializers.SerializerMethodField(
+        help_text="What the model itself makes of it: measurement, likeliest class."
+    )
+    helpful = serializers.SerializerMethodField(help_text="Largest first.")
+    harmful = serializers.SerializerMethodField(help_text="Largest first.")
+
+    class Meta:
+        model = InfluenceQuestion
+        fields = ["id", "model", "disclosure", "status", "error_message", "query", "text", "label"]
+        fields += ["way", "recall", "said", "helpful", "harmful"]
+
+    def get_way(self, question: InfluenceQuestion) -> str | None:
+        return question.answer.get("way")
+
+    def get_recall(self, question: InfluenceQuestion) -> float | None:
+        return question.answer.get("recall")
+
+    def get_said(self, question: InfluenceQuestion) -> dict[str, Any]:
+        names = ("measured", "asked", "likeliest", "chance")
+        return {name: question.answer[name] for name in names if name in question.answer}
+
+    @extend_schema_field(MovedRecordOutput(many=True))
+    def get_helpful(self, question: InfluenceQuestion) -> list[dict[str, Any]]:
+        return self._records(question, "helpful")
+
+    @extend_schema_field(MovedRecordOutput(many=True))
+    def get_harmful(self, question: InfluenceQuestion) -> list[dict[str, Any]]:
+        return self._records(question, "harmful")
+
+    def _records(self, question: InfluenceQuestion, side: str) -> list[dict[str, Any]]:
+        moved = selectors.moved_records(question)[side]
+        return MovedRecordOutput(moved, many=True).data  # type: ignore[return-value]
 
 
 class ModelOutput(serializers.ModelSerializer):

@@ -1,10 +1,13 @@
+import uuid
 from typing import Any, ClassVar
 
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
+from django.http import Http404
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, extend_schema, extend_schema_view
 from rest_framework import status
 from rest_framework.decorators import action
+from rest_framework.generics import get_object_or_404
 from rest_framework.mixins import ListModelMixin, RetrieveModelMixin
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -21,12 +24,15 @@ from attribution.api.serializers import (
     MeteredRunOutput,
     ModelOutput,
     ModelSummary,
+    QuestionInput,
+    QuestionOutput,
 )
 from attribution.artifacts import store_artifact
 from attribution.errors import ArtifactInvalid
 from attribution.models import Artifact, MeteredRun
 from attribution.services.disclosures import disclose_model
 from attribution.services.meters import PostedHead, plan_metered_run, post_heads
+from attribution.services.questions import ask
 from marketplace import clock
 from marketplace.errors import InvalidInput
 from marketplace.models import ApiKey, Disclosure, Party, TrainedModel
@@ -150,7 +156,12 @@ class MeteredRunViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
 class ModelViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
     """Anyone may read it, as one follows references in a paper."""
 
-    scopes: ClassVar[dict[str, None]] = {"list": None, "retrieve": None}
+    scopes: ClassVar[dict[str, str | None]] = {
+        "list": None,
+        "retrieve": None,
+        "questions": ApiKey.Scope.READ,
+        "question": None,
+    }
     serializer_class = ModelSummary
     queryset = TrainedModel.objects.none()
     lookup_field = "slug"
@@ -161,6 +172,43 @@ class ModelViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
 
     def retrieve(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         return Response(ModelOutput(self.get_object()).data)
+
+    @extend_schema(
+        operation_id="models_questions_create",
+        summary="Ask which records moved an output",
+        description="Of one evaluation query, or of a text: the training records that pushed the output most, for better and "
+        "for worse. The score is the inner product of gradients at the last checkpoint; it divides no money. The same "
+        "question again is the same answer and costs no quota. Your own models may be asked about under embargo.",
+        request=QuestionInput,
+        responses={202: QuestionOutput},
+    )
+    @action(detail=True, methods=["post"])
+    def questions(self, request: Request, slug: str) -> Response:
+        data = QuestionInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        party = _acting_party(request)
+        disclosure = self._disclosures(slug, party).first()
+        if disclosure is None:
+            raise Http404
+        question = ask(disclosure=disclosure, asker=f"party:{party.pk}", **data.validated_data)
+        return Response(QuestionOutput(question).data, status=status.HTTP_202_ACCEPTED)
+
+    @extend_schema(
+        operation_id="models_questions_retrieve",
+        summary="Which records moved an output",
+        responses=QuestionOutput,
+    )
+    @action(detail=True, url_path="questions/(?P<public_id>[0-9a-f-]{36})")
+    def question(self, request: Request, slug: str, public_id: uuid.UUID) -> Response:
+        party = request.auth.party if isinstance(request.auth, ApiKey) else None
+        asked = selectors.questions_about(self._disclosures(slug, party))
+        return Response(QuestionOutput(get_object_or_404(asked, public_id=public_id)).data)
+
+    def _disclosures(self, slug: str, party: Party | None) -> QuerySet[Disclosure]:
+        """Of one model, latest first, what anyone may read; its owner sees those under embargo too."""
+        is_public = Q(pk__in=selectors.public_disclosures(clock.now()).order_by().values("pk"))
+        visible = is_public | Q(model__owner=party) if party else is_public
+        return Disclosure.objects.filter(visible, model__slug=slug).order_by("-number")
 
 
 def _acting_party(request: Request) -> Party:

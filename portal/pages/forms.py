@@ -5,6 +5,7 @@ from django import forms
 from django.db.models import QuerySet
 
 from attribution.models import AttributionResult
+from attribution.services.questions import MAX_TEXT
 from marketplace import clock
 from marketplace.models import TrainedModel
 from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
@@ -67,6 +68,49 @@ class RevenueForm(Form):
         return {name: data[name] for name in ("model", "period_start", "period_end", "revenue", "purchase_order")} | {
             "key": f"web:{data['key']}"
         }
+
+
+class QueryForm(Form):
+    """One of the evaluation queries, by its number or out of those that are shown."""
+
+    query = forms.IntegerField(min_value=0, label="Number of the query")
+
+    def __init__(self, *args: Any, n_queries: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        field = self.fields["query"]
+        field.help_text = f"0 to {n_queries - 1:,}"
+        field.widget.attrs |= {"max": n_queries - 1, "inputmode": "numeric"}
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """As `ask` takes it."""
+        return {"query": self.cleaned_data["query"]}
+
+
+class TextQuestionForm(Form):
+    """A text of the asker's own and, of a model of classes, the label that is asked about."""
+
+    text = forms.CharField(
+        max_length=MAX_TEXT,
+        widget=forms.Textarea(attrs={"rows": 3}),
+        label="Your text",
+        help_text="It is kept with its answer, under an address that only you are given.",
+    )
+    label = forms.ChoiceField(
+        label="The label to ask about", help_text="What moved the model towards it, or away from it."
+    )
+
+    def __init__(self, *args: Any, classes: list[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if classes:
+            self.fields["label"].choices = [(name, name) for name in classes]  # type: ignore[attr-defined]
+        else:
+            del self.fields["label"]
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """As `ask` takes it."""
+        return {name: self.cleaned_data.get(name, "") for name in ("text", "label")}
 
 
 class AmountForm(Form):

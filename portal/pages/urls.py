@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from portal.pages import billing, books, desk, desk_billing, desk_runs, statements, views
+from portal.pages import billing, books, desk, desk_billing, desk_runs, influence, statements, views
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -8,6 +8,8 @@ urlpatterns = [
     path("favicon.ico", views.favicon),
     path("models/", views.models, name="models"),
     path("models/<slug:slug>/", views.model, name="model"),
+    path("models/<slug:slug>/influence/", influence.ask, name="influence"),
+    path("models/<slug:slug>/influence/<uuid:question_id>/", influence.answer, name="influence-answer"),
     path("models/<slug:slug>/disclosures/<int:number>.json", views.disclosure_document, name="disclosure-document"),
     re_path(
         r"^models/(?P<slug>[-\w]+)/disclosures/(?P<number>\d{1,9})/references\.(?P<suffix>bib|csl\.json)$",

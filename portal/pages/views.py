@@ -73,7 +73,7 @@ def models(request: HttpRequest) -> HttpResponse:
 @require_GET
 def model(request: HttpRequest, slug: str) -> HttpResponse:
     """What a model was trained on, what that is worth to it, and how strong the evidence is."""
-    found, disclosures = _model_or_404(request, slug)
+    found, disclosures = model_or_404(request, slug)
     latest = disclosures[0]
     citations = list(
         latest.citations.select_related("version__dataset__owner", "license__order_line__order").order_by("position")
@@ -101,6 +101,7 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
         "partitions": _partitions(request, result, [citation.version_id for citation in citations]) if result else [],
         "n_drawn": N_DRAWN,
         "overdue": duties.overdue_of(found),
+        "index": attribution.find_index(latest),
     }
     if request.htmx:  # type: ignore[attr-defined]
         return render(request, "portal/_model_progress.html", context)
@@ -125,14 +126,14 @@ def bibliography(request: HttpRequest, slug: str, number: str, suffix: str) -> H
 
 
 def _disclosure_or_404(request: HttpRequest, slug: str, number: int) -> Disclosure:
-    _, disclosures = _model_or_404(request, slug)
+    _, disclosures = model_or_404(request, slug)
     found = next((one for one in disclosures if one.number == number), None)
     if found is None:
         raise Http404("There is no such disclosure")
     return found
 
 
-def _model_or_404(request: HttpRequest, slug: str) -> tuple[TrainedModel, list[Disclosure]]:
+def model_or_404(request: HttpRequest, slug: str) -> tuple[TrainedModel, list[Disclosure]]:
     found = get_object_or_404(TrainedModel.objects.select_related("owner"), slug=slug)
     is_owner = found.owner == request.party  # type: ignore[attr-defined]
     disclosures = list(selectors.visible_disclosures(found, is_owner=is_owner, at=clock.now()))
