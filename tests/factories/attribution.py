@@ -463,16 +463,25 @@ def text_document(
     slug: str = "text-model",
     epochs: int = 2,
     alter: Callable[[list[str]], None] | None = None,
-    **queries: Any,
+    classes: Sequence[str] | None = None,
+    queries: tuple[list[str], list[str]] | None = None,
+    **about_queries: Any,
 ) -> dict[str, Any]:
-    """As `trained_document`, for one of TEXT_MODELS; `alter` changes what is trained on, not what is said."""
+    """As `trained_document`, for one of TEXT_MODELS; `alter` changes what is trained on, not what is said.
+
+    Args:
+        classes, queries: instead of two moods and a dozen more of them.
+    """
     owner, spec = licenses[0].licensee, copy.deepcopy(TEXT_MODELS[model])
+    if classes:
+        spec["features"]["classes"] = list(classes)
+        spec["architecture"]["layers"][-1]["out_features"] = len(classes)
     texts, labels = (
         [value for license in licenses for value in _column(license.version, name)] for name in ("content", "label")
     )
     if alter:
         alter(texts)
-    asked, answers = two_moods(12, seed=99)
+    asked, answers = queries or two_moods(12, seed=99)
     classes, recipe = spec["features"].get("classes"), spec["recipe"]
     train_on, ask = (architectures.transform(spec["features"]["transform"], part) for part in (texts, asked))
     targets = [
@@ -510,7 +519,7 @@ def text_document(
                 "order": {"rule": "epoch_order", "batch": 16, "epochs": epochs, "seed": 1},
                 "initial_state": {"rule": "seed", "seed": 7},
             },
-            "queries": {"sha256": stored.sha256, "n_queries": 12} | queries,
+            "queries": {"sha256": stored.sha256, "n_queries": len(asked)} | about_queries,
             "checkpoints": [{"step": n_step, "sha256": state.sha256}],
         }
     )

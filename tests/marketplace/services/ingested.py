@@ -82,7 +82,9 @@ def uploaded(party: Party, data: bytes, **options: Any) -> Upload:
     return Upload.objects.select_related("version__dataset__owner").get(pk=upload.pk)
 
 
-def published(party: Party, rows: Sequence[Sequence[Any]], **options: Any) -> DatasetVersion:
-    upload = uploaded(party, as_csv(rows), **options)
+def published(
+    party: Party, rows: Sequence[Sequence[Any]], *, header: Sequence[str] = HEADER, **options: Any
+) -> DatasetVersion:
+    upload = uploaded(party, as_csv(rows, header), **options)
     assert upload.status == Upload.Status.DONE, upload.error_message
     return publish_version(version=upload.version, user=party.user, signed_name=party.name)
