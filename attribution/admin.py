@@ -6,6 +6,9 @@ from attribution.models import (
     Artifact,
     AttributionResult,
     AttributionRun,
+    IndexShard,
+    InfluenceIndex,
+    InfluenceQuestion,
     MeteredRun,
     MeterHead,
     SegmentReplay,
@@ -82,6 +85,33 @@ class ShardAdmin(JobAdmin):
     list_display = ["run", "number", *JOB]
     list_filter = ["status"]
     list_select_related = ["run__disclosure__model"]
+
+
+class IndexShardInline(ReadOnlyInline):
+    model = IndexShard
+    fields = ["number", *JOB]
+
+
+@admin.register(InfluenceIndex)
+class InfluenceIndexAdmin(JobAdmin):
+    list_display = ["disclosure", "n_records", *JOB]
+    list_filter = ["status"]
+    list_select_related = ["disclosure__model"]
+    inlines = [IndexShardInline]
+
+
+@admin.register(IndexShard)
+class IndexShardAdmin(JobAdmin):
+    list_display = ["index", "number", *JOB]
+    list_filter = ["status"]
+    list_select_related = ["index__disclosure__model"]
+
+
+@admin.register(InfluenceQuestion)
+class InfluenceQuestionAdmin(JobAdmin):
+    list_display = ["public_id", "index", "query", *JOB]
+    list_filter = ["status"]
+    list_select_related = ["index__disclosure__model"]
 
 
 @admin.register(AttributionResult)

@@ -92,7 +92,9 @@ def draw_docstrings(seed: int, n_each: int) -> tuple[list[str], NDArray[np.int64
     for number, package in enumerate(PACKAGES):
         found = [text for text in dict.fromkeys(_docstrings(package)) if text.casefold() not in seen]
         if len(found) < n_each:
-            raise ValueError(f"{package} has {len(found)} docstrings of {SHORTEST} to {LONGEST} characters, not {n_each}")
+            raise ValueError(
+                f"{package} has {len(found)} docstrings of {SHORTEST} to {LONGEST} characters, not {n_each}"
+            )
         kept = [found[n] for n in np.sort(rng.permutation(len(found))[:n_each])]
         seen |= {text.casefold() for text in kept}
         texts += kept

@@ -1,7 +1,6 @@
 """Real words and their raters through the whole product: read, licensed, disclosed, replayed, measured, paid."""
 
 from collections import Counter
-from typing import Any
 
 import pytest
 

@@ -169,7 +169,11 @@ def test_a_text_of_ones_own_is_answered_and_shows_only_what_the_rights_holder_sh
     assert all(record.share_ppq == {26: 650, 14: 350}[26 if record.row < 26 else 14] * 10**12 for record in records)
 
     Dataset.objects.update(status=Dataset.Status.WITHDRAWN)
-    assert not any(r.preview for side in selectors.moved_records(selectors.questions_about([text_disclosure]).get()).values() for r in side)
+    assert not any(
+        r.preview
+        for side in selectors.moved_records(selectors.questions_about([text_disclosure]).get()).values()
+        for r in side
+    )
 
 
 def test_a_gpt_answers_without_labels(alice, carol, work):

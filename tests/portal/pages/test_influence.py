@@ -163,7 +163,8 @@ def test_too_many_questions_are_refused_in_words(client, disclosure, settings):
 def test_an_index_in_the_making_and_none_at_all_say_so(client, carol, disclosure, license):
     InfluenceIndex.objects.update(status="queued", n_records=10)
     IndexShard.objects.bulk_create(
-        IndexShard(index=disclosure.influence_index, number=n, status=status) for n, status in enumerate(["done", "queued"])
+        IndexShard(index=disclosure.influence_index, number=n, status=status)
+        for n, status in enumerate(["done", "queued"])
     )
     assert "1 of 2 parts" in assert_page(client.get(URL))
     assert "cannot be asked about yet" in assert_page(client.post(URL, {"query": "3"}), 422)
