@@ -175,6 +175,8 @@ class Task:
     copy_of: Tensor | None = None
     recipe: Recipe | None = None
     checkpoints: Sequence[tuple[int, Path | str]] = ()
+    device: torch.device | str = "cpu"  # where it is computed; the tensors above may lie anywhere
+    precision: str = "float32"  # or "bf16", of gradients that are only compared with each other; replays keep their own
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:

@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from attribution.engine.checks import check_losses
+from attribution.engine.devices import moved, repeatable
 from attribution.engine.errors import EngineError, TrainingDiverged
 from attribution.engine.files import written_whole
 from attribution.engine.task import Batch, Recipe, Task, seed_of
@@ -142,12 +143,13 @@ class Program:
     """A task as pure functions of a `State`: initial state, one step, its adjoint, the measurement."""
 
     def __init__(self, task: Task) -> None:
-        self.task = task
+        self.task, self.device = task, torch.device(task.device)
         with preserved_generator():
             self.module = _Losses(task)
         model = self.module.model
         if task.recipe is not None:
             model.load_state_dict(dict(task.recipe.initial_state))
+        model.to(self.device)
         self._trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         self._frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         self._buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
@@ -190,16 +192,17 @@ class Program:
         """One run's state from a checkpoint's tensors, see `State.tensors`; those of the optimizer must be there."""
 
         def of(names: Iterable[str], pattern: str) -> Tensors:
-            return {name: tensors[pattern.format(name)][None].clone() for name in names}
+            return {name: tensors[pattern.format(name)][None].to(self.device, copy=True) for name in names}
 
         moments = {field: of(self._trained, f"optimizer.{{}}.{field}") for field in self.fields}
         return State(step, of(self._trained, "model.{}"), of(self._buffers, "model.{}"), moments, self._frozen)
 
     def slots(self, step: int, weights: Tensor) -> tuple[Batch, Tensor]:
         """The batch of one step and the weights (R, B) of its slots; an empty slot shows record 0 at weight 0."""
-        index = self.recipe.order[step]
+        index = self.recipe.order[step].cpu()
         shown = index.clamp_min(0)
-        return self.task.train[shown], weights[:, shown] * (index >= 0)
+        slots = weights[:, shown.to(weights.device)] * (index >= 0).to(weights.device)
+        return moved(self.task.train[shown], self.device), slots
 
     def step(self, state: State, weights: Tensor, *, consume: bool = False) -> tuple[State, Tensor]:
         """One step of R runs with record weights (R, n_train); also the objective each run saw, (R,).
@@ -208,17 +211,24 @@ class Program:
             consume: write the new parameters and moments over the old ones, which takes less memory and time; same bits.
         """
         batch, slot_weights = self.slots(state.step, weights)
-        return self._step(state, batch, slot_weights, create_graph=False, consume=consume)
+        return self._step(state, batch, slot_weights, consume=consume)
 
     def _step(
-        self, state: State, batch: Batch, slots: Tensor, *, create_graph: bool, consume: bool = False
+        self, state: State, batch: Batch, slots: Tensor, *, consume: bool = False
     ) -> tuple[State, Tensor]:
-        parameters = state.parameters
-        if not create_graph:
-            parameters = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        parameters = {name: p.detach().requires_grad_() for name, p in state.parameters.items()}
+        gradients, buffers, objective = self._gradients(state, parameters, batch, slots, create_graph=False)
+        with torch.no_grad():
+            new, moments = self._update(state, parameters, self._clipped(gradients), consume=consume)
+        return State(state.step + 1, new, buffers, moments, self._frozen), objective
+
+    def _gradients(
+        self, state: State, parameters: Tensors, batch: Batch, slots: Tensor, *, create_graph: bool
+    ) -> tuple[Tensors, Tensors, Tensor]:
+        """Each run's gradient (R, ...) at `parameters`, the buffers after the forward, and the objective (R,)."""
         self.module.train()
         torch.manual_seed(seed_of(self.recipe.seed, state.step))
-        with torch.enable_grad(), _differentiable_twice(create_graph):
+        with torch.enable_grad(), repeatable(self.device), _differentiable_twice(create_graph):
             losses, buffers = self._call(parameters, state.buffers, batch)  # (R, B)
             objective = (slots * losses).sum(1)
             if self.recipe.normalizer == "batch":
@@ -235,20 +245,15 @@ class Program:
                 f"the loss of step {state.step} is not finite; lower the learning rate, clip, or repair the batch",
                 step=state.step,
             )
-        with torch.set_grad_enabled(create_graph):
-            new, moments = self._update(
-                state, parameters, dict(zip(parameters, gradients, strict=True)), consume=consume
-            )
-        return State(state.step + 1, new, buffers, moments, self._frozen), objective.detach()
+        return dict(zip(parameters, gradients, strict=True)), buffers, objective.detach()
 
     def _update(
         self, state: State, old: Tensors, gradients: Tensors, *, consume: bool
     ) -> tuple[Tensors, dict[str, Tensors]]:
-        """torch.optim's SGD, Adam and AdamW, by the very operations that give its bits; differentiable, unless it may consume.
+        """torch.optim's SGD, Adam and AdamW, by the very operations that give its bits.
 
-        Then a few runs at a time, so that an optimizer's dozen passes over the numbers stay in the cache.
+        Where the old state may be consumed, a few runs at a time, so that a dozen passes over the numbers stay in the cache.
         """
-        gradients = self._clipped(gradients)
         new: Tensors = {}
         moments: dict[str, Tensors] = {f: {} for f in self.fields}
         for name, p in old.items():
@@ -283,7 +288,7 @@ class Program:
         beta1, beta2 = options["betas"]
         m = moments[0].lerp(g, 1 - beta1)
         v = (moments[1] * beta2).addcmul_(g, g, value=1 - beta2)
-        root = (_sqrt(v) / math.sqrt(1 - beta2 ** (step + 1))).add_(options["eps"])
+        root = (v.sqrt() / math.sqrt(1 - beta2 ** (step + 1))).add_(options["eps"])
         return [p.addcdiv(m, root, value=-rate / (1 - beta1 ** (step + 1))), m, v]
 
     def _update_in_place(self, name: str, step: int, g: Tensor, p: Tensor, *moments: Tensor) -> None:
@@ -326,59 +331,113 @@ class Program:
         """Pull the adjoint of the next state back through one step.
 
         Args:
+            outer: of the next state; used up, since its tensors become those of the result.
             one_by_one: the questions after each other, each with the bits that it would have alone; else all together.
 
         Returns:
             The adjoint of `state`, and the gradient with respect to the slots' weights, (G, R, B).
         """
         parameters = {name: p.detach().requires_grad_() for name, p in state.parameters.items()}
-        moments = {f: {n: t.detach().requires_grad_() for n, t in ts.items()} for f, ts in state.moments.items()}
         batch, slots = self.slots(state.step, weights)
         slots = slots.detach().requires_grad_()
-        here = State(state.step, parameters, state.buffers, moments, self._frozen)
-        after, _ = self._step(here, batch, slots, create_graph=True)
-        outputs, pulled = _flat(after.parameters, after.moments), _flat(outer.parameters, outer.moments)
-        inputs = [*_flat(parameters, moments), slots]
-        # A moment that the step overwrites (the first momentum buffer) has no gradient, and may not even be in the graph.
-        kept = [(o, a) for o, a in zip(outputs, pulled, strict=True) if o.requires_grad]
-        questions = pulled[0].shape[0]
-        together = questions > 1 and not one_by_one
+        gradients, _, _ = self._gradients(state, parameters, batch, slots, create_graph=True)
+        with torch.enable_grad():
+            gradients = self._clipped(gradients)
+        seeds = {
+            name: self._pulled_through_update(name, state, g.detach(), outer) for name, g in gradients.items()
+        }  # (G, R, ...)
+        inputs = [*parameters.values(), slots]
+        kept = [name for name, g in gradients.items() if g.requires_grad]  # a constant gradient pulls nothing back
+        questions = next(iter(seeds.values())).shape[0]
+        pulled: list[Tensor | None] = [None] * len(inputs)
 
-        def pull(seeds: list[Tensor], is_last: bool) -> list[Tensor | None]:
-            return list(
-                torch.autograd.grad(
-                    [o for o, _ in kept],
+        def pull(seeds: list[Tensor], is_last: bool, together: bool) -> tuple[Tensor | None, ...]:
+            with repeatable(self.device):
+                return torch.autograd.grad(
+                    [gradients[name] for name in kept],
                     inputs,
                     seeds,
                     retain_graph=not is_last,
                     is_grads_batched=together,
                     allow_unused=True,
                 )
-            )
 
-        if together:
-            found = pull([a for _, a in kept], True)
-            gradients = [
-                torch.zeros(questions, *i.shape, dtype=i.dtype) if g is None else g
-                for g, i in zip(found, inputs, strict=True)
-            ]
-        else:
-            gradients = [torch.zeros(questions, *i.shape, dtype=i.dtype) for i in inputs] if questions > 1 else []
-            for g in range(questions):
-                found = pull([a[g] for _, a in kept], g == questions - 1)
-                if questions == 1:
-                    gradients = [
-                        (torch.zeros_like(i) if one is None else one)[None]
-                        for one, i in zip(found, inputs, strict=True)
-                    ]
-                    continue
-                for total, one in zip(gradients, found, strict=True):
-                    if one is not None:
-                        total[g] = one
-        names = list(parameters)
-        n = len(names)
-        back = {f: dict(zip(names, gradients[n * (k + 1) : n * (k + 2)], strict=True)) for k, f in enumerate(moments)}
-        return Adjoint(dict(zip(names, gradients[:n], strict=True)), back), gradients[-1]
+        of_slots = torch.zeros(questions, *slots.shape, dtype=slots.dtype, device=slots.device)
+        if questions > 1 and not one_by_one:
+            *pulled, found = pull([seeds[name] for name in kept], True, True) if kept else [*pulled]
+            for name, part in zip(parameters, pulled, strict=True):
+                if part is not None:
+                    outer.parameters[name] += part
+            if found is not None:
+                of_slots = found
+            return outer, of_slots
+        for g in range(questions if kept else 0):
+            *pulled, found = pull([seeds[name][g] for name in kept], g == questions - 1, False)
+            for name, part in zip(parameters, pulled, strict=True):
+                if part is not None:
+                    outer.parameters[name][g] += part
+            if found is not None:
+                of_slots[g] = found
+        return outer, of_slots
+
+    def _pulled_through_update(self, name: str, state: State, g: Tensor, outer: "Adjoint") -> Tensor:
+        """The adjoint (G, R, ...) of one parameter's (clipped) gradient; that of the parameter and its moments is moved on in place.
+
+        Written out, since autograd keeps a dozen tensors of the parameter's size for it and reads each from memory several times.
+        A part at a time stays in the cache.
+        """
+        own = [outer.parameters[name], *(outer.moments[field][name] for field in self.fields)]
+        questions, size = len(own[0]), g.numel()
+        pulled = torch.empty(questions, size, dtype=g.dtype, device=g.device)
+        rows = [t.view(questions, size) for t in own]
+        seen = [t.reshape(size) for t in (g, state.parameters[name], *(state.moments[f][name] for f in self.fields))]
+        step = max(1, UPDATE_BYTES // (8 * g.element_size() * questions))  # some ten tensors at once
+        for start in range(0, size, step):
+            part = slice(start, start + step)
+            pulled[:, part] = self._update_adjoint(name, state.step, [t[part] for t in seen], [r[:, part] for r in rows])
+        return pulled.view(own[0].shape)
+
+    def _update_adjoint(self, name: str, step: int, seen: list[Tensor], adjoints: list[Tensor]) -> Tensor:
+        """`_updated` backwards: λ of (p, moments) after the step becomes that before it, in place; gives λ of the gradient."""
+        options, rates = self._options[name]
+        decay, rate = options["weight_decay"], rates[step]
+        g, p, *moments = seen
+        of_p, *of_moments = adjoints  # (G, n)
+        if self.recipe.optimizer == "sgd":
+            of_g = of_p * -rate
+            if of_moments:
+                momentum, (of_buffer,) = options["momentum"], of_moments
+                entering = 1.0 if step == 0 else 1 - options["dampening"]
+                if momentum:
+                    of_buffer.add_(of_g, alpha=momentum if options["nesterov"] else 1.0)
+                straight = of_g if options["nesterov"] or not momentum else torch.zeros_like(of_g)
+                of_g = straight.add_(of_buffer, alpha=entering)
+                of_buffer.mul_(momentum) if step else of_buffer.zero_()
+            if decay:
+                of_p.add_(of_g, alpha=decay)
+            return of_g
+        beta1, beta2 = options["betas"]
+        m, v = moments
+        of_m, of_v = of_moments
+        if decay and self.recipe.optimizer == "adam":
+            g = g.add(p, alpha=decay)
+        m, v = m.lerp(g, 1 - beta1), (v * beta2).addcmul_(g, g, value=1 - beta2)
+        scale, correction = rate / (1 - beta1 ** (step + 1)), math.sqrt(1 - beta2 ** (step + 1))
+        deviation = v.sqrt()
+        root = (deviation / correction).add_(options["eps"])
+        # 1/√v, and 0 at v = 0: there the gradient is 0 too, and 0 · ∞ would be NaN.
+        slope = deviation.div_(v.add_(torch.finfo(v.dtype).tiny)).mul_(scale / (2 * correction))
+        slope.mul_(m).div_(root).div_(root)
+        of_m.addcdiv_(of_p, root, value=-scale)
+        of_v.addcmul_(of_p, slope)
+        of_g = (of_m * (1 - beta1)).addcmul_(of_v, g, value=2 * (1 - beta2))
+        of_m.mul_(beta1)
+        of_v.mul_(beta2)
+        if self.recipe.optimizer == "adamw":
+            of_p.mul_(1 - rate * decay)
+        elif decay:
+            of_p.add_(of_g, alpha=decay)
+        return of_g
 
     def measure(self, state: State) -> Tensor:
         """The measurement of every query, (R, n_query), in eval mode; lower is better."""
@@ -430,7 +489,10 @@ class Program:
         buffers = {name: b.clone() for name, b in buffers.items()}  # a forward may write into them
         runs = next(iter(parameters.values())).shape[0]
         if runs == 1:
-            losses, after = one({n: p[0] for n, p in parameters.items()}, {n: b[0] for n, b in buffers.items()})
+            # squeeze, not [0], whose derivative fills a tensor of the parameter's size with zeros first
+            losses, after = one(
+                {n: p.squeeze(0) for n, p in parameters.items()}, {n: b.squeeze(0) for n, b in buffers.items()}
+            )
             return losses[None], {n: b[None] for n, b in after.items()}
         with _differentiable_twice(True):  # the fused kernels have no batched version either
             if buffers:
@@ -898,16 +960,6 @@ def _weights(task: Task, weights: Tensor) -> Tensor:
         run, record = wrong[0].tolist()
         raise EngineError(f"{float(weights[run, record])} is not 0 or more", pointer=f"/weights/{run}/{record}")
     return weights
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """√x whose derivative at 0 is 0: there v and its gradient are both 0, and 0 · ∞ would be NaN."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
-
-
-def _flat(parameters: Tensors, moments: dict[str, Tensors]) -> list[Tensor]:
-    return [*parameters.values(), *(t for ts in moments.values() for t in ts.values())]
 
 
 def _scaled(progress: Progress | None, done: int, runs: int, total: int) -> Callable[[int], None]:
