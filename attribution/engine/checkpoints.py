@@ -87,8 +87,8 @@ def at_state(task: Task, program: Program, state: State) -> Trajectory:
 def trained_states(program: Program, steps: Sequence[int], progress: Progress | None = None) -> list[State]:
     """Train by the recipe and return the states after the given numbers of completed steps, in the order given."""
     kept: dict[int, State] = {}
-    weights = torch.ones(1, program.task.n_train, dtype=next(iter(program.initial(1).parameters.values())).dtype)
     state = program.initial(1)
+    weights = next(iter(state.parameters.values())).new_ones(1, program.task.n_train)
     with preserved_generator():
         for step in range(max(steps) + 1):
             if step in steps:
@@ -159,14 +159,14 @@ def read_state(program: Program, path: Path, step: int, *, pointer: str) -> Stat
             )
 
     def part(names: Tensors) -> Tensors:
-        return {name: found[f"model.{name}"][None].clone() for name in names}
+        return {name: found[f"model.{name}"][None].to(program.device, copy=True) for name in names}
 
     moments: dict[str, Tensors] = {}
     for field in program.fields:
         wanted = {name: f"optimizer.{name}.{field}" for name in blank.parameters}
         if all(key in found and found[key].shape == blank.parameters[name][0].shape for name, key in wanted.items()):
-            moments[field] = {name: found[key][None].clone() for name, key in wanted.items()}
-    frozen = {name: found[f"model.{name}"] for name in blank.frozen}
+            moments[field] = {name: found[key][None].to(program.device, copy=True) for name, key in wanted.items()}
+    frozen = {name: found[f"model.{name}"].to(program.device) for name in blank.frozen}
     return State(step, part(blank.parameters), part(blank.buffers), moments, frozen)
 
 
@@ -284,7 +284,7 @@ def expected_start(program: Program) -> tuple[Tensors, dict[str, float], Tensors
     builds = []
     for seed in (0, 1):
         drawn = initial_state_from_seed(program.task.model, seed)
-        builds.append({name: drawn[name] for name in program.blank().parameters})
+        builds.append({name: drawn[name].to(program.device) for name in program.blank().parameters})
     start, variance, deviation = {}, {}, {}
     for name, first in builds[0].items():
         second = builds[1][name]

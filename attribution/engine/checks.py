@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from attribution.engine.devices import moved, repeatable
 from attribution.engine.errors import EngineError
 from attribution.engine.task import Batch, Records, Task, seed_of
 
@@ -48,8 +49,9 @@ def _called(module: nn.Module, records: Records, index: Tensor) -> Tensor:
     buffers = {
         f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()
     }  # a forward may write into them
-    batch: Batch = records[index]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    device = next(model.parameters()).device
+    batch: Batch = moved(records[index], device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), repeatable(device):
         torch.manual_seed(seed_of("check", len(index)))
         losses: Tensor = torch.func.functional_call(module, buffers, (batch,))
     return losses.detach().double().cpu()

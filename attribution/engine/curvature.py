@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution.engine.devices import moved
 from attribution.engine.gradients import BLOCK_BYTES, named_gradients, parameter_count
 from attribution.engine.task import Batch, seed_of
 from attribution.engine.training import Program, Progress, State, Tensors, preserved_generator
@@ -153,7 +154,7 @@ def _output_given(module: nn.Module, output: Tensor) -> Iterator[None]:
 def _at_output(program: Program, state: State, index: Tensor, seen: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs z (B, ...), losses (B,), and ∂loss/∂z (B, ...)."""
     parameters, fixed = _tensors(state)
-    batch = program.task.train[index]
+    batch = moved(program.task.train[index], program.device)
     dims = tuple(0 for _ in batch)
     with torch.no_grad():
         z, losses = torch.vmap(lambda *r: _one(program, parameters | fixed, r, seen), in_dims=dims)(*batch)
@@ -172,7 +173,7 @@ def _loss_of(program: Program, tensors: Tensors, z: Tensor, record: Batch) -> Te
 def _output_hessian(program: Program, state: State, index: Tensor, z: Tensor, seen: list[Tensor]) -> Tensor:
     """(B, m, m)"""
     parameters, fixed = _tensors(state)
-    batch = program.task.train[index]
+    batch = moved(program.task.train[index], program.device)
 
     def loss(flat: Tensor, *record: Tensor) -> Tensor:
         return _loss_of(program, parameters | fixed, flat.reshape(z.shape[1:]), record)
@@ -191,7 +192,7 @@ def _root(hessian: Tensor) -> Tensor:
 def _pulled_back(program: Program, state: State, index: Tensor, rows: Tensor, seen: list[Tensor]) -> Tensors:
     """Jᵀv for every row v (B, r, *z): per parameter (B, r, *shape)."""
     parameters, fixed = _tensors(state)
-    batch = program.task.train[index]
+    batch = moved(program.task.train[index], program.device)
 
     def one(v: Tensor, *record: Tensor) -> Tensors:
         pull = torch.func.vjp(lambda p: _one(program, p | fixed, record, seen)[0], parameters)[1]
@@ -219,11 +220,9 @@ def _drawn_labels(batch: Batch, z: Tensor, scale: Tensor, draws: int) -> Tensor:
     """√c (p − e_ŷ) with ŷ ~ p, (B, draws, *z), whose covariance is H_out."""
     p = z.double().softmax(-1)
     shape = z.shape[1:-1]
-    at = _uniform(batch, draws * max(1, shape.numel())).reshape(len(z), draws, *shape, 1)
+    at = _uniform(batch, draws * max(1, shape.numel())).reshape(len(z), draws, *shape, 1).to(z.device)
     drawn = torch.searchsorted(p.cumsum(-1)[:, None].expand(-1, draws, *p.shape[1:]).contiguous(), at.contiguous())
-    one_hot = torch.zeros(len(z), draws, *p.shape[1:], dtype=p.dtype).scatter_(
-        -1, drawn.clamp_max(p.shape[-1] - 1), 1.0
-    )
+    one_hot = p.new_zeros(len(z), draws, *p.shape[1:]).scatter_(-1, drawn.clamp_max(p.shape[-1] - 1), 1.0)
     return ((scale / draws).sqrt()[:, None, ..., None] * (p[:, None] - one_hot)).to(z.dtype)
 
 
@@ -364,7 +363,7 @@ class Curvature:
             means = [float(torch.as_tensor(per_parameter[name], dtype=torch.float64).mean()) for name in block.names]
             mean = sum(s * m for s, m in zip(sizes, means, strict=False)) / block.size
             parts.append(torch.full((block.size,), mean, dtype=torch.float64))
-        return torch.cat(parts)
+        return torch.cat(parts).to(self.eigenvalues.device)
 
     @property
     def treatments(self) -> dict[str, str]:

@@ -29,7 +29,10 @@ from attribution.engine.errors import EngineError
 
 CPU = torch.device("cpu")
 PRECISIONS = ("float32", "bf16")
-WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS picks its own workspaces, and with them the order of sums
+WORKSPACE = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    ":4096:8",
+)  # or cuBLAS picks its own workspaces, and with them the order of sums
 
 
 def resolve(text: str) -> list[torch.device]:

@@ -27,7 +27,7 @@ cosine of a record's scores to those of the record most like it. AUC: the chance
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,11 @@ from torch import Tensor
 
 from attribution.engine.errors import EngineError
 from attribution.engine.files import arrays_digest, written_whole
+from attribution.engine.progress import Interrupted
 from attribution.engine.shares import Players
 from attribution.engine.task import Batch, Records, Task, seed_of
 from attribution.engine.training import Program, Progress, replay_values
+from attribution.engine.workers import claimed
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -63,8 +65,16 @@ class GroundTruth:
     `loss` and `measurement` do, so the runs with all records and with none are repeated each time and compared.
     """
 
-    def __init__(self, task: Task, folder: Path | None = None) -> None:
-        self.task, self.players = task, Players.of(task)
+    def __init__(
+        self,
+        task: Task,
+        folder: Path | None = None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        is_shared: bool = False,
+    ) -> None:
+        self.task, self.players, self.stop = task, Players.of(task), stop
+        self.is_shared = is_shared  # with other processes that fill the folder
         self.program = Program(task)
         self.folder = folder / task.digest[:16] if folder else None
         self.measured = self.reused = self.redone = 0  # chunks
@@ -84,7 +94,11 @@ class GroundTruth:
         for start in range(0, len(masks), CHUNK):
             chunk = masks[start : start + CHUNK]
             found = self._kept(chunk)
+            if found is None and self.is_shared:
+                found = self._measured_by_someone(chunk)
             if found is None:
+                if self.stop():
+                    raise Interrupted("finished retrains are kept")
                 told = _within(progress, start, len(chunk), len(masks))
                 found = self._measure(chunk, told)
                 self._keep(chunk, found)
@@ -93,6 +107,17 @@ class GroundTruth:
                 progress(start + len(chunk), len(masks))
             parts.append(found)
         return np.concatenate(parts).astype(np.float64)
+
+    def _measured_by_someone(self, chunk: Mask) -> NDArray[np.float32]:
+        """Measure a chunk that no other process is measuring; of another's nothing is known yet."""
+        where = self._path(chunk)
+        assert where is not None, "processes share a folder"
+        if self.stop():
+            raise Interrupted("finished retrains are kept")
+        with claimed(where[0]) as is_mine:
+            if is_mine:
+                self._keep(chunk, self._measure(chunk, None))
+        return np.full((len(chunk), self.task.n_query), np.nan, np.float32)
 
     def _ends(self) -> tuple[Array, Array]:
         masks = np.array([[True] * self.n, [False] * self.n])
@@ -228,6 +253,11 @@ def datamodeling_score(values: Array, masks: Mask, scores: Array, *, kept: float
     return LDS(kept, lds, float(low), float(high), m, n_query, int(truth.is_constant.sum()))
 
 
+def all_subsets(n: int) -> Mask:
+    """(2^n, n): subset number Σ 2^i over its members."""
+    return (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
+
+
 def exact_values(truth: GroundTruth, *, progress: Progress | None = None) -> Array:
     """Equation (2) for every player and query, (n_player, n_query), from the retrains of all subsets.
 
@@ -236,8 +266,7 @@ def exact_values(truth: GroundTruth, *, progress: Progress | None = None) -> Arr
     """
     n = truth.n
     _check_exact(n)
-    code = np.arange(2**n)
-    masks = (code[:, None] >> np.arange(n)) & 1 == 1  # subset number Σ 2^i over its members
+    code, masks = np.arange(2**n), all_subsets(n)
     f = truth.values(masks, progress=progress)
     size = masks.sum(1)
     phi = np.empty((n, f.shape[1]))
@@ -250,7 +279,7 @@ def exact_values(truth: GroundTruth, *, progress: Progress | None = None) -> Arr
 
 @dataclass(frozen=True)
 class ShareError:
-    """How far a division over the owners is from the exact one; None where the scores' sum is not above 0."""
+    """How far a division over the owners is from the exact one; None where the scores' sum, or the game's, is near 0 or below."""
 
     owners: float | None  # total variation
     records: float | None  # the same with every player as its own owner
@@ -263,11 +292,11 @@ def share_error(values: Array, exact: Array, owner: NDArray[np.int64]) -> ShareE
     member = np.unique(owner, return_inverse=True)[1]
     size = np.bincount(member).astype(np.float64)
     count = size / size.sum()
+    if not exact.sum() > SAME * np.abs(exact).sum():  # f(all) − f(none) near 0 or below: there is nothing to divide
+        return ShareError(None, None, None, correlation_of(values, exact))
     true = np.bincount(member, exact) / exact.sum()
-    correlation = 0.0
-    if np.ptp(values) and np.ptp(exact):
-        correlation = float(np.corrcoef(values, exact)[0, 1])
-    if not values.sum() > 0:
+    correlation = correlation_of(values, exact)
+    if not values.sum() > SAME * np.abs(values).sum():
         return ShareError(None, None, None, correlation)
     said = np.bincount(member, values) / values.sum()
 
@@ -278,6 +307,10 @@ def share_error(values: Array, exact: Array, owner: NDArray[np.int64]) -> ShareE
     return ShareError(
         variation(said, true), variation(values / values.sum(), exact / exact.sum()), min(blends), correlation
     )
+
+
+def correlation_of(a: Array, b: Array) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 @dataclass(frozen=True)
@@ -384,6 +417,8 @@ def evaluate(
     mislabelled: NDArray[np.bool_] | None = None,
     copies: NDArray[np.bool_] | None = None,
     progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    spread: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Compare methods with retrains of the recorded training, which are kept in `folder`.
 
@@ -393,8 +428,11 @@ def evaluate(
         exact: also retrain all subsets, of at most twelve players.
         mislabelled: (n_train,), the records whose labels are known to be wrong.
         copies: (n_train,), the records that have a copy, or nearly one, among the others.
+        stop: asked after every chunk of retrains.
+        spread: once everything is checked, may have other processes do the retrains into `folder`; what it leaves is done here.
 
     Raises:
+        Interrupted: told to stop; finished retrains are kept.
         EngineError: a recipe is missing, scores of another shape, a fraction or number out of range.
     """
     if not scored:
@@ -409,13 +447,14 @@ def evaluate(
     marked = None if mislabelled is None else _of_players(players, _flags(mislabelled, task.n_train, "/mislabelled"))
     copied = None if copies is None else _flags(copies, task.n_train, "/copies")
 
-    rng = np.random.Generator(np.random.PCG64(seed_of("leave-out", seed)))
-    random_orders = np.array([rng.permutation(n) for _ in range(N_RANDOM)])
-    top = {name: np.argsort(-s.mean(1), kind="stable") for name, s in on_players.items()}
+    random_orders = _random_orders(n, seed)
+    top = {name: _top(s) for name, s in on_players.items()}
     jobs = [n_subsets] * len(kept) + [len(counts) * (N_RANDOM + len(scored))] + [2**n if exact else 0]
     total = sum(jobs)
 
-    truth = GroundTruth(task, folder)
+    truth = GroundTruth(task, folder, stop=stop)
+    if spread:
+        spread()
     found = {
         fraction: truth.values(masks, progress=_within(progress, number * n_subsets, n_subsets, total))
         for number, (fraction, masks) in enumerate(sets.items())
@@ -471,6 +510,41 @@ def evaluate(
         settings={"kept": list(kept), "subsets": n_subsets, "seed": seed, "leave_out": list(leave_out)},
         truth={"measured": truth.measured, "reused": truth.reused, "redone": truth.redone},
     )
+
+
+def retrain_some(
+    task: Task,
+    scored: Sequence[Scored],
+    *,
+    folder: Path,
+    kept: Sequence[float],
+    n_subsets: int,
+    seed: int,
+    leave_out: Sequence[float],
+    exact: bool,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Those retrains of an `evaluate` with these arguments that are neither in `folder` nor being done by another process."""
+    truth = GroundTruth(task, folder, stop=stop, is_shared=True)
+    counts = removal_counts(truth.n, leave_out)
+    for fraction in kept:
+        truth.values(random_subsets(truth.n, fraction, n_subsets, seed))
+    if counts:
+        truth.values(removal_masks(_random_orders(truth.n, seed), counts))
+        for s in scored:
+            truth.values(removal_masks(_top(_on_players(task, truth.players, s))[None], counts))
+    if exact:
+        truth.values(all_subsets(truth.n))
+
+
+def _random_orders(n: int, seed: int) -> NDArray[np.int64]:
+    rng = np.random.Generator(np.random.PCG64(seed_of("leave-out", seed)))
+    return np.array([rng.permutation(n) for _ in range(N_RANDOM)])
+
+
+def _top(scores: Array) -> NDArray[np.int64]:
+    """Players (n,) by their mean score (n, n_query), the highest first."""
+    return np.argsort(-scores.mean(1), kind="stable")
 
 
 class Chosen:

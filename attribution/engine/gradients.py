@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution.engine.devices import lowered, moved
 from attribution.engine.errors import EngineError
 from attribution.engine.task import Records, seed_of
 from attribution.engine.training import Program, State, Tensors, preserved_generator
@@ -38,10 +39,11 @@ def named_gradients(program: Program, state: State, records: Records, index: Ten
     def one(parameters: Tensors, *record: Tensor) -> Tensor:
         batch = tuple(part[None] for part in record)
         tensors = {f"model.{name}": t for name, t in (parameters | fixed).items()}
-        return torch.func.functional_call(module, tensors, (batch,))[0]
+        with lowered(program.task.precision, program.device):
+            return torch.func.functional_call(module, tensors, (batch,))[0]
 
     parameters = {name: p[0].detach() for name, p in state.parameters.items()}
-    batch = records[index]
+    batch = moved(records[index], program.device)
     # The fused attention kernels have no batching rule: vmap would run them record by record.
     with preserved_generator(), sdpa_kernel(SDPBackend.MATH):
         try:
@@ -66,9 +68,9 @@ def sketched(gradients: Tensor, width: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed_of("sketch", seed))
     d = gradients.shape[1]
-    bucket = torch.randint(width, (d,), generator=generator)
-    sign = (torch.randint(2, (d,), generator=generator) * 2 - 1).to(gradients.dtype)
-    return torch.zeros(len(gradients), width, dtype=gradients.dtype).index_add_(1, bucket, gradients * sign)
+    bucket = torch.randint(width, (d,), generator=generator).to(gradients.device)
+    sign = (torch.randint(2, (d,), generator=generator) * 2 - 1).to(gradients)
+    return gradients.new_zeros(len(gradients), width).index_add_(1, bucket, gradients * sign)
 
 
 def block_rows(program: Program, state: State) -> int:

@@ -117,36 +117,37 @@ class LogWriter:
 
     def _open(self, header: Mapping[str, Any], first_step: int | None) -> None:
         wanted = {"format": FORMAT, **header}
-        frames, self._end, torn = [], 0, ""
-        with self.path.open("rb") as file:
+        first, torn = b"", ""
+        self.n_entry = self._end = self.step = 0
+        found: dict[str, Any] = {}
+        with self.path.open("rb") as file:  # one frame at a time: a log of a long run does not fit in memory
             for number, payload, head, end, wrong in _frames(file):
                 if wrong:
                     torn = wrong
                     if not wrong.startswith("cut off"):
                         raise EngineError(f"entry {number}: {wrong}; a broken log cannot go on", pointer="/log")
                     break
-                frames.append(payload)
-                self.head, self._end = head, end
+                if number == 0:
+                    first, found = payload, _header(payload)
+                    self.step = int(found["first_step"])
+                else:
+                    kind, _, step = MARK.unpack_from(payload)
+                    self.step = {REWOUND: step, CLOSED: self.step}.get(kind, step + 1)
+                self.head, self._end, self.n_entry = head, end, number + 1
         if torn:
             self._file.truncate(self._end)  # the frame was never whole, so its head was never posted
-        self.n_entry, self.step = len(frames), 0
-        if not frames:
+        if not first:
             self.head = bytes(DIGEST_BYTES)
             self.step = first_step or 0
             wanted["first_step"] = self.step
             self._append(bytes([HEADER]) + _canonical(wanted))
             return
-        found = _header(frames[0])
         for name in sorted({*found, *wanted} - {"first_step"}):
             if _plain(found.get(name)) != _plain(wanted.get(name)):
                 raise EngineError(
                     f"the log says {found.get(name)!r}, this run {wanted.get(name)!r}; give another run another log",
                     pointer=f"/log/header/{name}",
                 )
-        self.step = int(found["first_step"])
-        for payload in frames[1:]:
-            kind, _, step = MARK.unpack_from(payload)
-            self.step = {REWOUND: step, CLOSED: self.step}.get(kind, step + 1)
         if first_step is not None and first_step != self.step:
             if not int(found["first_step"]) <= first_step < self.step:
                 raise EngineError(
@@ -176,7 +177,10 @@ class LogWriter:
             payload += entry.influence.astype("<f4").tobytes()
         self.step = entry.step + 1
         self._append(payload)
-        if self.n_entry % self._every == 0:
+        if self.n_entry % self._every == 0 and self._heads is not None:
+            os.fsync(
+                self._file.fileno()
+            )  # a posted head whose entry the power took would make an honest log look cut off
             self._post()
 
     @property

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attribution.engine.devices import lowered, moved
 from attribution.engine.errors import EngineError
 from attribution.engine.gradients import BLOCK_BYTES, named_gradients
 from attribution.engine.task import Batch, PerRecord, Records, Task, TensorRecords, seed_of
@@ -83,8 +84,7 @@ def hashes(parameters: Mapping[str, Tensor], width: int, seed: int) -> dict[str,
             generator = torch.Generator().manual_seed(seed_of("projection", seed, name))
             rows, columns = (torch.randint(width, (n,), generator=generator) for n in (r, c))
             row_signs, column_signs = (torch.randint(2, (n,), generator=generator) * 2.0 - 1 for n in (r, c))
-        signs = (row_signs.to(p.dtype), column_signs.to(p.dtype))
-        found[name] = Hash(rows, columns, *signs, width)
+        found[name] = Hash(rows.to(p.device), columns.to(p.device), row_signs.to(p), column_signs.to(p), width)
     return found
 
 
@@ -112,9 +112,13 @@ class Projector:
         self.program = Program(task)
         self.model = self.program.module.model.eval()
         saved = self.model.state_dict()
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:  # a tied weight comes once
-            if name in state or name in saved:
-                tensor.data = state[name].clone()
+        with torch.no_grad():
+            for name, tensor in [
+                *self.model.named_parameters(),
+                *self.model.named_buffers(),
+            ]:  # a tied weight comes once
+                if name in state or name in saved:
+                    tensor.copy_(state[name])
         self.trained = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.model.requires_grad_(False)  # no weight's gradient is formed by autograd
         self.by = hashes(self.trained, width, seed)
@@ -148,7 +152,7 @@ class Projector:
         if records is None:
             records = self.task.train if of_loss else self.task.queries
         index = torch.arange(min(len(records), N_PROBE))
-        batch = records[index]
+        batch = moved(records[index], self.program.device)
         with preserved_generator(), torch.no_grad():
             losses = self._objective(of_loss)(self.model, batch)
         if losses.shape != (len(index),):
@@ -180,21 +184,24 @@ class Projector:
     def of_batch(self, batch: Batch, index: Tensor, *, of_loss: bool) -> Tensor:
         """Projected gradients (B, K) float32 of at most `rows` records, whose numbers are `index`."""
         self.prepare(of_loss=of_loss)
-        missing = self.unhooked[of_loss]
+        batch, missing = moved(batch, self.program.device), self.unhooked[of_loss]
         z: Tensor | None = None
         if len(missing) < len(self.trained):
-            z = self._hooked(batch, of_loss, self._shared[of_loss], skip=frozenset(missing))[0][""].float()
+            # The hooks were checked in full precision: bfloat16 differs from itself by more than they may.
+            precision = self.task.precision
+            z = self._hooked(batch, of_loss, self._shared[of_loss], skip=frozenset(missing), precision=precision)[0][""]
+            z = z.float()
         if missing:
             rest = sketch(self._differentiated(batch, missing, of_loss), self.by).float()
             z = rest if z is None else z + rest
         assert z is not None
         if not bool(torch.isfinite(z.sum())):
-            record = int(index[(~torch.isfinite(z)).any(1)][0])
+            record = int(index[(~torch.isfinite(z)).any(1).cpu()][0])
             raise EngineError(
                 "its gradient is not finite at this state; repair or leave out this record, or use an earlier checkpoint",
                 pointer=f"/{'train' if of_loss else 'queries'}/{record}",
             )
-        return z
+        return z.cpu()
 
     def _objective(self, of_loss: bool) -> PerRecord:
         return self.task.loss if of_loss else self.task.measurement
@@ -207,7 +214,8 @@ class Projector:
             with preserved_generator(), torch.enable_grad():
                 for p in parameters.values():
                     p.requires_grad_(True)
-                loss = self._objective(of_loss)(self.model, records[torch.tensor([record])])
+                one = moved(records[torch.tensor([record])], self.program.device)
+                loss = self._objective(of_loss)(self.model, one)
                 gradients = torch.autograd.grad(loss.sum(), list(parameters.values()), materialize_grads=True)
                 for p in parameters.values():
                     p.requires_grad_(False)
@@ -232,6 +240,7 @@ class Projector:
         is_known: bool = True,
         skip: frozenset[str] = frozenset(),
         one_by_one: bool = False,
+        precision: str = "float32",
     ) -> tuple[dict[str, Tensor], int]:
         """Sketches from what went into each layer and what came back; under "" their sum, or under each parameter's name.
 
@@ -240,33 +249,37 @@ class Projector:
         """
         n = len(batch[0])
         names = {id(p): name for name, p in self.model.named_parameters() if name in self.trained and name not in skip}
+        own = next(iter(self.trained.values()))
         with preserved_generator(), _taps(self.model, names, n, shared, is_known) as taps, torch.enable_grad():
-            losses = self._objective(of_loss)(self.model, batch)
+            with lowered(precision, self.program.device):
+                losses = self._objective(of_loss)(self.model, batch)
             backs = torch.autograd.grad(losses.sum(), [tap.out for tap in taps], allow_unused=True) if taps else ()
         sums: dict[str, _Sum] = {}
         bytes_held = 0
         for tap, back in zip(taps, backs, strict=True):
             if back is None or back.shape[0] != n:
                 continue
-            for p, add in LAYERS[tap.kind](tap.module, tap.went_in, back):
+            back, went_in = back.to(own.dtype), tap.went_in
+            went_in = went_in.to(own.dtype) if went_in.is_floating_point() else went_in
+            for p, add in LAYERS[tap.kind](tap.module, went_in, back):
                 if name := names.get(id(p)):
-                    into = sums.setdefault(name if one_by_one else "", _Sum(n, self.width, back.dtype))
+                    into = sums.setdefault(name if one_by_one else "", _Sum(n, self.width, own))
                     add(into, self.by[name])
             bytes_held += 4 * (tap.went_in.numel() + back.numel()) * back.element_size()
             bytes_held += min(n * _positions(back), POSITIONS) * self.width * 16
         if not one_by_one and "" not in sums:
-            sums[""] = _Sum(n, self.width, next(iter(self.trained.values())).dtype)
+            sums[""] = _Sum(n, self.width, own)
         return {name: total.whole() for name, total in sums.items()}, bytes_held
 
 
 class _Sum:
     """A sum of sketches of n records, partly as it is and partly as a spectrum, transformed back once."""
 
-    def __init__(self, n: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, width: int, like: Tensor) -> None:
         self.width = width
-        self.direct = torch.zeros(n, width, dtype=dtype)
+        self.direct = like.new_zeros(n, width)
         self.spectrum: Tensor | None = None
-        self._scratch = torch.empty(0, width, dtype=dtype)  # fresh memory for every chunk would cost more than the sum
+        self._scratch = like.new_empty(0, width)  # fresh memory for every chunk would cost more than the sum
 
     def entries(self, gradient: Tensor, by: Hash) -> None:
         """Add gradients that are held, (n, r · c)."""
@@ -283,7 +296,8 @@ class _Sum:
             self.entries(formed.flatten(1), by)
             return
         if self.spectrum is None:
-            self.spectrum = torch.zeros(n, self.width // 2 + 1, dtype=self.direct.dtype.to_complex())
+            complex_ = self.direct.dtype.to_complex()
+            self.spectrum = self.direct.new_zeros(n, self.width // 2 + 1, dtype=complex_)
         step = max(1, POSITIONS // positions)
         for start in range(0, n, step):
             b = self._spectrum(back[start : start + step], by.rows, by.row_signs)
@@ -434,11 +448,11 @@ def project(x: Tensor, width: int, seed: int) -> Tensor:
     if width < SPARSITY or width % SPARSITY:
         raise ValueError(f"width {width} is no multiple of {SPARSITY}")
     band = width // SPARSITY
-    y = torch.zeros(len(x), width, dtype=x.dtype)
+    y = x.new_zeros(len(x), width)
     for number, piece in enumerate(x.split(COLUMNS, dim=1)):
         generator = torch.Generator().manual_seed(seed_of("projection", seed, number))
         for row in range(0, width, band):
             bucket = torch.randint(band, (COLUMNS,), generator=generator)[: piece.shape[1]] + row
             sign = torch.randint(2, (COLUMNS,), generator=generator)[: piece.shape[1]] * 2 - 1
-            y.index_add_(1, bucket, piece * sign.to(x.dtype))
+            y.index_add_(1, bucket.to(x.device), piece * sign.to(x))
     return y / SPARSITY**0.5

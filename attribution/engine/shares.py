@@ -225,7 +225,8 @@ class SharesResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "owners": [asdict(o) for o in self.owners],
-            "groups": {name: [asdict(o) for o in members] for name, members in self.groups.items()},
+            "groups": {name: [asdict(o) for o in members if o.owner >= 0] for name, members in self.groups.items()},
+            "nobody": {name: asdict(o) for name, members in self.groups.items() for o in members if o.owner < 0},
             "total": {"value": self.total, "low": self.total_low, "high": self.total_high},
             "reliability": self.reliability,
             "reliability_slope": self.reliability_slope,
@@ -1126,7 +1127,7 @@ def _clusters(task: Task, players: Players, progress: Progress | None) -> NDArra
         G = torch.cat(blocks).double()
         length = G.norm(dim=1, keepdim=True)
         parts.append(G / (length + length.median()))  # a record learned perfectly has no direction left
-    return _kmeans(torch.cat(parts, 1).numpy(), k)
+    return _kmeans(torch.cat(parts, 1).cpu().numpy(), k)
 
 
 def _kmeans(X: Array, k: int, iterations: int = 25) -> NDArray[np.int64]:

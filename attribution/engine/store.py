@@ -32,9 +32,11 @@ from torch import Tensor
 from attribution.engine.checkpoints import load_checkpoint, read_state
 from attribution.engine.errors import EngineError
 from attribution.engine.files import write_bytes
+from attribution.engine.progress import Interrupted
 from attribution.engine.projection import WIDTH, Projector
 from attribution.engine.task import Batch, Task
 from attribution.engine.training import Program, Progress, State, Tensors, environment, train
+from attribution.engine.workers import claimed
 
 FORMAT = 1
 SHARD_RECORDS = 8192
@@ -59,9 +61,14 @@ class Settings:
     seed: int
     shard_records: int
     format: int = FORMAT
+    precision: str = "float32"  # in which the gradients were computed; only another one is written down
+
+    def to_json(self) -> dict[str, Any]:
+        said = asdict(self)
+        return said if self.precision != "float32" else {k: v for k, v in said.items() if k != "precision"}
 
     def differences(self, other: Mapping[str, Any]) -> str:
-        mine = asdict(self)
+        mine, other = asdict(self), {"precision": "float32", **other}
         return ", ".join(f"{k} {_short(other.get(k))}, not {_short(v)}" for k, v in mine.items() if other.get(k) != v)
 
 
@@ -180,6 +187,8 @@ def build_store(
     shard_records: int = SHARD_RECORDS,
     progress: Progress | None = None,
     say: Say = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    spread: Callable[[list[Path]], None] | None = None,
 ) -> Store:
     """Project every record's gradient at the task's final state into `folder`; what is there already is kept.
 
@@ -188,8 +197,11 @@ def build_store(
         shard_records: records per file, and the most that a kill makes worth doing again.
         progress: told (records done in this call, records to do).
         say: told in a sentence which damaged shards are made again.
+        stop: asked after every shard.
+        spread: handed the paths of the shards to make, may have other processes make them by `make_shards`; what it leaves is made here.
 
     Raises:
+        Interrupted: told to stop; finished shards are kept.
         EngineError: `folder` has a store of another state, of other settings or of other records, or another process
             builds there; or the shards will not fit the disk.
         OSError: a file cannot be written; finished shards stay, and the next call goes on from them.
@@ -202,7 +214,7 @@ def build_store(
             for left in folder.glob(f"{pattern}.*.partial"):  # of a build that was killed
                 left.unlink()
         state = final_state(task)
-        settings = Settings(state_digest(state), width, seed, shard_records)
+        settings = Settings(state_digest(state), width, seed, shard_records, precision=task.precision)
         projector = Projector(task, state, width=width, seed=seed)
         ranges = [(a, min(a + shard_records, task.n_train)) for a in range(0, task.n_train, shard_records)]
         kept, todo = _survey(task, folder, settings, ranges, say)
@@ -210,13 +222,18 @@ def build_store(
             _probe(task, projector, folder / kept[0].file, kept[0])
         if todo:
             (folder / MANIFEST).unlink(missing_ok=True)  # from here until the end nobody may take this for a store
-            _check_room(folder, sum(stop - start for start, stop in todo) * (width + 4))
+            _check_room(folder, sum(end - start for start, end in todo) * (width + 4))
         if todo or not (folder / STATE).exists():
             write_bytes(folder / STATE, save_tensors({f"model.{n}": t for n, t in state.items()}))
-        made, done, total = [], 0, sum(stop - start for start, stop in todo)
-        for start, stop in todo:
-            made.append(_make_shard(task, projector, folder, settings, start, stop, _after(progress, done, total)))
-            done += stop - start
+            if spread and todo:
+                spread([folder / _name(start) for start, _ in todo])
+                kept, todo = _survey(task, folder, settings, ranges, say)
+        made, done, total = [], 0, sum(end - start for start, end in todo)
+        for start, end in todo:
+            if stop():
+                raise Interrupted(f"{len(kept) + len(made)} of {len(ranges)} shards are kept")
+            made.append(_make_shard(task, projector, folder, settings, start, end, _after(progress, done, total)))
+            done += end - start
         shards = sorted([*kept, *made], key=lambda shard: shard.start)
         if todo or not (folder / MANIFEST).exists():
             _write_manifest(folder, settings, shards, projector.n_parameters)
@@ -241,13 +258,39 @@ def build_shard(
     start = number * shard_records
     if not 0 <= start < task.n_train:
         raise EngineError(f"{number} begins at record {start}, the task has {task.n_train}", pointer="/number")
-    stop = min(start + shard_records, task.n_train)
-    _check_room(folder, (stop - start) * (width + 4))
+    end = min(start + shard_records, task.n_train)
+    _check_room(folder, (end - start) * (width + 4))
     state = final_state(task)
-    settings = Settings(state_digest(state), width, seed, shard_records)
+    settings = Settings(state_digest(state), width, seed, shard_records, precision=task.precision)
     projector = Projector(task, state, width=width, seed=seed)
-    made = _make_shard(task, projector, folder, settings, start, stop, _after(progress, 0, stop - start))
+    made = _make_shard(task, projector, folder, settings, start, end, _after(progress, 0, end - start))
     return folder / made.file
+
+
+def make_shards(
+    task: Task,
+    folder: Path,
+    *,
+    width: int = WIDTH,
+    seed: int = 0,
+    shard_records: int = SHARD_RECORDS,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Make the missing shards that no other process is making, for the `build_store` that holds the folder and wrote the state there."""
+    program = Program(task)
+    state = _of_model(read_state(program, folder / STATE, 0, pointer=str(folder / STATE)))
+    settings = Settings(state_digest(state), width, seed, shard_records, precision=task.precision)
+    projector = Projector(task, state, width=width, seed=seed)
+    for start in range(0, task.n_train, shard_records):
+        if stop():
+            return
+        end, path = min(start + shard_records, task.n_train), folder / _name(start)
+        header = _header(path)
+        if header is not None and header["stop"] == end:
+            continue
+        with claimed(path) as is_mine:
+            if is_mine:
+                _make_shard(task, projector, folder, settings, start, end, lambda _: None)
 
 
 def final_state(task: Task) -> Tensors:
@@ -354,7 +397,7 @@ def _make_shard(
 def _keep_shard(
     folder: Path, settings: Settings, start: int, stop: int, records: str, vectors: Vectors, scales: Array
 ) -> Shard:
-    said = {"settings": asdict(settings), "start": start, "stop": stop, "records": records}
+    said = {"settings": settings.to_json(), "start": start, "stop": stop, "records": records}
     sha256 = _content_digest(said, vectors, scales)
     # One metadata key: the order of several is not fixed by the format's writer.
     header = json.dumps(said | {"sha256": sha256}, sort_keys=True)
@@ -364,7 +407,7 @@ def _keep_shard(
 
 def _write_manifest(folder: Path, settings: Settings, shards: list[Shard], n_parameters: int) -> None:
     manifest = {
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
         "n_train": shards[-1].stop,
         "n_parameters": n_parameters,
         "shards": [asdict(shard) for shard in shards],

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attribution.engine.devices import PRECISIONS
 from attribution.engine.errors import EngineError
 
 Batch = tuple[Tensor, ...]
@@ -114,6 +115,9 @@ class Recipe:
     initial_seed: int | None = None  # where stated, that `initial_state` is initial_state_from_seed's
 
     def __post_init__(self) -> None:
+        for name in ("order", "learning_rate"):  # they index and scale on the CPU, wherever training runs
+            if isinstance(value := getattr(self, name), Tensor):
+                object.__setattr__(self, name, value.cpu())
         if self.optimizer not in DEFAULTS:
             raise EngineError(f"{self.optimizer!r} is none of {sorted(DEFAULTS)}", pointer="/recipe/optimizer")
         _check_order(self.order)
@@ -177,8 +181,21 @@ class Task:
     checkpoints: Sequence[tuple[int, Path | str]] = ()
     device: torch.device | str = "cpu"  # where it is computed; the tensors above may lie anywhere
     precision: str = "float32"  # or "bf16", of gradients that are only compared with each other; replays keep their own
+    memory: int | None = None  # bytes for what replays and metagradients hold at once; None: what they are best with
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "device", torch.device(self.device))
+        except RuntimeError as error:
+            raise EngineError(f"{self.device!r} is no device, such as cpu or cuda:0", pointer="/device") from error
+        if self.precision not in PRECISIONS:
+            raise EngineError(f"{self.precision!r} is none of {', '.join(PRECISIONS)}", pointer="/precision")
+        if self.memory is not None and self.memory < 1:
+            raise EngineError(f"{self.memory} bytes hold nothing", pointer="/memory")
+        for name in ("owner", "copy_of"):
+            if isinstance(value := getattr(self, name), Tensor):
+                object.__setattr__(self, name, value.cpu())
+        object.__setattr__(self, "groups", {n: g.cpu() if isinstance(g, Tensor) else g for n, g in self.groups.items()})
         if len(self.train) == 0:
             raise EngineError("no records; an empty selection trains nothing", pointer="/train")
         if len(self.queries) == 0:
@@ -270,9 +287,9 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the recipe (without one: the checkpoints), records, queries and copies: what a round of work belongs to.
+        """SHA-256 over the recipe, checkpoints, records, queries and copies: what a round of work belongs to.
 
-        Owners and groups are left out on purpose: whoever owns a record changes no measurement.
+        Owners and groups are left out on purpose: whoever owns a record changes no measurement. Read in passing: it holds 4,096 records at a time.
         """
         digest, recipe = hashlib.sha256(), self.recipe
         tensors = [self.representative]
@@ -287,16 +304,25 @@ class Task:
             rate = torch.as_tensor(recipe.learning_rate, dtype=torch.float64)
             initial = [recipe.initial_state[name] for name in sorted(recipe.initial_state)]
             tensors = [rate, recipe.order, *initial, self.representative]
-        else:
-            for step, path in self.checkpoints:
+        for number, (step, path) in enumerate(self.checkpoints):
+            try:
                 with Path(path).open("rb") as file:
                     digest.update(f"{step}:{hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+            except OSError as error:
+                raise EngineError(
+                    f"{path} cannot be read: {error.strerror or error}", pointer=f"/checkpoints/{number}"
+                ) from error
+
+        def add(tensor: Tensor) -> None:
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+        for tensor in tensors:
+            add(tensor)
         for records in (self.train, self.queries):
             for start in range(0, len(records), 4096):
-                tensors += records[torch.arange(start, min(start + 4096, len(records)))]
-        for tensor in tensors:
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                for tensor in records[torch.arange(start, min(start + 4096, len(records)))]:
+                    add(tensor)
         return digest.hexdigest()
 
 

@@ -22,7 +22,10 @@ the number of runs at once changes the order of any sum within a run. (One run b
 has the bits of an ordinary loop; two or more are stacked, and a chunk of one is never left over.)
 """
 
+import hashlib
+import json
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,9 +43,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from attribution.engine.checks import check_losses
-from attribution.engine.devices import moved, repeatable
+from attribution.engine.devices import CPU, moved, repeatable
 from attribution.engine.errors import EngineError, TrainingDiverged
 from attribution.engine.files import written_whole
+from attribution.engine.progress import Interrupted
 from attribution.engine.task import Batch, Recipe, Task, seed_of
 
 Tensors = dict[str, Tensor]
@@ -56,6 +61,7 @@ UPDATE_BYTES = 2**20  # of one parameter, updated at a time: the dozen passes of
 MAX_QUESTIONS = 64  # more at once gain no speed
 QUESTION_BYTES = 2**28  # what the questions of one pass may hold, where they are pulled back together
 QUERY_CHUNK = 4096
+RESUME_SECONDS = 60.0  # of training that a kill costs at most
 
 
 @dataclass
@@ -78,11 +84,11 @@ class State:
         return State(self.step, stack(self.parameters), stack(self.buffers), moments, self.frozen)
 
     def tensors(self, run: int = 0) -> Tensors:
-        """One run's state under the names of a checkpoint file: `model.NAME`, `optimizer.NAME.FIELD`."""
+        """One run's state under the names of a checkpoint file, `model.NAME`, `optimizer.NAME.FIELD`, in the CPU's memory."""
         model = {f"model.{name}": t[run] for name, t in (self.parameters | self.buffers).items()}
         model |= {f"model.{name}": t for name, t in self.frozen.items()}
         optimizer = {f"optimizer.{n}.{f}": t[run] for f, ts in self.moments.items() for n, t in ts.items()}
-        return {name: t.detach().contiguous().clone() for name, t in (model | optimizer).items()}
+        return {name: t.detach().to(CPU, copy=True).contiguous() for name, t in (model | optimizer).items()}
 
 
 @dataclass(frozen=True)
@@ -199,9 +205,9 @@ class Program:
 
     def slots(self, step: int, weights: Tensor) -> tuple[Batch, Tensor]:
         """The batch of one step and the weights (R, B) of its slots; an empty slot shows record 0 at weight 0."""
-        index = self.recipe.order[step].cpu()
+        index = self.recipe.order[step]
         shown = index.clamp_min(0)
-        slots = weights[:, shown.to(weights.device)] * (index >= 0).to(weights.device)
+        slots = weights[:, shown.to(weights.device)].to(self.device) * (index >= 0).to(self.device)
         return moved(self.task.train[shown], self.device), slots
 
     def step(self, state: State, weights: Tensor, *, consume: bool = False) -> tuple[State, Tensor]:
@@ -213,9 +219,7 @@ class Program:
         batch, slot_weights = self.slots(state.step, weights)
         return self._step(state, batch, slot_weights, consume=consume)
 
-    def _step(
-        self, state: State, batch: Batch, slots: Tensor, *, consume: bool = False
-    ) -> tuple[State, Tensor]:
+    def _step(self, state: State, batch: Batch, slots: Tensor, *, consume: bool = False) -> tuple[State, Tensor]:
         parameters = {name: p.detach().requires_grad_() for name, p in state.parameters.items()}
         gradients, buffers, objective = self._gradients(state, parameters, batch, slots, create_graph=False)
         with torch.no_grad():
@@ -394,7 +398,9 @@ class Program:
         step = max(1, UPDATE_BYTES // (8 * g.element_size() * questions))  # some ten tensors at once
         for start in range(0, size, step):
             part = slice(start, start + step)
-            pulled[:, part] = self._update_adjoint(name, state.step, [t[part] for t in seen], [r[:, part] for r in rows])
+            pulled[:, part] = self._update_adjoint(
+                name, state.step, [t[part] for t in seen], [r[:, part] for r in rows]
+            )
         return pulled.view(own[0].shape)
 
     def _update_adjoint(self, name: str, step: int, seen: list[Tensor], adjoints: list[Tensor]) -> Tensor:
@@ -440,10 +446,10 @@ class Program:
         return of_g
 
     def measure(self, state: State) -> Tensor:
-        """The measurement of every query, (R, n_query), in eval mode; lower is better."""
-        with torch.no_grad():
+        """The measurement of every query, (R, n_query) in the CPU's memory, in eval mode; lower is better."""
+        with torch.no_grad(), repeatable(self.device):
             parts = [self._measured(state.parameters, state.buffers, batch) for _, batch in self._query_batches()]
-        measured = torch.cat(parts, 1)
+        measured = torch.cat(parts, 1).cpu()
         if not bool(torch.isfinite(measured).all()):
             raise TrainingDiverged("a measurement is not finite; training has exploded", step=state.step - 1)
         return measured
@@ -451,19 +457,20 @@ class Program:
     def measurement_adjoint(self, state: State, query_weights: Tensor) -> "Adjoint":
         """∂f/∂z_T for f_g = −Σ_q weight[g, q] · measurement[q]; tensors of shape (G, R, ...)."""
         parameters = {name: p.detach().requires_grad_() for name, p in state.parameters.items()}
-        total = {n: torch.zeros(len(query_weights), *p.shape, dtype=p.dtype) for n, p in parameters.items()}
+        total = {n: p.new_zeros(len(query_weights), *p.shape) for n, p in state.parameters.items()}
         for index, batch in self._query_batches():
-            with torch.enable_grad():
+            with torch.enable_grad(), repeatable(self.device):
                 measured = self._measured(parameters, state.buffers, batch).sum(0)  # (n_chunk,)
             if not measured.requires_grad:
                 continue  # a constant, or steps such as an error count: their slope is 0
             for g, weights in enumerate(query_weights):
-                w = weights[index].to(measured.dtype)
+                w = weights[index.to(weights.device)].to(measured)
                 if not bool(w.any()):
                     continue
-                found = torch.autograd.grad(
-                    -(w * measured).sum(), list(parameters.values()), retain_graph=True, materialize_grads=True
-                )
+                with repeatable(self.device):
+                    found = torch.autograd.grad(
+                        -(w * measured).sum(), list(parameters.values()), retain_graph=True, materialize_grads=True
+                    )
                 for name, gradient in zip(parameters, found, strict=True):
                     total[name][g] += gradient
         zeros = {f: {n: torch.zeros_like(t) for n, t in total.items()} for f in self.fields}
@@ -472,7 +479,7 @@ class Program:
     def _query_batches(self) -> Iterator[tuple[Tensor, Batch]]:
         for start in range(0, self.task.n_query, QUERY_CHUNK):
             index = torch.arange(start, min(start + QUERY_CHUNK, self.task.n_query))
-            yield index, self.task.queries[index]
+            yield index, moved(self.task.queries[index], self.device)
 
     def _measured(self, parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
         self.module.eval()
@@ -519,8 +526,9 @@ class Program:
             ):
                 size = min(len(records), len(index))
                 self.module.train(training)
-                with torch.no_grad():
-                    losses, after = self._call(state.parameters, state.buffers, records[index[:size]])
+                with torch.no_grad(), repeatable(self.device):
+                    batch = moved(records[index[:size]], self.device)
+                    losses, after = self._call(state.parameters, state.buffers, batch)
                 if losses.shape != (1, size):
                     raise EngineError(
                         f"gave shape {tuple(losses.shape[1:])} for {size} records; return one number per record, (B,), "
@@ -547,11 +555,21 @@ def train(
     *,
     checkpoint_steps: Sequence[int] = (),
     checkpoint_dir: Path | None = None,
+    resume: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> TrainedRun:
     """Train once by the recipe; `weights` (n_train,) default to 1.
 
     Checkpoints are written after the given numbers of completed steps, whole or not at all.
+
+    Args:
+        resume: where the state is kept once a minute and when told to stop; a call that finds one of the same training goes on from it,
+            with the same bytes. It is removed at the end.
+        stop: asked after every step.
+
+    Raises:
+        Interrupted: told to stop.
     """
     program = Program(task)
     n_step = program.recipe.n_step
@@ -561,19 +579,61 @@ def train(
         if not 0 <= step <= n_step:
             raise EngineError(f"{step} is not in 0..{n_step}", pointer=f"/checkpoint_steps/{number}")
     W = _weights(task, torch.ones(task.n_train) if weights is None else weights[None])
-    state, written, losses = program.initial(1), [], []
+    paths = {step: checkpoint_dir / f"step-{step:08d}.safetensors" for step in checkpoint_steps if checkpoint_dir}
+    state, losses = program.initial(1), list[float]()
+    if resume is not None:
+        kept = _resumed(program, W, resume)
+        if kept and all(paths[step].exists() for step in paths if step < kept[0].step):
+            state, losses = kept
+    saved, first = time.monotonic(), state.step
     with preserved_generator():
-        for step in range(n_step + 1):
-            if step in checkpoint_steps:
-                assert checkpoint_dir is not None
-                written.append((step, save_state(state.tensors(), checkpoint_dir / f"step-{step:08d}.safetensors")))
+        for step in range(first, n_step + 1):
+            if step in paths and not (step == first > 0 and paths[step].exists()):
+                save_state(state.tensors(), paths[step])
             if step == n_step:
                 break
+            if resume is not None and step > 0 and (stop() or time.monotonic() - saved > RESUME_SECONDS):
+                _keep_resumable(state, losses, W, program.task, resume)
+                saved = time.monotonic()
+            if stop():
+                raise Interrupted(f"{step:,} of {n_step:,} steps are {'kept' if resume else 'lost'}")
             state, objective = program.step(state, W)
             losses.append(float(objective))
             if progress:
                 progress(step + 1, n_step)
-    return TrainedRun(state, written, losses)
+    if resume is not None:
+        resume.unlink(missing_ok=True)
+    return TrainedRun(state, sorted(paths.items()), losses)
+
+
+def _keep_resumable(state: State, losses: list[float], W: Tensor, task: Task, path: Path) -> None:
+    said = {"task": task.digest, "weights": _bytes_digest(W), "step": state.step}
+    tensors = state.tensors() | {"losses": torch.tensor(losses, dtype=torch.float64)}
+    said["sha256"] = _bytes_digest(*(tensors[name] for name in sorted(tensors)))
+    with written_whole(path) as partial:
+        save_file(tensors, partial, metadata={"residual": json.dumps(said, sort_keys=True)})
+
+
+def _resumed(program: Program, W: Tensor, path: Path) -> tuple[State, list[float]] | None:
+    """Where this very training was stopped; None if it was not, or if the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {})["residual"])
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+        return None
+    digest = _bytes_digest(*(tensors[name] for name in sorted(tensors)))
+    if said != {"task": program.task.digest, "weights": _bytes_digest(W), "step": said.get("step"), "sha256": digest}:
+        return None
+    losses: list[float] = tensors.pop("losses").tolist()
+    return program.restored(said["step"], tensors), losses
+
+
+def _bytes_digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def replay_values(
@@ -697,7 +757,8 @@ def plan_reverse(
         sizes = {min(n_question, MAX_QUESTIONS, max(2, room))} if n_question > 1 else {1}
     smallest = min(sizes)
     needed = least * (_pass_needs(program, least, smallest).bytes + state)
-    budget = max(MEMORY_BYTES, needed) if memory is None else memory
+    memory = task.memory if memory is None else memory
+    budget = max(default_memory(program.device), needed) if memory is None else memory
     if needed > budget:
         raise EngineError(
             f"{budget:,} bytes: one step of this training and its reverse, and one kept state, need {needed:,}; give at least that",
@@ -744,7 +805,7 @@ def _reverse(
 ) -> tuple[Tensor, Tensor]:
     """f (R, n_query) and its gradients (G, R, n_train), with at most `snapshots` states kept."""
     n_step, is_solo = program.recipe.n_step, cost(program.task).is_solo
-    gradient = torch.zeros(len(Q), *W.shape, dtype=W.dtype)
+    gradient = torch.zeros(len(Q), *W.shape, dtype=W.dtype, device=program.device)
     kept, done = [program.initial(len(W))], 0
     f = adjoint = None
     for end in range(n_step, 0, -1):
@@ -765,13 +826,14 @@ def _reverse(
             del last
         adjoint, slots = program.adjoint(state, W, adjoint, one_by_one=is_solo)
         index = program.recipe.order[end - 1]
-        gradient.index_add_(2, index[index >= 0], slots[:, :, index >= 0])
+        used = (index >= 0).nonzero()[:, 0].to(program.device)
+        gradient.index_add_(2, index.to(program.device)[used], slots[:, :, used])
         if kept[-1].step == end - 1:
             kept.pop()
         done += 1
         report(done)
     assert f is not None
-    return f, gradient
+    return f, gradient.cpu()
 
 
 _COSTS: dict[int, tuple[Task, Cost]] = {}
@@ -897,6 +959,11 @@ class _Held(TorchDispatchMode):
         self._now -= size
 
 
+def default_memory(device: torch.device) -> int:
+    """What replays may hold where nobody says: a GiB beside whatever else runs on the CPU, most of what is free on a card."""
+    return int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else MEMORY_BYTES
+
+
 def chunk_size(task: Task, n_run: int, memory: int | None = None) -> int:
     """How many of `n_run` plain runs to train at once in so many bytes.
 
@@ -908,7 +975,8 @@ def chunk_size(task: Task, n_run: int, memory: int | None = None) -> int:
         least = most = 1
     else:
         least, most = 2, min(MAX_RUNS, n_run)
-    budget = max(MEMORY_BYTES, least * known.run_bytes) if memory is None else memory
+    memory = task.memory if memory is None else memory
+    budget = max(default_memory(torch.device(task.device)), least * known.run_bytes) if memory is None else memory
     if least * known.run_bytes > budget:
         raise EngineError(
             f"{budget:,} bytes: a step of this training needs {least * known.run_bytes:,}; give at least that",
@@ -934,8 +1002,9 @@ def _differentiable_twice(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def preserved_generator() -> Iterator[None]:
-    """Steps seed torch's global generator; hand it back as it was."""
-    with torch.random.fork_rng(devices=[]):
+    """Steps seed torch's global generators; hand them back as they were."""
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=cards):
         yield
 
 
@@ -954,7 +1023,7 @@ def _weights(task: Task, weights: Tensor) -> Tensor:
     if weights.ndim != 2 or weights.shape[1] != task.n_train:
         raise EngineError(f"must be (runs, {task.n_train}), is {tuple(weights.shape)}", pointer="/weights")
     dtype = next(t.dtype for t in recipe.initial_state.values() if t.is_floating_point())
-    weights = weights.to(dtype)
+    weights = weights.to(torch.device(task.device), dtype)
     wrong = (~torch.isfinite(weights) | (weights < 0)).nonzero()
     if len(wrong):
         run, record = wrong[0].tolist()
@@ -976,4 +1045,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    } | (
+        {"cards": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]}
+        if torch.cuda.is_available()
+        else {}
+    )

@@ -2,7 +2,7 @@
 
     ./run bench attribution/replay [--steps 25 100 400] [--memory 64] [--width 256]
     ./run bench attribution/replay --big [--steps 12] [--memory 2048]
-    ./run bench attribution/replay --goal [--steps 10000] [--optimizer sgd|adamw]
+    ./run bench attribution/replay --goal [--steps 10000] [--optimizer sgd|adamw] [--same-sweeps]
 
 Measured, each in a process of its own: the most bytes resident above those before the pass, and processor time over that of a
 plain run of as many steps, on one thread. Computed from the same plan: the states kept, the plain steps done, run equivalents
@@ -10,7 +10,7 @@ in FLOPs. At the end, what the plan says of 10,000 steps of a model of 10 millio
 measured here (`--big` also runs a few such steps with so few states kept that they are recomputed).
 
 `--goal` runs all of it: 10,000 steps of 10 million parameters, forwards and backwards in 8 GB, one record a step so that it ends within
-the hour on a free core. A plain run of as many steps comes first, and one with a record at weight 0 last, to compare with the derivative.
+the hour on a free core. With fewer `--steps` and `--same-sweeps` as few states are kept as recompute as many steps for each as the whole does. A plain run of as many steps comes first, and one with a record at weight 0 last, to compare with the derivative.
 """
 
 import argparse
@@ -37,11 +37,13 @@ from attribution.engine import (  # noqa: E402
     metagradients,
     replay_values,
 )
-from attribution.engine.training import Program, cost, plan_reverse  # noqa: E402
+from attribution.engine.training import Program, cost, forward_steps, plan_reverse  # noqa: E402
 
 BIG = 1768  # three layers of this width: 10 million parameters
 GOAL_STEPS, GOAL_BYTES, GOAL_RUNS = 10_000, 8 * 10**9, 8
-GOAL_BUDGET = 62 * 10**8  # of GOAL_BYTES: torch itself, what else a process holds, and the gaps that the allocator leaves take the rest
+GOAL_BUDGET = (
+    62 * 10**8
+)  # of GOAL_BYTES: torch itself, what else a process holds, and the gaps that the allocator leaves take the rest
 
 
 def main() -> None:
@@ -51,12 +53,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--big", action="store_true")
     parser.add_argument("--goal", action="store_true")
+    parser.add_argument("--same-sweeps", action="store_true", help="of --goal with fewer steps")
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of --goal")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.goal:
-        goal(given.steps[0] if given.steps else GOAL_STEPS, given.optimizer)
+        goal(given.steps[0] if given.steps else GOAL_STEPS, given.optimizer, same_sweeps=given.same_sweeps)
         return
     width = BIG if given.big else given.width
     memory = (given.memory or (2048 if given.big else 64)) * 2**20
@@ -132,9 +135,7 @@ def measure(task: Task, memory: int) -> None:
 
 def promise(task: Task) -> None:
     """The plan for the goal, from this model's own step; nothing of 10,000 steps is run."""
-    recipe = task.require_recipe()
-    order = recipe.order[torch.arange(GOAL_STEPS) % recipe.n_step]
-    long = replace(task, recipe=replace(recipe, order=order, learning_rate=1e-4))
+    long = as_long(task, GOAL_STEPS)
     plan = plan_reverse(long, 1, 1, memory=GOAL_BYTES)
     print(
         f"computed for {GOAL_STEPS:,} steps in {GOAL_BYTES / 1e9:.0f} GB: {plan.snapshots} states of "
@@ -143,7 +144,13 @@ def promise(task: Task) -> None:
     )
 
 
-def goal(n_step: int, optimizer: str) -> None:
+def as_long(task: Task, n_step: int) -> Task:
+    recipe = task.require_recipe()
+    order = recipe.order[torch.arange(n_step) % recipe.n_step]
+    return replace(task, recipe=replace(recipe, order=order, learning_rate=1e-4))
+
+
+def goal(n_step: int, optimizer: str, *, same_sweeps: bool) -> None:
     """Every step of it, on one thread; the plan and what it took."""
     width, n, n_query = 1826, 64, 32
 
@@ -173,7 +180,13 @@ def goal(n_step: int, optimizer: str) -> None:
         model=build, loss=loss, measurement=loss, train=TensorRecords(x[:n], y[:n]), queries=queries, recipe=recipe
     )
     program, known = Program(task), cost(task)
-    plan = plan_reverse(task, 1, 1, program=program, memory=GOAL_BUDGET)
+    budget = GOAL_BUDGET
+    if same_sweeps:
+        whole = plan_reverse(as_long(task, GOAL_STEPS), 1, 1, memory=GOAL_BUDGET)
+        wanted = whole.forward_steps / GOAL_STEPS
+        kept = next(s for s in range(1, n_step + 1) if forward_steps(n_step, s) / n_step <= wanted)
+        budget -= (whole.snapshots - kept) * known.state_bytes
+    plan = plan_reverse(task, 1, 1, program=program, memory=budget)
     count = sum(t.numel() for t in recipe.initial_state.values())
     print(
         f"{count / 1e6:.1f} M parameters, {optimizer}, {n_step:,} steps: {plan.snapshots} states of {known.state_bytes / 1e6:.1f} MB, "
@@ -183,7 +196,7 @@ def goal(n_step: int, optimizer: str) -> None:
     )
     ones = torch.ones(1, n)
     started = time.process_time()
-    f = replay_values(task, ones, program=program, memory=GOAL_BUDGET)
+    f = replay_values(task, ones, program=program, memory=budget)
     plain = time.process_time() - started
     print(f"plain run: f = {float(f):.6f}, {plain:,.0f} s of processor time", flush=True)
 
@@ -196,7 +209,7 @@ def goal(n_step: int, optimizer: str) -> None:
             took = time.process_time() - started
             print(f"  {done:,} of {total:,} steps, {took:,.0f} s, {took / plain:.2f} runs", flush=True)
 
-    f_again, gradient = metagradients(task, ones, program=program, memory=GOAL_BUDGET, progress=tell)
+    f_again, gradient = metagradients(task, ones, program=program, memory=budget, progress=tell)
     took = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
@@ -208,8 +221,10 @@ def goal(n_step: int, optimizer: str) -> None:
     strongest = int(gradient[0, 0].abs().argmax())
     without = ones.clone()
     without[0, strongest] = 0
-    moved = float(f - replay_values(task, without, program=program, memory=GOAL_BUDGET))
-    print(f"without record {strongest}: f falls by {moved:.6f}, the derivative says {float(gradient[0, 0, strongest]):.6f}")
+    moved = float(f - replay_values(task, without, program=program, memory=budget))
+    print(
+        f"without record {strongest}: f falls by {moved:.6f}, the derivative says {float(gradient[0, 0, strongest]):.6f}"
+    )
 
 
 def resident() -> int:

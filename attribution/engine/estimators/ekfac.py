@@ -20,7 +20,7 @@ Assumes that training is smooth and H is nearly block-diagonal. Adam's scale is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ def estimate(
         state: the weights to explain; by default the task's checkpoints, or training by the recipe.
         rows: records at a time; as many as fit by default. It changes no score beyond rounding.
     """
+    task = replace(task, precision="float32")  # an age is read off small differences, which bfloat16 loses
     program = Program(task)
     if state is not None:
         paths = [at_state(task, program, state)]
@@ -211,15 +212,15 @@ def scores_of(
         for number in reversed(range(len(path.segments))):
             segment, found, (tau, x) = path.segments[number], fitted[number], steps[number]
             rotated = [found.rotate(a) for a in adjoints]
-            pulled = [(a * f.gain(tau, x).to(a.dtype)).T.contiguous() for a, f in zip(rotated, filters, strict=True)]
+            pulled = [(a * f.gain(tau, x).to(a)).T.contiguous() for a, f in zip(rotated, filters, strict=True)]
             for i in segment.visits.nonzero()[:, 0].split(size):
                 G = found.rotate(named_gradients(program, segment.state, task.train, i, of_loss=True))
                 G = G * (segment.visits[i] / task.n_train).to(G)[:, None]
                 to = task.representative[i]
                 for s, w in zip(scores, pulled, strict=True):
-                    s[:, q] = s[:, q].index_add(0, to, (G @ w).double())
+                    s[:, q] = s[:, q].index_add(0, to, (G @ w).double().cpu())
             if number:
-                adjoints = [found.restore(a * f.kept(x).to(a.dtype)) for a, f in zip(rotated, filters, strict=True)]
+                adjoints = [found.restore(a * f.kept(x).to(a)) for a, f in zip(rotated, filters, strict=True)]
     return scores
 
 

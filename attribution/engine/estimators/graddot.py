@@ -33,7 +33,7 @@ def score(task: Task, *, state: State | None = None, progress: Progress | None =
         queries = record_gradients(program, state, task.queries, q, of_loss=False)  # (n_chunk, d)
         for i in torch.arange(task.n_train).split(rows):
             records = record_gradients(program, state, task.train, i, of_loss=True)
-            scores[:, q] = scores[:, q].index_add(0, task.representative[i], (records @ queries.T).float())
+            scores[:, q] = scores[:, q].index_add(0, task.representative[i], (records @ queries.T).float().cpu())
         if progress:
             progress(int(q[-1]) + 1, task.n_query)
     return scores

@@ -60,7 +60,7 @@ def estimate(
             queries = queries * scale.to(queries)
             for i in segment.visits.nonzero()[:, 0].split(size):
                 records = flat(named_gradients(program, here, task.train, i, of_loss=True)).to(queries)
-                found = (records @ queries.T).double() * (segment.visits[i] / task.n_train).double()[:, None]
+                found = (records @ queries.T).double().cpu() * (segment.visits[i] / task.n_train).double()[:, None]
                 scores[:, q] = scores[:, q].index_add(0, task.representative[i], found)
         if progress:
             progress(number + 1, len(path.segments))

@@ -16,6 +16,7 @@ replays (`held_out.py`), which also say whether the last checkpoint or the mean 
 Σ learning rates is the same for SGD; under Adam it means little, since each coordinate has its own.)
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def estimate(
         state: the weights to explain; by default the task's checkpoints, or training by the recipe.
         rows: records at a time; as many as fit by default. It changes no score beyond rounding.
     """
+    task = replace(task, precision="float32")  # an age is read off small differences, which bfloat16 loses
     program = Program(task)
     path = at_state(task, program, state) if state is not None else trajectory(task, program, n_segment=CHECKPOINTS)
     states = _seen(path)
@@ -144,10 +146,11 @@ class _Features:
         self.labels: Labels = labels_of(program, segment.state)
         n, m = task.n_train, segment.visits
         size = rows or block_rows(program, segment.state)
-        train = self._rows(task.train, size, of_loss=True) * m.double()[:, None] / n
-        self.train = torch.zeros_like(train).index_add_(0, task.representative, train)
+        train = self._rows(task.train, size, of_loss=True)
+        train = train * (m.double()[:, None] / n).to(train)
+        self.train = torch.zeros_like(train).index_add_(0, task.representative.to(train.device), train)
         self.queries = self._rows(task.queries, size, of_loss=False)
-        self.fisher = torch.zeros(train.shape[1], train.shape[1], dtype=torch.float64)
+        self.fisher = train.new_zeros(train.shape[1], train.shape[1])
         for index in m.nonzero()[:, 0].split(rows or curvature_rows(program, segment.state, self.labels)):
             self.fisher += fisher_of(program, segment.state, index, self.labels, width=width, visits=m[index])
 
@@ -155,8 +158,8 @@ class _Features:
         """(n_train, n_query) float64 for F + ridge · I."""
         mean = float(self.fisher.trace()) / len(self.fisher)
         if mean <= 0:  # no record's gradient has any length
-            return self.train @ self.queries.T / ridge
-        return influence_scores(self.train, self.queries, damping=ridge / mean, fisher=self.fisher)
+            return (self.train @ self.queries.T / ridge).cpu()
+        return influence_scores(self.train, self.queries, damping=ridge / mean, fisher=self.fisher).cpu()
 
     def age_of(self, before: Tensors | None) -> tuple[float, str]:
         """τ whose inverse is the ridge, and how it was come by."""
@@ -229,7 +232,7 @@ def spectrum(matrix: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     norm = x.norm()
     if norm == 0:
-        return torch.zeros(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
+        return x.new_zeros(1), x.new_zeros(1)
     basis, diagonal, beside = [x / norm], [], []
     for _ in range(min(LANCZOS, len(x))):
         w = matrix @ basis[-1]

@@ -97,8 +97,7 @@ def test_no_report_stays_beside_scores_that_it_is_not_of(task, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command_line, "_write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        main(command)
+    assert main(command) == 130
 
     assert (tmp_path / "scores.npy").exists()
     assert not (tmp_path / "report.json").exists()
@@ -215,3 +214,133 @@ def test_verify_draws_segments_by_a_seed_that_it_records(task, tmp_path, capfd):
     assert main(["verify", task, "--out", str(out), *swapped, "--segments", "3"]) == 3
     assert main(["verify", task, "--out", str(out), *given[:4], "--segments", "3"]) == 2
     assert main(["verify", task, "--out", str(out), *given, "--seed", "3"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "message"),
+    [
+        ("raise KeyError('no such column')", 3, "KeyError: 'no such column'"),
+        ("return 1 / 0", 3, "ZeroDivisionError: division by zero"),
+        ("return torch.zeros(2) @ torch.zeros(3)", 3, "RuntimeError: inconsistent tensor size"),
+    ],
+)
+def test_an_error_of_the_tasks_own_code_is_said_in_a_line_with_its_place(tmp_path, capfd, code, line, message):
+    (tmp_path / "task.py").write_text(f"import torch\ndef make_task():\n    {code}\n")
+
+    assert main(["train", f"{tmp_path}/task.py:make_task", "--out", str(tmp_path / "out")]) == 2
+
+    said = capfd.readouterr().err
+    assert f"{tmp_path}/task.py:{line}: {message}" in said
+    assert "Traceback" not in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(Exception, match=message.split(": ")[1][:10]):
+        main(["train", f"{tmp_path}/task.py:make_task", "--out", str(tmp_path / "out"), "--traceback"])
+
+
+def test_a_task_that_is_no_python_is_refused_with_its_line(tmp_path, capfd):
+    (tmp_path / "task.py").write_text("def make_task(:\n")
+
+    assert main(["train", f"{tmp_path}/task.py:make_task", "--out", str(tmp_path / "out")]) == 2
+    assert "task.py:1: " in capfd.readouterr().err
+
+
+def test_json_holds_no_nan_but_null_and_where_it_was(tmp_path):
+    command_line._write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.0, float("-inf")], "c": 2.5})
+
+    assert report(tmp_path, "a.json") == {
+        "a": None,
+        "b": [1.0, None],
+        "c": 2.5,
+        "not_finite": {"/a": "nan", "/b/1": "-inf"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("8000000000", 8 * 10**9), ("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("64mib", 2**26)]
+)
+def test_memory_is_bytes_with_or_without_a_unit(text, wanted):
+    assert command_line._bytes(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "option", [["--memory", "lots"], ["--memory", "0"], ["--memory", "8 ells"], ["--precision", "float8"]]
+)
+def test_an_option_that_means_nothing_is_refused(task, tmp_path, option):
+    with pytest.raises(SystemExit) as refused:
+        main(["shares", task, "--out", str(tmp_path), *option])
+    assert refused.value.code == 2
+
+
+def test_memory_bounds_what_replays_hold_and_says_what_would_do(task, tmp_path, capfd):
+    command = ["score", task, "--out", str(tmp_path / "out"), "--method", "replay"]
+    assert main(command) == 0
+    free = np.load(tmp_path / "out" / "scores.npy")
+
+    assert main([*command, "--memory", "100"]) == 2
+    assert "/memory" in capfd.readouterr().err
+    assert main([*command, "--memory", "1MB"]) == 0
+    assert np.array_equal(np.load(tmp_path / "out" / "scores.npy"), free)
+
+
+def test_several_devices_are_for_what_has_parts(task, tmp_path, capfd):
+    assert main(["train", task, "--out", str(tmp_path), "--device", "cuda:0,cuda:1"]) == 2
+    assert "/device" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train", []),
+        ("score", ["--method", "ekfac"]),
+        ("score", ["--method", "replay"]),
+        ("shares", ["--budget", "100"]),
+        ("index", []),
+        ("evaluate", ["--method", "graddot"]),
+    ],
+)
+def test_an_estimate_says_what_it_takes_and_does_nothing(task, tmp_path, capfd, monkeypatch, name, options):
+    monkeypatch.setattr("attribution.engine.cost.MEASURED_SECONDS", 0.01)
+
+    assert main([name, task, "--out", str(tmp_path / "out"), "--estimate", *options]) == 0
+
+    out, err = capfd.readouterr()
+    said = json.loads(out)
+    assert said["command"] == name
+    assert said["seconds"] > 0 and said["memory"] > 2**20 and said["disk"] > 0 and said["units"]
+    assert "of memory" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nobody_is_no_member_of_a_group(task, tmp_path):
+    (tmp_path / "labelled.py").write_text(
+        TASK
+        + """
+
+def make_labelled():
+    from dataclasses import replace
+    return replace(make_task(), groups={"labeller": torch.arange(12) // 4 - 1})
+"""
+    )
+
+    assert main(["shares", f"{tmp_path}/labelled.py:make_labelled", "--out", str(tmp_path), "--budget", "60"]) == 0
+
+    told = report(tmp_path, "shares.json")
+    assert [o["owner"] for o in told["groups"]["labeller"]] == [0, 1]
+    assert told["nobody"]["labeller"]["n_records"] == 4
+    assert sum(o["share"] for o in [*told["groups"]["labeller"], told["nobody"]["labeller"]]) == pytest.approx(1)
+
+
+def test_a_checkpoint_before_the_end_is_said_to_be_what_is_explained(task, tmp_path, capfd):
+    assert main(["train", task, "--out", str(tmp_path), "--checkpoint", "2"]) == 0
+    (tmp_path / "early.py").write_text(
+        TASK
+        + f"""
+
+def make_early():
+    from dataclasses import replace
+    return replace(make_task(), checkpoints=[(2, {str(tmp_path / "step-00000002.safetensors")!r})])
+"""
+    )
+
+    assert main(["score", f"{tmp_path}/early.py:make_early", "--out", str(tmp_path), "--method", "graddot"]) == 0
+    assert "the last checkpoint is of step 2 of 6" in capfd.readouterr().err

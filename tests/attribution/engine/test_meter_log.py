@@ -248,3 +248,17 @@ def test_gains_are_what_a_pulse_does_over_a_run_over_what_it_does_at_once(make):
 
     expected = moved.sum(1) / moved.diagonal()
     torch.testing.assert_close(torch.from_numpy(found).float(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_is_posted_only_once_its_entry_is_on_the_disk(tmp_path, monkeypatch):
+    happened: list[object] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append("fsync") or fsync(handle))
+    writer = LogWriter(tmp_path / "run.meter", HEADER, heads=happened.append, heads_every=2)
+    for step in range(3):
+        writer.append(entry(step))
+    writer.close()
+
+    posted = [at for at, what in enumerate(happened) if what != "fsync"]
+    assert len(posted) == 3
+    assert all(happened[at - 1] == "fsync" for at in posted)

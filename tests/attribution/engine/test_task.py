@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -136,3 +137,34 @@ def test_the_first_matching_group_wins():
     assert options == {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.5}
     assert rates == pytest.approx([0.3, 0.2])
     assert recipe.options_for("0.weight") == ({"betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.0}, [0.1, 0.1])
+
+
+def test_the_digest_tells_checkpoints_apart_and_reads_records_in_passing(make_task, tmp_path):
+    task = make_task()
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    digests = {replace(task, checkpoints=[(1, path)]).digest for path in paths} | {task.digest}
+    assert len(digests) == 3
+    with pytest.raises(EngineError, match="/checkpoints/0"):
+        _ = replace(task, checkpoints=[(1, tmp_path / "missing")]).digest
+
+    class Many:
+        """A gigabyte of records that exist only while they are looked at."""
+
+        def __init__(self):
+            self.live = self.most = 0
+
+        def __len__(self):
+            return 40_960
+
+        def __getitem__(self, index):
+            x = torch.zeros(len(index), 4, dtype=torch.float64)
+            self.live += 1
+            self.most = max(self.most, self.live)
+            weakref.finalize(x, lambda: setattr(self, "live", self.live - 1))
+            return x, torch.zeros(len(index), dtype=torch.int64)
+
+    many = Many()
+    assert len(replace(task, train=many).digest) == 64
+    assert many.most <= 2
