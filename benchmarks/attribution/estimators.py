@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -120,13 +120,10 @@ def install_peers() -> None:
     mark.write_text(wanted)
 
 
-def peers_scores(world: str, task: Task, checkpoints: list[tuple[int, Path]]) -> list[tuple[str, float, list[Tensor]]]:
+def peers_scores(world: str, seed: int, checkpoints: list[tuple[int, Path]]) -> list[tuple[str, float, list[Tensor]]]:
     """(method, seconds for one damping, a score matrix per damping), from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        batch = task.train[torch.arange(N_TRAIN)], task.queries[torch.arange(N_QUERY)]
-        data = {"images": batch[0][0], "labels": batch[0][1], "query_images": batch[1][0], "query_labels": batch[1][1]}
-        save_file(data, Path(folder) / "records.safetensors")
-        command = [sys.executable, "-m", "benchmarks.attribution.peers", world, folder]
+        command = [sys.executable, "-m", "benchmarks.attribution.peers", f"estimators:{world}:{seed}", folder]
         environment = os.environ | {"PYTHONPATH": str(PEERS), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         paths = [str(path) for _, path in checkpoints]
         done = subprocess.run(
@@ -191,7 +188,7 @@ def run(world: str, seed: int, given: argparse.Namespace) -> None:
             scores = estimate()
             _row(method, known, [scores], truth, time.perf_counter() - started)
         if not given.no_peers:
-            for method, seconds, found in peers_scores(world, task, ten):
+            for method, seconds, found in peers_scores(world, seed, ten):
                 _row(method, f"best of {len(found)} dampings" if len(found) > 1 else "", found, truth, seconds)
 
 

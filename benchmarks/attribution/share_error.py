@@ -2,7 +2,7 @@
 
     ./run bench attribution/share_error [--worlds logistic mlp] [--budgets 64 512] [--seeds 5] [--coverage 40]
 
-For every world of benchmarks/attribution/worlds.py: the truth (retraining every prefix of permutations, kept in var/bench), and
+For every world of benchmarks/attribution/worlds.py: the truth (plain retraining alone, benchmarks/attribution/truth.py), and
 
     counting      by number of records; costs nothing
     graddot       gradient dot products at the final weights, negatives kept; a run and one pass
@@ -225,17 +225,16 @@ def main() -> None:
     parser.add_argument("--world-seed", type=int, default=0)
     parser.add_argument("--coverage", type=int, default=0, metavar="SEEDS")
     parser.add_argument("--coverage-budget", type=float, default=64)
-    parser.add_argument("--max-pairs", type=int, default=games.MAX_PAIRS, help="of permutations for the truth")
+    parser.add_argument("--minutes", type=float, default=60, help="at most, for a truth that is not committed")
     given = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, Any] = {"digits": digits().source, "worlds": {}}
     print(digits().source)
     for name in given.worlds:
         task = make_task(WORLDS[name], seed=given.world_seed)
-        truth = games.measure(task, max_pairs=given.max_pairs)
-        runs = truth.n_pair * 2 * (task.n_train - 1)
+        truth = games.of(task, seconds=60 * given.minutes)
         print(
-            f"\n{name}: truth from {runs:,} runs in {truth.seconds:.0f} s, ± {100 * truth.errors.max():.2f} points at most "
+            f"\n{name}: truth from {truth.n_run:,} runs in {truth.seconds:.0f} s, ± {100 * truth.errors.max():.2f} points at most "
             f"(noise in TV {truth.noise_in_tv():.3f})",
             flush=True,
         )

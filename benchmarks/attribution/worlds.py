@@ -69,7 +69,9 @@ class World:
     records: str = "digits"
 
 
-def _few(name: str, build: Callable[[int], nn.Module], records: str, rate: float, chaotic_rate: float, **more: Any) -> list[World]:
+def _few(
+    name: str, build: Callable[[int], nn.Module], records: str, rate: float, chaotic_rate: float, **more: Any
+) -> list[World]:
     more = {"batch": 12, "records": records, **more}
     return [World(name, build, True, rate, **more), World(f"{name}-chaotic", build, False, chaotic_rate, **more)]
 
