@@ -10,10 +10,11 @@ the honest world is the one without them, unless the row says otherwise.
 """
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from attribution.engine import (  # noqa: E402
     without_copies,
 )
 from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds, plan_shares, run_round  # noqa: E402
+from benchmarks.attribution.all import kept_row, source_of  # noqa: E402
 
 N_OWNER, N_EACH, N_QUERY = 10, 24, 360
 BATCH, EPOCHS, RATE = 24, 8, 0.05
@@ -335,13 +337,21 @@ _MEASURED: dict[tuple[str, float, int], tuple[Plan, list[RoundResult]]] = {}
 
 
 def measured(world: World, budget: float, seed: int) -> Outcome:
-    """Who owns a record changes no measurement, so disclosures that differ in owners alone share their rounds."""
+    """Who owns a record changes no measurement, so disclosures that differ in owners alone share their rounds.
+
+    An outcome is kept in var/bench/all until the engine changes, so an interrupted command goes on.
+    """
     task = world.task()
     key = task.digest, budget, seed
-    if key not in _MEASURED:
-        plan = plan_shares(task, budget=budget, seed=seed)
-        _MEASURED[key] = plan, [run_round(task, plan, r) for r in range(len(plan.rounds))]
-    return outcome(merge_rounds(task, *_MEASURED[key]))
+
+    def measure() -> dict[str, float]:
+        if key not in _MEASURED:
+            plan = plan_shares(task, budget=budget, seed=seed)
+            _MEASURED[key] = plan, [run_round(task, plan, r) for r in range(len(plan.rounds))]
+        return asdict(outcome(merge_rounds(task, *_MEASURED[key])))
+
+    owners = hashlib.sha256(world.owner.tobytes()).hexdigest()
+    return Outcome(**kept_row(("attack", *key, owners, source_of("attribution/engine")), measure))
 
 
 def outcome(result: SharesResult) -> Outcome:

@@ -41,9 +41,9 @@ def main() -> None:
 
     text = TensorRecords(torch.randint(256, (32, 65), generator=g))
     models: list[tuple[str, Callable[[], nn.Module], Any, TensorRecords]] = [
-        ("MLP 64-256-128-10", mlp(64, 256, 128, 10), per_record_loss, images(1024, 64)),
-        ("MLP 64-1024-512-10", mlp(64, 1024, 512, 10), per_record_loss, images(512, 64)),
-        ("CNN 16-32, 28 x 28", cnn, per_record_loss, images(256, 784)),
+        ("MLP 64-256-128-10", mlp(64, 256, 128, 10), per_record_loss, images(256, 64)),
+        ("MLP 64-1024-512-10", mlp(64, 1024, 512, 10), per_record_loss, images(256, 64)),
+        ("CNN 16-32, 28 x 28", cnn, per_record_loss, images(128, 784)),
         ("GPT 128 wide, 2 layers, 64 tokens", lambda: SmallGPT(128, 2, 64), next_token, text),
     ]
     print(f"{'model':36}{'weights':>10}{'floor/s':>10}{'engine':>16}{'dattri TRAK':>16}{'kronfluence':>16}")
