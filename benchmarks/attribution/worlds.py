@@ -211,7 +211,7 @@ def _snippets(rng: np.random.Generator) -> Drawn:
 
 def _readmes(rng: np.random.Generator, *, capitals: bool = False) -> Drawn:
     length = networks.CONTEXT + 1
-    rows, asked, owner = [], [], []
+    rows, unseen, owner = [], [], []
     for number, (size, (_, text)) in enumerate(zip(FEW, texts.projects(), strict=True)):
         pieces = texts.windows(text.upper() if capitals else text, length)
         pieces = pieces[rng.permutation(len(pieces))]
@@ -225,8 +225,10 @@ def _readmes(rng: np.random.Generator, *, capitals: bool = False) -> Drawn:
         if number == CARELESS:
             x[: size // 2] = rng.permuted(x[: size // 2], axis=1)
         rows.append(x)
-        asked.append(rest[: FEW_QUERIES // len(FEW)])
+        unseen.append(rest)
         owner += [number] * size
+    shown = {row.tobytes() for row in np.concatenate(rows)}  # projects repeat themselves
+    asked = [[row for row in rest if row.tobytes() not in shown][: FEW_QUERIES // len(FEW)] for rest in unseen]
     return Drawn((torch.from_numpy(np.concatenate(rows)),), (torch.from_numpy(np.concatenate(asked)),), owner)
 
 
