@@ -482,7 +482,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the tables for the README at the end")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    names = given.worlds or (["text", "mlp"] if given.quick else list(WORLDS))
+    names = given.worlds or (["logistic", "mlp"] if given.quick else list(WORLDS))
     budgets = given.budgets or ([64] if given.quick else [64, 512])
     seeds, subsets = given.seeds or (1 if given.quick else 3), given.subsets or (32 if given.quick else 100)
     report: dict[str, Any] = {"digits": digits().source, "worlds": {}, "system": {}}
