@@ -5,7 +5,7 @@ Written over sizes, with t = k/n, the Shapley value of record i is
     φ_i = (f(all) − f(none)) / n + 1/n Σ_k E_{|S|=k}[ f(S) (s_i − t) / (t (1 − t)) ]        k = 1 … n − 1
 
 so a random set S of k records, drawn with probability q(k), says something of every record and owner at once. What a regression g
-(of the size, of how many records each owner has in S, of their products, and of single records) predicts for f(S) is
+(of the size, of how many records of each owner and class are in S, of their products, and of single records) predicts for f(S) is
 subtracted, and the value that g itself gives, known in closed form, added back. Each fold of the runs is adjusted by the g of the other
 folds, so that the estimate has no bias whatever g is (Witter et al. 2025, arXiv:2506.11849, with cross-fitting). The standard
 error is that of the mean over runs. q(k) ∝ σ(k) / √(t (1 − t)), σ being the spread of what g leaves of the first PILOT runs: no other q has
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import hypergeom
 from torch import Tensor
 
 from attribution.engine import Task, replay_values
@@ -238,77 +239,103 @@ def _adjusted(task: Task, S: NDArray[np.bool_], f: Array, q: Array, fold: NDArra
 
 
 def _curves(t: Array) -> tuple[Array, Array, Array]:
-    """How the mean, the owners' and the records' effects, and products of two owners' may depend on t: (…, number)."""
+    """How the mean, the effects of groups, and all other effects may depend on t: (…, number)."""
     v = np.sqrt(t)
     powers = np.stack([v**p for p in range(7)], -1)
     return np.concatenate([powers, (1 / t)[..., None]], -1), powers[..., :4], powers[..., :2]
 
 
-def _owner_pairs(n_owner: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return np.triu_indices(n_owner)
+def _partitions(task: Task) -> list[NDArray[np.int64]]:
+    """By owner and, where records have labels, by label: a model without a class is worse at it than one with little of it."""
+    batch = task.train[torch.arange(task.n_train)]
+    labels = [batch[1].numpy()] if len(batch) == 2 and batch[1].ndim == 1 else []
+    return [np.unique(ids, return_inverse=True)[1] for ids in (task.owners.numpy(), *labels)]
+
+
+def _times(x: Array, curves: Array) -> Array:
+    return (x[:, :, None] * curves[:, None]).reshape(len(x), -1)
 
 
 def _features(task: Task, S: NDArray[np.bool_], by_record: bool = True) -> Array:
-    owners = task.owners.numpy()
     t = S.mean(1)
-    mean, own, both = _curves(t)
+    mean, own, others = _curves(t)
     deviation = S - t[:, None]  # (runs, n)
-    of_owner = deviation @ np.eye(owners.max() + 1)[owners]
-    a, b = _owner_pairs(owners.max() + 1)
-    products = of_owner[:, a] * of_owner[:, b]
-    return np.concatenate(
-        [
-            mean,
-            (of_owner[:, :, None] * own[:, None]).reshape(len(S), -1),
-            (products[:, :, None] * both[:, None]).reshape(len(S), -1),
-            *([(deviation[:, :, None] * both[:, None]).reshape(len(S), -1)] if by_record else []),
-        ],
-        1,
-    )
+    parts = [mean]
+    for ids in _partitions(task):
+        member = np.eye(ids.max() + 1)[ids]
+        of_group = deviation @ member
+        a, b = np.triu_indices(member.shape[1])
+        parts += [
+            _times(of_group, own),
+            _times(of_group[:, a] * of_group[:, b], others),
+            _times(np.log1p(S @ member), others),
+        ]
+    if by_record:
+        parts.append(_times(deviation, others))
+    return np.concatenate(parts, 1)
 
 
 def _values_of(task: Task, coefficients: Array) -> Array:
-    """1/n Σ_k E_{|S|=k}[ g(S) (s_i − t) / (t (1 − t)) ] for each record, (n,), from the moments of drawing without replacement.
-
-    With e_i = s_i − t, which add up to 0:  E[e_i²] = t(1−t),  E[e_i e_j] = −t(1−t)/(n−1),  E[e_i³] = μ = t(1−t)(1−2t),
-    E[e_i² e_j] = −μ/(n−1),  E[e_i e_j e_l] = 2μ/((n−1)(n−2)).
-    """
-    n, owners = task.n_train, task.owners.numpy()
-    size = np.bincount(owners).astype(float)
+    """1/n Σ_k E_{|S|=k}[ g(S) (s_i − t) / (t (1 − t)) ] for each record, (n,), by the moments of drawing without replacement."""
+    n = task.n_train
     t = np.arange(1, n) / n
-    mean, own, both = _curves(t)
-    a, b = _owner_pairs(len(size))
-    ends = np.cumsum([mean.shape[1], len(size) * own.shape[1], len(a) * both.shape[1]])
-    _, of_owner, of_pair, of_record = np.split(coefficients, ends)
-    slope = (own @ of_owner.reshape(len(size), -1).T)[:, owners]  # (k, n): every record's, its owner's included
-    if len(of_record):
-        slope = slope + both @ of_record.reshape(n, -1).T
-    values = (slope * n - slope.sum(1, keepdims=True)) / (n - 1)
+    mean, own, others = _curves(t)
+    rest = coefficients[mean.shape[1] :]
 
-    pair = both @ of_pair.reshape(len(a), -1).T  # (k, pairs)
-    counted = np.zeros((len(a), n))  # E[e_a e_b e_i] / μ, summed over the members of a and b
-    two, three = -1 / (n - 1), 2 / ((n - 1) * (n - 2))
-    for row, (x, y) in enumerate(zip(a, b, strict=True)):
-        for member in np.unique([x, y, _other(len(size), x, y)]):
-            # the record i of owner `member`, over records j of x and l of y
-            same_x, same_y = member == x, member == y
-            nx, ny = size[x], size[y]
-            if x == y:
-                all_same, rest = float(same_x), nx - float(same_x)
-                total = all_same * 1.0 + 2 * all_same * rest * two + rest * two + rest * (rest - 1) * three
-            else:
-                rx, ry = nx - float(same_x), ny - float(same_y)
-                total = float(same_x) * ry * two + float(same_y) * rx * two + rx * ry * three
-            if member in (x, y):
-                counted[row, owners == member] = total
-            else:
-                counted[row, (owners != x) & (owners != y)] = total
-    values = values + (1 - 2 * t)[:, None] * (pair @ counted)
+    def take(number: int, curves: Array) -> Array:
+        nonlocal rest
+        found, rest = np.split(rest, [number * curves.shape[1]])
+        return curves @ found.reshape(number, -1).T  # (k, number): the coefficients at every size
+
+    slope, values = np.zeros((n - 1, n)), np.zeros((n - 1, n))
+    for ids in _partitions(task):
+        size = np.bincount(ids)
+        a, b = np.triu_indices(len(size))
+        slope += take(len(size), own)[:, ids]
+        values += (1 - 2 * t)[:, None] * (take(len(a), others) @ _third_moments(ids))
+        of_count = take(len(size), others)
+        for group, m in enumerate(size):
+            within, outside = _effect_of_count(n, m)
+            values += of_count[:, group, None] * np.where(ids == group, within[:, None], outside[:, None])
+    if len(rest):
+        slope += take(n, others)
+    values += (slope * n - slope.sum(1, keepdims=True)) / (n - 1)  # E[e_i²] = t(1−t), E[e_i e_j] = −t(1−t)/(n−1)
     return values.sum(0) / n
 
 
-def _other(n_owner: int, x: int, y: int) -> int:
-    return next((o for o in range(n_owner) if o not in (x, y)), x)
+def _third_moments(ids: NDArray[np.int64]) -> Array:
+    """(pairs of groups, n): Σ_{j ∈ a, l ∈ b} E[e_j e_l e_i] / μ for every record i.
+
+    With e_i = s_i − t, which add up to 0:  E[e_i³] = μ = t(1−t)(1−2t),  E[e_i² e_j] = −μ/(n−1),  E[e_i e_j e_l] = 2μ/((n−1)(n−2)).
+    """
+    n, size = len(ids), np.bincount(ids).astype(float)
+    two, three = -1 / (n - 1), 2 / ((n - 1) * (n - 2))
+    a, b = np.triu_indices(len(size))
+    counted = np.zeros((len(a), n))
+    for row, (x, y) in enumerate(zip(a, b, strict=True)):
+        in_x, in_y = (ids == x).astype(float), (ids == y).astype(float)
+        rx, ry = size[x] - in_x, size[y] - in_y  # the others of each group
+        if x == y:
+            counted[row] = in_x * (1 + 2 * rx * two) + rx * two + rx * (rx - 1) * three
+        else:
+            counted[row] = in_x * ry * two + in_y * rx * two + rx * ry * three
+    return counted
+
+
+def _effect_of_count(n: int, m: int) -> tuple[Array, Array]:
+    """E[ h(c) (s_i − t) ] / (t (1 − t)) of h = log(1 + c), c being how many of m records are in S: for a record of them, and for another.
+
+    Each (n − 1,), over the sizes 1 … n − 1; c is hypergeometric.
+    """
+    k = np.arange(1, n)[:, None]
+    c = np.arange(m + 1)[None]
+    chance = hypergeom.pmf(c, n, m, k)
+    h = np.log1p(c)
+    t = k[:, 0] / n
+    mean, of_c = (chance * h).sum(1), (chance * h * c).sum(1)
+    within = (of_c / m - t * mean) / (t * (1 - t))
+    outside = ((k[:, 0] * mean - of_c) / max(n - m, 1) - t * mean) / (t * (1 - t))
+    return within, outside
 
 
 def replayer(task: Task) -> Callable[[Tensor], Tensor]:
