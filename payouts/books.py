@@ -354,7 +354,7 @@ _AGED_TOTALS = f"""
 SELECT currency, count(*), sum(a0), sum(a1), sum(a2), sum(a3), sum(a4), sum(rest)
 FROM ({_AGED}) AS every (party, name, country, ready, currency, a0, a1, a2, a3, a4, rest, days)
 GROUP BY currency ORDER BY currency
-"""
+"""  # noqa: S608
 
 
 def aged_payables(*, offset: int = 0, limit: int = 100) -> list[AgedPayable]:

@@ -269,11 +269,11 @@ def earnings_of(party: Party) -> list[Earnings]:
         .values("division_line__division__currency", "division_line__due_at__date")
         .annotate(sum=Sum("amount_micros"))
     }
-    for row in held:
-        currency = row["division__currency"]
-        left = Money(int(row["micros"]) - back_before_due.get((currency, row["due_at__date"]), 0), currency)
+    for day in held:
+        currency = day["division__currency"]
+        left = Money(int(day["micros"]) - back_before_due.get((currency, day["due_at__date"]), 0), currency)
         if left:
-            waits.setdefault(currency, []).append(Wait(row["due_at"], left, row["n_lines"]))
+            waits.setdefault(currency, []).append(Wait(day["due_at"], left, day["n_lines"]))
     payee = payee_of(party)
     return [
         _earnings(

@@ -283,7 +283,7 @@ class QuestionInput(serializers.Serializer):
     text = serializers.CharField(
         required=False, max_length=MAX_TEXT, help_text="A text of your own, if the disclosed transform takes texts."
     )
-    label = serializers.CharField(
+    label = serializers.CharField(  # type: ignore[assignment]
         required=False,
         max_length=200,
         help_text="With a text, the class that is asked about, if the model has classes.",

@@ -228,7 +228,8 @@ def build_store(
             if spread and todo:
                 spread([folder / _name(start) for start, _ in todo])
                 kept, todo = _survey(task, folder, settings, ranges, say)
-        made, done, total = [], 0, sum(end - start for start, end in todo)
+        made: list[Shard] = []
+        done, total = 0, sum(end - start for start, end in todo)
         for start, end in todo:
             if stop():
                 raise Interrupted(f"{len(kept) + len(made)} of {len(ranges)} shards are kept")

@@ -17,7 +17,7 @@ class Migration(migrations.Migration):
         migrations.AlterField(
             model_name='artifact',
             name='kind',
-            field=models.CharField(choices=[('state', 'State'), ('queries', 'Queries'), ('plan', 'Plan'), ('round', 'Round'), ('values', 'Values'), ('gradients', 'Gradients'), ('index', 'Index')], max_length=10),
+            field=models.CharField(choices=[('state', 'State'), ('queries', 'Queries'), ('plan', 'Plan'), ('round', 'Round'), ('values', 'Values'), ('meter', 'Meter'), ('gradients', 'Gradients'), ('index', 'Index')], max_length=10),
         ),
         migrations.CreateModel(
             name='InfluenceIndex',

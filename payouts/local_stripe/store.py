@@ -208,7 +208,7 @@ def listed(
         clauses.append("seq > ?")
         values.append(after)
     order = "ASC" if after is not None else "DESC"
-    statement = f"SELECT body FROM objects WHERE {' AND '.join(clauses)} ORDER BY seq {order} LIMIT ?"
+    statement = f"SELECT body FROM objects WHERE {' AND '.join(clauses)} ORDER BY seq {order} LIMIT ?"  # noqa: S608
     rows = [json.loads(row[0]) for row in db.execute(statement, (*values, limit))]
     return rows[::-1] if after is not None else rows
 

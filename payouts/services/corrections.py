@@ -195,9 +195,9 @@ def _anew(
     pots = pots_of(version=division.version, amount=amount, labellers_bps=division.labellers_bps, result=result)
     after, weights, counts = {}, {}, {}
     for pot in pots:
-        for party, weight, n_records, micros in dues_of(pot):
-            place = (party, pot.role.value)
-            after[place], weights[place], counts[place] = micros, weight, n_records
+        for due in dues_of(pot):
+            place = (due.party, pot.role.value)
+            after[place], weights[place], counts[place] = due.micros, due.weight, due.n_records
     return after, weights, counts
 
 

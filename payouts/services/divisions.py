@@ -75,7 +75,7 @@ WHERE result_id = %(result)s AND version_id = %(version)s AND partition = %(role
 _COUNTED = """SELECT party_id, n_records AS weight, n_records FROM payouts_payeecount
 WHERE version_id = %(version)s AND role = %(role)s"""
 _COUNTED_ANEW = f"""SELECT party_id, n AS weight, n AS n_records FROM ({MONEY_COUNTS}) counted (party_id, role, n)
-WHERE role = %(role)s"""
+WHERE role = %(role)s"""  # noqa: S608
 
 #: Hamilton's method of `payouts.allocation`, by the database: whole floors, then one micro each to the largest remainders, ties
 #: to the lower party. `numeric`, because pool · weight has up to 31 digits.
@@ -98,13 +98,33 @@ def allocated(pot: Pot) -> tuple[str, dict[str, Any]]:
     return ALLOCATED.format(weights=weights), parameters | {"micros": pot.amount.micros, "total": pot.weight_total}
 
 
-def dues_of(pot: Pot) -> list[tuple[int, int, int, int]]:
-    """(party, weight, records, micros) of each of a pot's payees who gets something."""
+@dataclass(frozen=True)
+class Due:
+    """What one payee gets of a pot, and by what."""
+
+    party: int
+    weight: int
+    n_records: int
+    micros: int
+
+
+def dues_of(pot: Pot) -> list[Due]:
+    """Of each of a pot's payees who gets something."""
+    return _dues(pot, "micros > 0", {})
+
+
+def due_of(pot: Pot, party: Party) -> Due | None:
+    """Of one payee; None if they get nothing of it."""
+    found = _dues(pot, "micros > 0 AND party_id = %(party)s", {"party": party.pk})
+    return found[0] if found else None
+
+
+def _dues(pot: Pot, condition: str, given: dict[str, object]) -> list[Due]:
     statement, parameters = allocated(pot)
+    chosen = f"SELECT party_id, weight, n_records, micros FROM ({statement}) dues WHERE {condition}"  # noqa: S608
     with ledger.room_to_sort() as cursor:
-        nonzero = f"SELECT party_id, weight, n_records, micros FROM ({statement}) dues WHERE micros > 0"
-        cursor.execute(nonzero, parameters)
-        return [(party, int(weight), n, int(micros)) for party, weight, n, micros in cursor.fetchall()]
+        cursor.execute(chosen, parameters | given)
+        return [Due(party, int(weight), n, int(micros)) for party, weight, n, micros in cursor.fetchall()]
 
 
 def pots_of(
@@ -129,7 +149,7 @@ def keep_counts(version: DatasetVersion) -> None:
         cursor.execute(
             f"""INSERT INTO payouts_payeecount (version_id, role, party_id, n_records)
             SELECT %(version)s, role, party_id, n FROM ({MONEY_COUNTS}) counted (party_id, role, n)
-            ORDER BY role, party_id ON CONFLICT DO NOTHING""",
+            ORDER BY role, party_id ON CONFLICT DO NOTHING""",  # noqa: S608
             {"version": version.pk},
         )
 
@@ -141,7 +161,7 @@ def _pot(version: DatasetVersion, result: AttributionResult | None, role: Divisi
     with connection.cursor() as cursor:
         for by in (pot, replace(pot, result=None)) if result else (pot,):
             weights, parameters = by.weights()
-            cursor.execute(f"SELECT sum(weight) FROM ({weights}) weights", parameters)
+            cursor.execute(f"SELECT sum(weight) FROM ({weights}) weights", parameters)  # noqa: S608
             (total,) = cursor.fetchone()
             if total:
                 return replace(by, weight_total=int(total))
@@ -159,7 +179,7 @@ def _are_alike(one: Pot, other: Pot) -> bool:
             f"""SELECT NOT EXISTS (
                 SELECT FROM ({ours}) ours FULL JOIN ({theirs}) theirs USING (party_id, weight)
                 WHERE ours.party_id IS NULL OR theirs.party_id IS NULL
-            )""",
+            )""",  # noqa: S608
             parameters | {f"other_{name}": value for name, value in theirs_parameters.items()},
         )
         return bool(cursor.fetchone()[0])

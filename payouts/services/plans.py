@@ -176,7 +176,7 @@ owed AS MATERIALIZED (
     WHERE outcome = 'planned'
 )
 SELECT outcome, count(*), sum(micros) FROM sorted GROUP BY outcome
-"""
+"""  # noqa: S608
 
 
 def free_micros(currency: str) -> int:

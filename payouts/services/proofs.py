@@ -209,7 +209,7 @@ def _counts(balances: Balances) -> Iterator[Finding]:
             FROM (SELECT role, party_id, n_records FROM payouts_payeecount WHERE version_id = %(version)s) kept
             FULL JOIN ({MONEY_COUNTS}) counted (party_id, role, n) USING (role, party_id)
             WHERE kept.n_records IS DISTINCT FROM counted.n ORDER BY role, party_id
-            """,
+            """,  # noqa: S608
             {"version": version},
         ):
             yield Finding(
@@ -293,7 +293,7 @@ def _divided_as_weighed(division: Division) -> Iterator[Finding]:
             ) l
             FULL JOIN (SELECT * FROM ({anew}) a (party_id, weight, n_records, micros) WHERE micros > 0) anew USING (party_id)
             WHERE (l.weight, l.amount_micros) IS DISTINCT FROM (anew.weight, anew.micros::bigint) ORDER BY party_id
-            """,
+            """,  # noqa: S608
             parameters | {"division": division.pk},
         ):
             yield Finding(

@@ -402,11 +402,13 @@ def _booked(ids: list[str], sources: list[str]) -> dict[str, tuple[Money, bool]]
         for identifier, amount, fee, currency, settled_at in charges.values_list(
             "balance_transaction_id", "amount_micros", "fee_micros", "currency", "settled_at"
         )
+        if identifier is not None
     }
     transfers = Payout.objects.filter(transfer_id__in=sources)
     found |= {
         identifier: (Money(-amount, currency), True)
         for identifier, amount, currency in transfers.values_list("transfer_id", "amount_micros", "currency")
+        if identifier is not None
     }
     found |= {
         movement.balance_transaction_id: (

@@ -15,11 +15,10 @@ from django.db.models import Q, Sum
 
 from marketplace.models import Contribution, Party, RecordCopy
 from marketplace.money import Money
-from payouts.allocation import allocate
 from payouts.errors import NotFound
 from payouts.models import Division, DivisionLine, IssuedStatement, JournalEntry, Posting
 from payouts.services import issuing, statements
-from payouts.services.divisions import Pot, pots_of, source_account
+from payouts.services.divisions import Due, Pot, due_of, pots_of, source_account
 
 #: Names may be changed after a statement was issued; everything else must come out the same today.
 NAMES = ("dataset", "model")
@@ -98,6 +97,7 @@ def recomputed_lines(
     versions = Contribution.objects.filter(party=party).values("version")
     divisions = (
         Division.objects.filter(divided_at__gte=starts_at, divided_at__lt=ends_at, currency=currency)
+        .exclude(source=Division.Source.CORRECTION)  # an adjustment: no weight gives its amount
         .filter(
             Q(version__in=versions)
             | Q(version__in=copies.values("version"))
@@ -106,7 +106,7 @@ def recomputed_lines(
         .select_related("version__dataset", "result__model", "pool", "order_line", "invoice_line")
         .order_by("divided_at", "pk")
     )
-    cache: OrderedDict[tuple[int, int | None, int, int], list[tuple[Pot, dict[int, Money], int]]] = OrderedDict()
+    cache: OrderedDict[tuple[int, int | None, int, int], list[tuple[Pot, Due]]] = OrderedDict()
     for division in divisions.iterator(chunk_size=200):
         amount = _left_the_pool(division)
         key = (division.version_id, division.result_id, division.labellers_bps, amount.micros)
@@ -114,25 +114,22 @@ def recomputed_lines(
             pots = pots_of(
                 version=division.version, amount=amount, labellers_bps=division.labellers_bps, result=division.result
             )
-            cache[key] = [(pot, allocate(pot.amount, pot.weights), sum(pot.weights.values())) for pot in pots]
+            cache[key] = [(pot, due) for pot in pots if (due := due_of(pot, party)) is not None]
             while len(cache) > KEPT_DIVISIONS:
                 cache.popitem(last=False)
         stored = {line.role: line for line in DivisionLine.objects.filter(division=division, party=party)}
-        for pot, dues, weight_total in sorted(cache[key], key=lambda of: of[0].role.value):
-            due = dues.get(party.pk)
-            if not due:
-                continue
+        for pot, due in sorted(cache[key], key=lambda of: of[0].role.value):
             role = pot.role.value
             line = statements.line_of(
                 division,
                 role=role,
-                n_records=pot.counts.get(party.pk, 0),
-                weight=pot.weights[party.pk],
+                n_records=due.n_records,
+                weight=due.weight,
                 amount_micros=due.micros,
                 due_at=stored[role].due_at if role in stored else None,
                 intervals=statements.intervals_of(party, {division.result_id} - {None}),
             )
-            yield replace(line, divided=amount, pot=pot.amount, weight_total=weight_total)
+            yield replace(line, divided=amount, pot=pot.amount, weight_total=pot.weight_total)
 
 
 def _left_the_pool(division: Division) -> Money:

@@ -503,7 +503,7 @@ def _adjustments(
             kind = row["entry__kind"]
             yield StatementAdjustment(
                 booked_at=row["entry__booked_at"],
-                what=ADJUSTMENTS.get(kind) or kind.replace("_", " "),
+                what=ADJUSTMENTS.get(JournalEntry.Kind(kind)) or kind.replace("_", " "),
                 amount=Money(-int(row["sum"]), row["account__currency"]),
             )
 

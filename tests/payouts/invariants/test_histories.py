@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 import httpx
+import pytest
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
