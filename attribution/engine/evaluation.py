@@ -39,10 +39,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from attribution.engine.coalitions import Players
 from attribution.engine.errors import EngineError
 from attribution.engine.files import arrays_digest, written_whole
 from attribution.engine.progress import Interrupted
-from attribution.engine.shares import Players
 from attribution.engine.task import Batch, Records, Task, seed_of
 from attribution.engine.training import Program, Progress, replay_values
 from attribution.engine.workers import claimed

@@ -32,7 +32,8 @@ from django.utils import timezone
 
 from attribution.artifacts import local_path, open_artifact, store_artifact
 from attribution.documents import TrainingRecords, build_task, checkpoint_paths, pointing, read_records
-from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds, plan_shares, run_round
+from attribution.engine.coalitions import Plan
+from attribution.engine.shares import RoundResult, SharesResult, merge_rounds, plan_shares, run_round
 from attribution.engine.unreplayed import UnreplayedShares
 from attribution.engine.verification import verify
 from attribution.errors import NotReplayed, RunFailed

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from attribution.documents import Payee, TrainingRecords
-from attribution.engine.shares import Share as MeasuredShare
+from attribution.engine.division import Share as MeasuredShare
 from attribution.engine.shares import SharesResult
 from attribution.engine.unreplayed import UnreplayedShares
 from attribution.models import PPQ, Share

@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "digits")]
 
 from task import make_task  # noqa: E402
 
-from attribution.engine.shares import POWER, Masks, Plan, Players, merge_rounds, plan_shares, run_round  # noqa: E402
+from attribution.engine.coalitions import POWER, Masks, Plan, Players  # noqa: E402
+from attribution.engine.shares import merge_rounds, plan_shares, run_round  # noqa: E402
 from attribution.engine.training import Program, replay_values  # noqa: E402
 
 BUMPS = 8  # of the polynomial for the mean of f at each size

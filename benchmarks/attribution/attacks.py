@@ -37,7 +37,8 @@ from attribution.engine import (  # noqa: E402
     train,
     without_copies,
 )
-from attribution.engine.shares import Plan, RoundResult, SharesResult, merge_rounds, plan_shares, run_round  # noqa: E402
+from attribution.engine.coalitions import Plan  # noqa: E402
+from attribution.engine.shares import RoundResult, SharesResult, merge_rounds, plan_shares, run_round  # noqa: E402
 from benchmarks.attribution.all import kept_row, source_of  # noqa: E402
 
 N_OWNER, N_EACH, N_QUERY = 10, 24, 360

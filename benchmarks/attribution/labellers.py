@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "digits")]
 
 from task import make_task  # noqa: E402
 
-from attribution.engine.shares import Share, merge_rounds, plan_shares, run_round  # noqa: E402
+from attribution.engine.division import Share  # noqa: E402
+from attribution.engine.shares import merge_rounds, plan_shares, run_round  # noqa: E402
 
 CARELESS = 4
 

@@ -10,18 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from attribution.engine import EngineError, TensorRecords, epoch_order, replay_values, training
-from attribution.engine.shares import (
-    Masks,
-    Partition,
-    Plan,
-    Players,
-    Round,
-    RoundResult,
-    fold_weights,
-    merge_rounds,
-    plan_shares,
-    run_round,
-)
+from attribution.engine.coalitions import Masks, Plan, Players, Round, fold_weights
+from attribution.engine.division import Partition
+from attribution.engine.shares import RoundResult, merge_rounds, plan_shares, run_round
 from attribution.engine.training import cost, plan_reverse
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attribution.documents import Payee, TrainingRecords
-from attribution.engine.shares import Share as MeasuredShare
+from attribution.engine.division import Share as MeasuredShare
 from attribution.models import PPQ
 from attribution.services.shares import shares_by_influence, to_ppq
 from marketplace.money import Money
