@@ -54,7 +54,7 @@ from torch import Tensor
 from attribution.engine.coalitions import KINDS, POWER, Array, Masks, Plan, Players, fold_weights
 
 MAX_GRADIENT_RATIO = 8.0  # a metagradient longer than this times its neighbours' median is scaled down to it
-MAX_NODE_RATIO = 32.0  # the same on the diagonal, where slopes at small t are far longer by right
+MAX_NODE_RATIO = 32.0  # the same on the diagonal, where slopes at small t and single pairs are far longer by right
 MAX_WIDENED = 3.0  # of the second order, to the variance of random sets
 OVERSHOOT = 0.1  # of the total: a sum of the second order up to this is no reason to doubt it
 LEAST_TRUST = 0.25
@@ -293,7 +293,7 @@ class Division:
                 # Weights reach 0 or 1 but not both: the variance of δ is that of a random set times this.
                 narrower = np.minimum(t / (1 - t), (1 - t) / t)
                 second, _ = _tamed(
-                    e.spread / np.maximum(narrower, 1 / MAX_WIDENED)[:, None], e.spread_u, MAX_GRADIENT_RATIO
+                    e.spread / np.maximum(narrower, 1 / MAX_WIDENED)[:, None], e.spread_u, MAX_NODE_RATIO
                 )
                 self.trust = self._trusted(first, second)
         else:
