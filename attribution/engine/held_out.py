@@ -5,12 +5,14 @@ happened (the linear datamodeling score: Spearman's ρ over masks, mean over que
 chosen, and the slope of what happened on what it predicts, at a twentieth, gives the scores their unit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.engine.ranks import Ranked, spearman
 from attribution.engine.task import Task, seed_of
 from attribution.engine.training import Program, Progress, replay_values
 
@@ -72,23 +74,18 @@ def linear_datamodeling_score(scores: Tensor, kept: Tensor, values: Tensor) -> f
         kept: (R, n_train).
         values: (R, n_query). A query whose f or prediction never changes counts 0.
     """
-    a, b = _ranks(kept.double() @ scores.double()), _ranks(values.double())
-    a, b = a - a.mean(0), b - b.mean(0)
-    norms = a.norm(dim=0) * b.norm(dim=0)
-    return float(((a * b).sum(0) / norms.clamp_min(1e-30)).mean())
+    said, happened = (Ranked(x.double().numpy()) for x in (kept.double() @ scores.double(), values))
+    return float(spearman(said, happened, np.ones(len(kept))).mean())
 
 
-def _ranks(x: Tensor) -> Tensor:
-    """(R, C) → mean ranks down each column."""
-    columns = []
-    for column in x.T:
-        _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        columns.append((last - (counts.double() - 1) / 2)[inverse])
-    return torch.stack(columns, 1)
+def best(candidates: Iterable[Tensor], held: HeldOut) -> tuple[int, Tensor, list[float]]:
+    """Which of the score matrices agrees best with the replays, that matrix, and how well each does; ties go to the first.
 
-
-def best(candidates: Sequence[Tensor], held: HeldOut) -> tuple[int, list[float]]:
-    """Which of the score matrices agrees best with the replays, and how well each does; ties go to the first."""
-    found = [held.agreement(scores) for scores in candidates]
-    return max(range(len(found)), key=lambda k: found[k]), found
+    No other is kept, so that candidates can be made one by one.
+    """
+    chosen, kept, found = 0, torch.empty(0), []
+    for number, scores in enumerate(candidates):
+        found.append(held.agreement(scores))
+        if number == 0 or found[number] > found[chosen]:
+            chosen, kept = number, scores
+    return chosen, kept, found

@@ -19,7 +19,8 @@ Without one, τ is the `age` that the checkpoint shows by how much gradient it h
 Assumes that training is smooth and H is nearly block-diagonal. Adam's scale is averaged over a block.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,21 +97,25 @@ def estimate(
 
     held = held_out(task, program)
     tried: list[tuple[Trajectory, list[Curvature], str, Filter]] = []
-    candidates: list[Tensor] = []
-    for number, path in enumerate(paths):
-        fitted = [curvatures.fit(program, segment.state, visits=segment.visits, rows=rows) for segment in path.segments]
-        kinds = ("ridge", "flow") if len(path.segments) == 1 else ("flow",)
-        filters = [Filter(kind, c) for kind in kinds for c in MULTIPLES]
-        recorded = [_rates(segment, found) for segment, found in zip(path.segments, fitted, strict=True)]
-        aged, _ = _aged(program, path, fitted)
-        for clock, steps in (("recipe", recorded), ("age", aged)):
-            candidates += scores_of(task, program, path, fitted, steps, filters, rows=rows)
-            tried += [(path, fitted, clock, f) for f in filters]
-        if progress:
-            progress(number + 1, len(paths))
-    chosen, agreements = best(candidates, held)
+
+    def candidates() -> Iterator[Tensor]:
+        for number, path in enumerate(paths):
+            fitted = [
+                curvatures.fit(program, segment.state, visits=segment.visits, rows=rows) for segment in path.segments
+            ]
+            kinds = ("ridge", "flow") if len(path.segments) == 1 else ("flow",)
+            recorded = [_rates(segment, found) for segment, found in zip(path.segments, fitted, strict=True)]
+            aged, _ = _aged(program, path, fitted)
+            for (clock, steps), kind in itertools.product((("recipe", recorded), ("age", aged)), kinds):
+                filters = [Filter(kind, c) for c in MULTIPLES]
+                tried.extend((path, fitted, clock, f) for f in filters)
+                yield from scores_of(task, program, path, fitted, steps, filters, rows=rows)
+            if progress:
+                progress(number + 1, len(paths))
+
+    chosen, scores, agreements = best(candidates(), held)
     path, fitted, clock, filter_ = tried[chosen]
-    scores, slope = candidates[chosen], held.slope(candidates[chosen])
+    slope = held.slope(scores)
     if held.is_still:
         scores = torch.zeros_like(scores)
     settings = _settings(path, fitted) | {

@@ -16,6 +16,7 @@ replays (`held_out.py`), which also say whether the last checkpoint or the mean 
 Σ learning rates is the same for SGD; under Adam it means little, since each coordinate has its own.)
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -107,20 +108,22 @@ def estimate(
         return Estimate(scores.float(), False, settings)
 
     held = held_out(task, program)
-    candidates: list[Tensor] = []
     tried: list[tuple[list[int], list[float]]] = []
-    for number, multiple in enumerate(MULTIPLES):
-        ridges = [multiple / tau for tau, _ in ages]
-        each = [found.scores(ridge) for found, ridge in zip(features, ridges, strict=True)]
-        candidates.append(each[-1])
-        tried.append((steps[-1:], ridges[-1:]))
-        if len(each) > 1:
-            candidates.append(_mean(each))
-            tried.append((steps, ridges))
-        if progress:
-            progress(number + 1, len(MULTIPLES))
-    chosen, agreements = best(candidates, held)
-    scores, slope = candidates[chosen], held.slope(candidates[chosen])
+
+    def candidates() -> Iterator[Tensor]:
+        for number, multiple in enumerate(MULTIPLES):
+            ridges = [multiple / tau for tau, _ in ages]
+            each = [found.scores(ridge) for found, ridge in zip(features, ridges, strict=True)]
+            tried.append((steps[-1:], ridges[-1:]))
+            yield each[-1]
+            if len(each) > 1:
+                tried.append((steps, ridges))
+                yield _mean(each)
+            if progress:
+                progress(number + 1, len(MULTIPLES))
+
+    chosen, scores, agreements = best(candidates(), held)
+    slope = held.slope(scores)
     if held.is_still:
         scores = torch.zeros_like(scores)
     settings |= {

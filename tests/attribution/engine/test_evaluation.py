@@ -19,7 +19,6 @@ from attribution.engine.charts import evaluation_svg
 from attribution.engine.estimators import graddot, replay
 from attribution.engine.evaluation import (
     GroundTruth,
-    Ranked,
     Scored,
     auc,
     evaluate,
@@ -30,8 +29,8 @@ from attribution.engine.evaluation import (
     scores_without_copies,
     self_influence,
     share_error,
-    spearman,
 )
+from attribution.engine.ranks import Ranked, spearman
 
 
 def linear_model():

@@ -37,8 +37,9 @@ def test_the_better_candidate_is_chosen_and_its_unit_found(make_task):
     held = held_out(task, Program(task))
     good = replay.score(task)
 
-    chosen, agreements = best([torch.randn(30, 6, generator=torch.Generator().manual_seed(0)), good, -good], held)
+    others = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    chosen, scores, agreements = best(iter([others, good, -good]), held)
 
-    assert chosen == 1 and agreements[1] > 0.8 and agreements[2] == pytest.approx(-agreements[1])
+    assert chosen == 1 and scores is good and agreements[1] > 0.8 and agreements[2] == pytest.approx(-agreements[1])
     assert held.slope(good / 7) == pytest.approx(7 * held.slope(good))
     assert held.slope(good) == pytest.approx(1, abs=0.3)
