@@ -11,7 +11,8 @@ variance. To the second order in the records other than i,
 and the same sum is what a pair of metagradients at w = t ± δ z, z_j = ±1 at random, shows on average beyond ψ_i(t), times δ². A pair has
 no first-order noise, so a few of them around each node tell it. δ = min(t, 1 − t) reaches 0 or 1; what is missing to the variance t (1 − t) is made up
 by a factor of at most MAX_WIDENED. A sum over i other than 0 is what this order leaves out, as both games have one total: the
-second order e is trusted by (OVERSHOOT · total / that sum)², at most whole and at least LEAST_TRUST, a weight γ.
+second order e is trusted by (OVERSHOOT · total / that sum)², at most whole and at least LEAST_TRUST, a weight γ. The rule is one of
+experience (attribution/README.md). What a record's own weight does at this order is left out: pairs show it too noisily.
 
 Where equal weights change nothing, because Adam or the normalizer "weight" divides them out, the surrogate is taken at
 random sets S ~ t instead, averaged over those of like size: ψ_i(u) = Σ_m A_m(u) g_i(S_m). A kept record's slope is then at weight 1,
@@ -29,7 +30,7 @@ without evidence, and with more and more the priors lose their say, so that φ t
 
     φ_i = (f(all) − f(none)) / n + mean over sizes of (b (ψ_i + γ e_i) + c e_i + d_i − the same averaged over i).
 
-On the diagonal b keeps within a few hundredths of 1: the total is already right there, and a slope that replays show at sizes where they
+On the diagonal b keeps within a tenth of 1: the total is already right there, and a slope that replays show at sizes where they
 are precise is not the slope at those where most of the value lies.
 
 The intervals. Draws of the queries (folds, with replacement; Student's t, as folds are few), of pairs of metagradients,
@@ -396,14 +397,14 @@ class Division:
             self.SECOND_GRID if np.any(self.x[:, 1]) else self.SECOND_GRID[:1],
         )
         found = []
-        for records, slope, own, noise in itertools.product(*grids, self.NOISE_GRID):
-            K = base + slope * first + own * second + noise * records * effects
+        for records, slope, c, noise in itertools.product(*grids, self.NOISE_GRID):
+            K = base + slope * first + c * second + noise * records * effects
             K[np.diag_indices_from(K)] += noise
             L = np.linalg.cholesky(K)
             half = np.linalg.solve(L, r)
             evidence = -0.5 * float(half @ half) - float(np.log(np.diag(L)).sum())
-            steps = sum(grid.index(v) for grid, v in zip(grids, (records, slope, own), strict=True))
-            found.append((evidence - self.STEP_ODDS * steps, Prior(noise * records, slope, own, noise)))
+            steps = sum(grid.index(v) for grid, v in zip(grids, (records, slope, c), strict=True))
+            found.append((evidence - self.STEP_ODDS * steps, Prior(noise * records, slope, c, noise)))
         best = max(evidence for evidence, _ in found)
         plausible = [(math.exp(evidence - best), prior) for evidence, prior in found if evidence > best - 6]
         plausible = sorted(plausible, key=lambda one: -one[0])[:16]
@@ -434,8 +435,8 @@ class Division:
             mixed += np.outer(self.x[:, 1] @ on_second, self.grid_weight @ mixtures[0][1])
         else:
             mixed = np.stack([(self.grid_weight * b) @ A for b, (A, _) in zip(slopes, mixtures, strict=True)])
-            own = np.stack([self.grid_weight @ B for _, B in mixtures])
-            mixed += (self.x[:, 1] @ on_second)[:, None] * own
+            beyond = np.stack([self.grid_weight @ B for _, B in mixtures])
+            mixed += (self.x[:, 1] @ on_second)[:, None] * beyond
         phi += mixed @ self.rows
         if len(self.e.fold_u):
             at = (self.grid_weight * slopes) @ self._fold_mixture(self.grid_u)  # (R, M_f)
