@@ -1,6 +1,6 @@
 """Trains the frozen base of the LoRA world: a byte-level GPT on the READMEs of ten packages that own nothing there.
 
-    python -m benchmarks.attribution.base [--steps 3000]
+    python -m benchmarks.attribution.base [--steps 2000]
 
 Writes benchmarks/attribution/base.safetensors in float16; it is committed, since another machine's sums would give another base.
 """
@@ -17,7 +17,7 @@ from benchmarks.attribution.texts import projects, windows
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
