@@ -137,7 +137,7 @@ def lines_of(party: Party, shown: str = "") -> QuerySet[DivisionLine]:
     elif shown == "due":
         found = found.filter(due_at__lte=clock.now())
     return found.select_related(
-        "division__version__dataset", "division__result__model", "division__order_line"
+        "division__version__dataset", "division__result__model", "division__order_line", "division__corrects"
     ).order_by("-division__divided_at", "-pk")
 
 

@@ -253,3 +253,31 @@ def add_tax_rate(
         actor=user, action="tax_rate.added", target=f"tax_rate:{rate.pk}", detail={"rate_bps": rate_bps}
     )
     return rate
+
+
+@transaction.atomic
+def end_tax_rate(*, rate: TaxRate, last_day: date, user: User) -> TaxRate:
+    """Give an open-ended rate its last day, once; the same day again changes nothing.
+
+    Raises:
+        NotAllowed: the user is not staff.
+        InvalidInput: a day that has passed or comes before its first, or it has another last day.
+    """
+    if not (user.is_staff and user.is_active):
+        raise NotAllowed("Only staff can set tax rates.")
+    rate = TaxRate.objects.select_for_update(of=("self",)).get(pk=rate.pk)
+    if rate.valid_until == last_day:
+        return rate
+    if rate.valid_until is not None:
+        raise InvalidInput(f"{rate} ends on {rate.valid_until} already.", pointers={"/valid_until": "ends already"})
+    if last_day < max(rate.valid_from, clock.today()):
+        raise InvalidInput(
+            f"{rate} cannot end on {last_day}: it is valid from {rate.valid_from}, and what was asked for stays as it is.",
+            pointers={"/valid_until": "too early"},
+        )
+    rate.valid_until = last_day
+    rate.save(update_fields=["valid_until"])
+    AuditEvent.objects.create(
+        actor=user, action="tax_rate.ended", target=f"tax_rate:{rate.pk}", detail={"last_day": f"{last_day}"}
+    )
+    return rate

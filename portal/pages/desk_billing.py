@@ -171,3 +171,16 @@ def taxes(request: StaffRequest) -> HttpResponseBase:
             return redirect("desk-taxes")
     context = {"rates": TaxRate.objects.all(), "form": form, "today": clock.today()}
     return render(request, "portal/desk_taxes.html", context, status=422 if form.errors else 200)
+
+
+@staff_only
+@require_POST
+def end_tax(request: StaffRequest, rate_id: int) -> HttpResponseBase:
+    """Give an open-ended rate its last day: today."""
+    rate = get_object_or_404(TaxRate, pk=rate_id)
+    try:
+        billing.end_tax_rate(rate=rate, last_day=clock.today(), user=request.user)
+    except DomainError as error:
+        return refusal(request, error)
+    messages.success(request, f"{rate} ends today.")
+    return redirect("desk-taxes")

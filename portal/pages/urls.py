@@ -35,6 +35,7 @@ urlpatterns = [
     path("desk/divisions/<int:division_id>/", desk_billing.division, name="desk-division"),
     path("desk/corrections/<int:correction_id>/", desk_billing.correction, name="desk-correction"),
     path("desk/taxes/", desk_billing.taxes, name="desk-taxes"),
+    path("desk/taxes/<int:rate_id>/end/", desk_billing.end_tax, name="desk-tax-end"),
     path("earnings/", views.earnings, name="earnings"),
     path("earnings/onboarding/", views.onboarding, name="onboarding"),
     path("earnings/minimum/<str:currency>/", views.payout_minimum, name="payout-minimum"),

@@ -30,6 +30,8 @@ TABLES = (
     "payouts_payout",
     "payouts_payment",
     "payouts_royaltypool",
+    "payouts_payment",
+    "payouts_document",
 )
 
 
@@ -134,6 +136,9 @@ PLANTED = {
         "UPDATE marketplace_order SET status = 'placed', paid_at = NULL WHERE id = (SELECT order_id FROM payouts_payment)",
         {"paid_thing_differs"},
     ),
+    "a word of an invoice": ("UPDATE payouts_document SET content = '{}'", {"document_changed"}),
+    "a number left out": ("UPDATE payouts_document SET number = 7", {"document_numbers_differ"}),
+    "an invoice of another amount": ("UPDATE payouts_document SET net_micros = net_micros + 1", {"document_differs"}),
     "a payout said to be sent": (
         "UPDATE payouts_payout SET status = 'sent', transfer_id = 'tr_1'",
         {"payout_stage_differs", "in_transit_differs"},

@@ -15,7 +15,7 @@ from payouts import ledger
 from payouts.errors import AlreadyPaid, NotRefundable, PayByBankTransfer, ReceiptNotPossible
 from payouts.models import BankReceipt, Document, DocumentSeries, Payment, Refund, TaxRate
 from payouts.services import billing, documents, receipts, refunds, sales
-from payouts.services.events import book_checkout
+from payouts.services.events import apply_event, book_checkout
 from payouts.services.proofs import check_books
 from payouts.services.reconciliation import reconcile
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory
@@ -311,6 +311,24 @@ def test_an_invoiced_order_keeps_its_terms_and_may_still_be_paid_by_card(
         )
     assert check_books().findings == []
     assert reconcile().differences == []
+
+
+def test_stripes_event_of_a_bank_transfer_marks_an_invoice_paid(carol: Any, alice: Any, stripe: Any) -> None:
+    order = order_of(carol, alice, 50)
+    billing.set_billing_profile(party=carol, user=carol.user, **ADDRESS)
+    sales.invoice_order(order=order)
+    stripe.pay(sales.start_checkout(order=order, **URLS))
+    told = {
+        "id": "evt_async",
+        "type": "checkout.session.async_payment_succeeded",
+        "data": {"object": {"id": Payment.objects.get().checkout_id}},
+    }
+
+    for _ in range(2):
+        apply_event(stripe.received(told))
+
+    assert (Order.objects.get().status, License.objects.count(), Document.objects.count()) == ("paid", 1, 1)
+    assert check_books().findings == []
 
 
 def test_an_invoice_nobody_paid_is_credited_and_its_money_comes_too_late(carol: Any, alice: Any, people: Any) -> None:

@@ -243,3 +243,30 @@ def test_corrections_that_cannot_be_are_refused_in_words(wrong: Division, people
             corrections.propose_correction(division=wrong, result=result, reason=reason, by=people[0])
 
     assert DivisionCorrection.objects.count() == 0
+
+
+def test_two_approvals_at_once_book_a_correction_once(committed_db: str) -> None:
+    from tests.factories.marketplace import PartyFactory
+    from tests.marketplace.services.test_orders import at_once
+
+    people = [
+        User.objects.create_user(f"{name}@example.org", "correct horse battery staple", is_staff=True)
+        for name in ("fay", "gil", "hal")
+    ]
+    alice, bob = PartyFactory(), PartyFactory()
+    pool = PoolFactory(
+        amount=Money(20 * DOLLAR, "USD"), version=PublishedVersionFactory(contributions={alice: 4, bob: 4})
+    )
+    license = License.objects.get(order_line=pool.order_line)
+    release_pool(pool=pool, result=PublishedResultFactory(license=license, shares={alice: 1}))
+    proposed = corrections.propose_correction(
+        division=Division.objects.get(), result=None, reason="Nobody was counted.", by=people[0]
+    )
+
+    at_once(4, lambda n: corrections.decide_correction(correction=proposed, approved=True, by=people[1 + n % 2]).pk)
+
+    assert ledger.balances(prefix="payable") == {
+        chart.payable(alice, "USD"): -10 * DOLLAR,
+        chart.payable(bob, "USD"): -10 * DOLLAR,
+    }
+    assert check_books().findings == []

@@ -242,4 +242,10 @@ def test_tax_rates_are_added_at_the_desk(people: Any) -> None:
     again = client.post(reverse("desk-taxes"), sent)
 
     assert again.status_code == 422 and "another one is valid then" in again.content.decode()
-    assert TaxRate.objects.get().rate_bps == 1_900
+    rate = TaxRate.objects.get()
+    assert rate.rate_bps == 1_900
+    end = reverse("desk-tax-end", args=[rate.pk])
+    assert [client.post(end).status_code for _ in range(2)] == [302, 302]
+    assert TaxRate.objects.get().valid_until == clock.today()
+    clock.advance(timedelta(days=1))
+    assert client.post(end).status_code == 422
