@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from django.db import connection, transaction
@@ -153,7 +153,8 @@ class _Look:
     n_transactions: int = 0
     last_id: str = ""
     n_on_their_way: int = 0
-    coming: Counter[tuple[str, str]] = field(default_factory=Counter)  # (currency, pending | available) → micros
+    #: At Stripe and being booked, or available there and not settled here yet: they explain a part of the cash.
+    under_way: list[gateway.BalanceTransaction] = field(default_factory=list)
     used: Counter[tuple[str, int, str]] = field(default_factory=Counter)  # intents that explain something already
 
 
@@ -300,17 +301,48 @@ def _settle(payment: Payment) -> bool:
 
 def _compare_cash(look: _Look) -> list[Cash]:
     """Read here, there and here again: a movement between the readings must not look like a difference."""
+    found: list[Cash] = []
     for reading in range(CASH_READINGS):
         before = ledger.balances(prefix="cash")
         theirs = gateway.balance()
+        coming = _coming(look)
         after = ledger.balances(prefix="cash")
-        found = [_cash(look, ours, theirs) for ours in (before, after)]
-        if reading == CASH_READINGS - 1 or before == after or all(held.agrees for held in found[0]):
-            break
-    return found[0] if all(held.agrees for held in found[0]) else found[1]
+        for ours in (before, after):
+            found = _cash(ours, theirs, coming)
+            if all(held.agrees for held in found):
+                return found
+        if reading < CASH_READINGS - 1:
+            _look_at_newer(look)
+    return found
 
 
-def _cash(look: _Look, ours: dict[str, int], theirs: dict[str, tuple[int, int]]) -> list[Cash]:
+def _look_at_newer(look: _Look) -> None:
+    """What Stripe made since the reading began explains a part of its balance; whether it is booked is the next look's."""
+    newer = list(takewhile(lambda theirs: theirs.id != look.last_id, gateway.newest_balance_transactions()))
+    for _ in _compare_page(look, newer):
+        pass
+    if newer:
+        look.last_id = newer[0].id
+
+
+def _coming(look: _Look) -> Counter[tuple[str, str]]:
+    """(currency, pending or available) → micros that Stripe counts there and the ledger does not yet."""
+    coming: Counter[tuple[str, str]] = Counter()
+    for start in range(0, len(look.under_way), PAGE):
+        some = look.under_way[start : start + PAGE]
+        booked = _booked([theirs.id for theirs in some], [theirs.source or "" for theirs in some])
+        for theirs in some:
+            net = Money.from_minor(theirs.net_minor, theirs.currency)
+            ours = booked.get(_key_of(theirs))
+            if ours is None:
+                coming[net.currency, "available" if theirs.is_available else "pending"] += net.micros
+            elif theirs.is_available and not ours[1]:
+                coming[net.currency, "pending"] -= net.micros
+                coming[net.currency, "available"] += net.micros
+    return coming
+
+
+def _cash(ours: dict[str, int], theirs: dict[str, tuple[int, int]], coming: Counter[tuple[str, str]]) -> list[Cash]:
     currencies = sorted({chart.parse(code).currency for code in ours} | {c for c, held in theirs.items() if any(held)})
     return [
         Cash(
@@ -318,8 +350,8 @@ def _cash(look: _Look, ours: dict[str, int], theirs: dict[str, tuple[int, int]])
             ledger_available=Money(ours.get(chart.cash_available(currency), 0), currency),
             stripe_pending=Money.from_minor(theirs.get(currency, (0, 0))[0], currency),
             stripe_available=Money.from_minor(theirs.get(currency, (0, 0))[1], currency),
-            coming_pending=Money(look.coming[currency, "pending"], currency),
-            coming_available=Money(look.coming[currency, "available"], currency),
+            coming_pending=Money(coming[currency, "pending"], currency),
+            coming_available=Money(coming[currency, "available"], currency),
         )
         for currency in currencies
     ]
@@ -364,7 +396,7 @@ def _compare_page(look: _Look, page: list[gateway.BalanceTransaction]) -> Iterat
         elif _key_of(theirs) not in booked:
             if _is_on_its_way(look, theirs, net, name):
                 look.n_on_their_way += 1
-                look.coming[net.currency, "available" if theirs.is_available else "pending"] += net.micros
+                look.under_way.append(theirs)
             else:
                 yield Difference(
                     f"{name}_not_booked", f"Stripe's {name} {theirs.id} of {net} is not in the ledger", **seen
@@ -376,8 +408,7 @@ def _compare_page(look: _Look, page: list[gateway.BalanceTransaction]) -> Iterat
                     f"{name}_differs", f"Stripe's {name} {theirs.id} is {net}, the ledger has {ours}", **seen
                 )
             elif theirs.is_available and not is_settled:
-                look.coming[net.currency, "pending"] -= net.micros
-                look.coming[net.currency, "available"] += net.micros
+                look.under_way.append(theirs)
                 if theirs.available_on < timezone.now() - timedelta(days=1):
                     yield Difference(
                         "settle_late", f"{net} of {theirs.id} since {theirs.available_on:%Y-%m-%d}", **seen
