@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import tempfile
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -149,6 +150,18 @@ def work(run_id: int, report: Path) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()")
         (backend,) = cursor.fetchone()
+
+    def tell() -> None:
+        """Twice a second, so that what a killed worker has cost is not lost."""
+        while True:
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            cpu, of_backend = usage.ru_utime + usage.ru_stime, scratch.backend_cpu_seconds(backend)
+            partial = report.with_suffix(".partial")
+            partial.write_text(json.dumps({"cpu": cpu, "backend": of_backend, "busy": refused[0]}), encoding="utf-8")
+            partial.replace(report)
+            time.sleep(0.5)
+
+    threading.Thread(target=tell, daemon=True).start()
     while not PayoutRun.objects.get(pk=run_id).is_finished:
         wall = timezone.now()
         for model, task in ((PayoutShard, tasks.execute_payout_shard), (PayoutRun, tasks.execute_payout_run)):
@@ -159,13 +172,6 @@ def work(run_id: int, report: Path) -> None:
             for pk in due.order_by("pk").values_list("pk", flat=True):
                 task(pk)
         time.sleep(0.2)
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        told = {
-            "cpu": usage.ru_utime + usage.ru_stime,
-            "backend": scratch.backend_cpu_seconds(backend),
-            "busy": refused[0],
-        }
-        report.write_text(json.dumps(told), encoding="utf-8")
 
 
 def main() -> None:
