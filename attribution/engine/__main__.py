@@ -120,6 +120,7 @@ def _answered(given: argparse.Namespace) -> int:
         watch.ended("done")
         return status
     except EngineError as error:
+        watch.forgotten()
         _say(f"error: {error}")
         return BAD_INPUT
     except Interrupted as interrupted:
@@ -130,6 +131,7 @@ def _answered(given: argparse.Namespace) -> int:
         _say("stopped at once: what was finished before is kept. Run the same command again to go on.")
         return STOPPED
     except OSError as error:
+        watch.forgotten()
         where = error.filename or "the output"
         _say(f"error: {where}: {error.strerror or error}")
         return BAD_INPUT

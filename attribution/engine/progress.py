@@ -115,6 +115,11 @@ class Watch:
             self._written = 0.0
             self._write(state)
 
+    def forgotten(self) -> None:
+        """The command was refused: it is neither running nor done."""
+        if self._written and not self._is_worker:
+            (self.folder / FILE).unlink(missing_ok=True)
+
     def _write(self, state: str) -> None:
         now = time.monotonic()
         if self._is_worker:
