@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,7 @@ def run_shares(task: Task, given: argparse.Namespace) -> int:
             if missing:
                 _write_json(folder / "wanted.json", {"rounds": missing})
                 there = [folder / _round_name(index) for index in missing]
-                _spread(given, folder, len(missing), "shares", lambda there=there: sum(p.exists() for p in there))
+                _spread(given, folder, len(missing), "shares", partial(_how_many_exist, there))
             with given.watch.bar("shares") as told:
                 for index in range(start, end):
                     kept = _read_round(folder, index, plan)
@@ -343,6 +344,10 @@ def _some_rounds(task: Task, given: argparse.Namespace, folder: Path) -> int:
                 if is_mine:
                     _new_round(task, folder, index, plan, None)
     return MATCH
+
+
+def _how_many_exist(paths: list[Path]) -> int:
+    return sum(path.exists() for path in paths)
 
 
 def _kept_plan(task: Task, given: argparse.Namespace, budget: float) -> Plan:

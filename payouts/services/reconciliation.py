@@ -464,6 +464,7 @@ def _by_hand(ids: list[str] | None = None) -> dict[str, Money]:
     return {
         row["manual__balance_transaction_id"]: Money(int(row["sum"]), row["manual__currency"])
         for row in sums.order_by()
+        if row["manual__balance_transaction_id"] is not None
     }
 
 

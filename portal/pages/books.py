@@ -176,7 +176,7 @@ def journal(request: StaffRequest, code: str) -> HttpResponse:
     except DomainError as error:
         raise Http404(error.message) from None
     except ValueError:
-        return redirect("desk-journal", code=code)  # type: ignore[return-value]
+        return redirect("desk-journal", code=code)
     return render(request, "portal/desk_journal.html", {"tab": "journal", "page": page, "since": since})
 
 

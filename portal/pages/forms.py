@@ -414,7 +414,9 @@ class ManualEntryForm(Form):
         legs: dict[str, int] = {}
         for number in range(1, self.N_LEGS + 1):
             account = data.get(f"account_{number}")
-            given = {side: data.get(f"{side}_{number}") for side in ("debit", "credit") if data.get(f"{side}_{number}")}
+            given = {
+                side: str(data[f"{side}_{number}"]) for side in ("debit", "credit") if data.get(f"{side}_{number}")
+            }
             if not account:
                 if given:
                     self.add_error(f"account_{number}", "Which account?")
