@@ -179,6 +179,8 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_issued_is_refused_any_change(issued: list[IssuedStatement], change: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
     with pytest.raises(DatabaseError, match="append-only"), transaction.atomic(), connection.cursor() as cursor:
         cursor.execute(change)
 
