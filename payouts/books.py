@@ -28,16 +28,6 @@ PAYING_KINDS = (
     JournalEntry.Kind.RAIL_INTENT,
     JournalEntry.Kind.RAIL_REVERSAL,
 )
-#: Whose money it is: what the platform holds for others, and what is its own.
-FOR_OTHERS = (
-    "payable",
-    "pool",
-    "clearing:upfront",
-    "clearing:royalty",
-    "in_transit",
-    "in_transit_rail",
-    "refunding",
-)
 AGES = ("not due yet", "0 to 30 days", "31 to 60 days", "61 to 90 days", "more than 90 days", "without a line")
 CHUNK = 2_000
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
@@ -87,28 +77,26 @@ class TrialBalance:
 
     @property
     def for_others(self) -> Money:
-        """What the platform holds and does not own: payables, pools and what is on its way."""
-        return Money(-sum(line.balance.micros for line in self.lines if line.purpose in FOR_OTHERS), self.currency)
+        """What the platform holds and does not own: payables, pools, taxes and what is on its way."""
+        return -self._sum_of(Account.Kind.LIABILITY)
 
     @property
     def own_revenue(self) -> Money:
         """Fees earned less what was spent and lost: the only money that is the platform's own."""
-        ours = (Account.Kind.REVENUE.value, Account.Kind.EXPENSE.value)
-        return Money(-sum(line.balance.micros for line in self.lines if line.kind in ours), self.currency)
+        return -self._sum_of(Account.Kind.REVENUE, Account.Kind.EXPENSE)
 
     @property
     def owners(self) -> Money:
         """What the owners put in, less what they took out."""
-        return Money(
-            -sum(line.balance.micros for line in self.lines if line.kind == Account.Kind.EQUITY.value), self.currency
-        )
+        return -self._sum_of(Account.Kind.EQUITY)
 
     @property
     def assets(self) -> Money:
         """What there is to pay it from: cash, the bank, and what is owed to us. Equal to the three above together."""
-        return Money(
-            sum(line.balance.micros for line in self.lines if line.kind == Account.Kind.ASSET.value), self.currency
-        )
+        return self._sum_of(Account.Kind.ASSET)
+
+    def _sum_of(self, *kinds: Account.Kind) -> Money:
+        return Money(sum(line.balance.micros for line in self.lines if line.kind in kinds), self.currency)
 
 
 _TURNOVER = r"""
