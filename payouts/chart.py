@@ -22,7 +22,6 @@ class Purpose:
 PURPOSES = {
     "cash:pending": Purpose(Account.Kind.ASSET, "charged, and not yet available at Stripe"),
     "cash:available": Purpose(Account.Kind.ASSET, "available at Stripe: what transfers are made of"),
-    "cash:bank": Purpose(Account.Kind.ASSET, "in our own bank account, by transfers that Stripe does not see"),
     "expense:stripe_fees": Purpose(Account.Kind.EXPENSE, "what Stripe kept of the charges"),
     "revenue:platform_fee": Purpose(Account.Kind.REVENUE, "the platform's part of sales and royalties"),
     "clearing:upfront": Purpose(Account.Kind.LIABILITY, "an order line's upfront share on its way to payees", True),
@@ -42,7 +41,9 @@ PURPOSES = {
     "expense:other": Purpose(Account.Kind.EXPENSE, "what only a manual entry books"),
     "revenue:other": Purpose(Account.Kind.REVENUE, "what only a manual entry books"),
     "equity:owners": Purpose(Account.Kind.EQUITY, "what the platform's owners put in, less what they took out"),
-    "bank": Purpose(Account.Kind.ASSET, "in the platform's own bank account: what other rails are paid from"),
+    "bank": Purpose(
+        Account.Kind.ASSET, "in our own bank account: buyers' transfers come to it, other rails are paid from it"
+    ),
     "in_transit_rail": Purpose(Account.Kind.LIABILITY, "promised to a payee over another rail, not yet confirmed"),
 }
 
@@ -93,10 +94,6 @@ def cash_pending(currency: str) -> str:
 
 def cash_available(currency: str) -> str:
     return f"cash:available:{currency}"
-
-
-def cash_bank(currency: str) -> str:
-    return f"cash:bank:{currency}"
 
 
 def stripe_fees(currency: str) -> str:

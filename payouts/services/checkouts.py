@@ -130,7 +130,7 @@ def refuse_too_much(payment: Payment) -> None:
 def cash_legs(taken: Payment) -> dict[str, int]:
     """Where a paid payment's money is: at Stripe, less its fee, or in our bank account."""
     if taken.method == Payment.Method.BANK:
-        return {chart.cash_bank(taken.currency): taken.amount_micros}
+        return {chart.bank(taken.currency): taken.amount_micros}
     assert taken.fee_micros is not None
     return {
         chart.cash_pending(taken.currency): taken.amount_micros - taken.fee_micros,

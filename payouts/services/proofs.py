@@ -369,7 +369,7 @@ def _payments(balances: Balances) -> Iterator[Finding]:
         kind = "sale" if payment.order_id is not None else "royalty"
         booked = _postings(f"{kind}:payment:{payment.pk}")
         is_bank = payment.method == Payment.Method.BANK
-        cash = booked.get((chart.cash_bank if is_bank else chart.cash_pending)(payment.currency), 0)
+        cash = booked.get((chart.bank if is_bank else chart.cash_pending)(payment.currency), 0)
         fee = booked.get(chart.stripe_fees(payment.currency), 0)
         if (cash, fee) != (net, payment.fee_micros):
             yield Finding(
