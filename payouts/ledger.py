@@ -181,9 +181,12 @@ def _told_of_closed_months() -> Iterator[None]:
     try:
         yield
     except IntegrityError as error:
-        if getattr(getattr(error.__cause__, "diag", None), "constraint_name", None) != PERIOD_RULE:
+        told = getattr(error.__cause__, "diag", None)
+        if getattr(told, "constraint_name", None) != PERIOD_RULE:
             raise
-        raise PeriodClosed("Its month is closed; book it in an open one.") from error
+        raise PeriodClosed(
+            f"Its month is closed; book it in an open one. PostgreSQL: {told.message_primary}."
+        ) from error
 
 
 @contextmanager
