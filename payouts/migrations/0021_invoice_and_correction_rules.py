@@ -86,7 +86,7 @@ BEGIN
             NEW.balance_transaction_id, NEW.fee_micros, NEW.paid_at) IS DISTINCT FROM (OLD.status, OLD.amount_micros,
             OLD.tax_micros, OLD.tax_rate_id, OLD.method, OLD.charge_id, OLD.balance_transaction_id, OLD.fee_micros, OLD.paid_at))
         OR (OLD.settled_at IS NOT NULL AND NEW.settled_at IS DISTINCT FROM OLD.settled_at) THEN
-        RAISE EXCEPTION 'payment % keeps what it was paid for', OLD.id USING ERRCODE = 'restrict_violation';
+        RAISE EXCEPTION 'payment % keeps what it is about', OLD.id USING ERRCODE = 'restrict_violation';
     END IF;
     IF (NEW.amount_micros, NEW.tax_micros, NEW.tax_rate_id, NEW.purchase_order, NEW.due_on) IS DISTINCT FROM
        (OLD.amount_micros, OLD.tax_micros, OLD.tax_rate_id, OLD.purchase_order, OLD.due_on)
@@ -254,8 +254,9 @@ BEGIN
         LEFT JOIN payouts_divisioncorrection c ON c.id = d.corrects_id
         LEFT JOIN payouts_division corrected ON corrected.id = c.division_id WHERE l.id = NEW.division_line_id;
     given := of_division.amount_micros;
-    IF (of_line.order_line_id, of_line.invoice_line_id)
-        IS DISTINCT FROM (of_division.order_line_id, of_division.invoice_line_id) THEN
+    -- A royalty's division names the order line of its license beside the invoice line that it is of.
+    IF of_line.invoice_line_id IS DISTINCT FROM of_division.invoice_line_id
+        OR of_line.invoice_line_id IS NULL AND of_line.order_line_id IS DISTINCT FROM of_division.order_line_id THEN
         RAISE EXCEPTION 'reclaim refused: line % was not divided from what clawback line % takes back',
             NEW.division_line_id, NEW.clawback_line_id USING ERRCODE = 'check_violation';
     END IF;
