@@ -115,7 +115,7 @@ GROUP BY 1, 2
 
 def trial_balance(*, as_of: datetime) -> list[TrialBalance]:
     """Everything booked before a business time, by purpose and currency; the last closed month before it is the base."""
-    base = ClosedPeriod.objects.filter(ends_at__lte=as_of).order_by("-ends_at").first()
+    base = ClosedPeriod.objects.filter(ends_at__lt=as_of).order_by("-ends_at").first()
     sums: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
     if base is not None:
         for kept in ClosedBalance.objects.filter(period=base):
