@@ -26,6 +26,7 @@ from payouts.services.royalties import release_pool
 from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
 from tests.factories.marketplace import LicenseFactory, OfferFactory, OrderFactory, PublishedVersionFactory
 from tests.factories.payouts import PoolFactory
+from tests.pages import with_second_factor
 
 DOLLAR = 1_000_000
 ADDRESS = {"legal_name": "Carol GmbH", "address": "1 Road\n10115 Berlin", "country": "DE"}
@@ -47,9 +48,7 @@ def people(db: Any) -> tuple[User, User]:
 
 
 def desk_of(user: User) -> Client:
-    client = Client()
-    client.force_login(user, backend="allauth.account.auth_backends.AuthenticationBackend")
-    return client
+    return with_second_factor(Client(), user)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from payouts.models import Payout, PayoutMinimum, PayoutRun
 from payouts.services import attempts, pacing
 from payouts.services.transfers import request_payout_run
 from tests.factories.payouts import PayeeAccountFactory
-from tests.pages import assert_page, signed_in
+from tests.pages import assert_page, signed_in, with_second_factor
 from tests.payouts.api.test_royalties import client_of
 from tests.payouts.services.test_transfers import Stripe, earn, execute
 
@@ -30,8 +30,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Stripe:
 
 @pytest.fixture
 def finance(client: Any, db: Any) -> Any:
-    client.force_login(User.objects.create_user("finance@example.org", "correct horse battery staple", is_staff=True))
-    return client
+    return staff(client, "finance")
+
+
+def staff(client: Any, name: str) -> Any:
+    user = User.objects.create_user(f"{name}@example.org", "correct horse battery staple", is_staff=True)
+    return with_second_factor(client, user)
 
 
 def test_the_desks_pages_exist_for_staff_alone(alice: Any) -> None:
@@ -72,7 +76,7 @@ def test_a_colleague_approves_and_the_starter_cannot(told: Stripe, finance: Any,
     run.refresh_from_db()
     assert run.state == PayoutRun.State.AWAITING_APPROVAL
     assert finance.post(page, {"act": "reject"}).status_code == 422  # without a reason
-    client.force_login(User.objects.create_user("colleague@example.org", "correct horse battery staple", is_staff=True))
+    staff(client, "colleague")
     assert "Approve" in assert_page(client.get(page))
     client.post(page, {"act": "approve"})
     client.post(page, {"act": "pause", "reason": "Wait."})
