@@ -321,8 +321,15 @@ def _start_of(pid: int) -> int | None:
 # --- the tests and checks of ./run
 
 
+#: What asks neither server for anything, and so has nothing to show on a second pair of them.
+SERVERLESS = ("tests/attribution/engine", "tests/benchmarks", "tests/test_architecture.py")
+
+
 def test(arguments: list[str]) -> int:
-    """pytest on the embedded servers, then on this machine's own where they answer; RESIDUAL_TEST_ONCE=1 leaves that out."""
+    """pytest on the embedded servers, then on this machine's own where they answer; RESIDUAL_TEST_ONCE=1 leaves that out.
+
+    The second pass of the whole suite is of what uses the servers.
+    """
     from portal import embedded
 
     whole = [] if arguments else ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
@@ -334,7 +341,8 @@ def test(arguments: list[str]) -> int:
         return 0
     if urls := embedded.system_services():
         _say("tests on this machine's PostgreSQL and Redis")
-        return _foreground(command, TEST_DATABASE_URL=urls.database, TEST_REDIS_URL=urls.redis)
+        ignored = [] if arguments else [f"--ignore={path}" for path in SERVERLESS]
+        return _foreground([*command, *ignored], TEST_DATABASE_URL=urls.database, TEST_REDIS_URL=urls.redis)
     _say("no PostgreSQL on 127.0.0.1:5432 (user postgres, no password) with a Redis on 6379: no second pass")
     return 0
 

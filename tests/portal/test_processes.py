@@ -268,6 +268,20 @@ def test_one_pass_is_enough_without_services_or_on_request(recorder, monkeypatch
     assert seen(recorder) == ["None None"]
 
 
+def test_the_second_pass_of_the_whole_suite_leaves_out_what_uses_no_server(monkeypatch):
+    ran = []
+    monkeypatch.delenv("RESIDUAL_TEST_ONCE", raising=False)
+    monkeypatch.setattr(embedded, "system_services", lambda: SERVICES)
+    monkeypatch.setattr(processes, "_foreground", lambda argv, **env: ran.append(argv) or 0)
+
+    assert processes.test([]) == 0
+
+    first, second = ran
+    ignored = [argument.removeprefix("--ignore=") for argument in second if argument not in first]
+    assert ignored == list(processes.SERVERLESS)
+    assert all((processes.ROOT / path).exists() for path in ignored)
+
+
 def test_a_failed_pass_is_the_result(recorder, monkeypatch):
     monkeypatch.setattr(embedded, "system_services", lambda: SERVICES)
     (recorder / "fail").touch()
