@@ -113,6 +113,15 @@ GROUP BY 1, 2
 """
 
 
+def turnover(*, since: datetime, until: datetime) -> dict[tuple[str, str], tuple[int, int]]:
+    """(currency, purpose) → debits and credits in micros of what was booked from one business time until another."""
+    with connection.cursor() as cursor:
+        cursor.execute(_TURNOVER, [since, until])
+        return {
+            (currency, purpose): (int(debit), int(credit)) for purpose, currency, debit, credit in cursor.fetchall()
+        }
+
+
 def trial_balance(*, as_of: datetime) -> list[TrialBalance]:
     """Everything booked before a business time, by purpose and currency; the last closed month before it is the base."""
     base = ClosedPeriod.objects.filter(ends_at__lt=as_of).order_by("-ends_at").first()
@@ -120,11 +129,8 @@ def trial_balance(*, as_of: datetime) -> list[TrialBalance]:
     if base is not None:
         for kept in ClosedBalance.objects.filter(period=base):
             sums[kept.currency, kept.purpose] = int(kept.debit_micros), int(kept.credit_micros)
-    with connection.cursor() as cursor:
-        cursor.execute(_TURNOVER, [base.ends_at if base else BEGINNING, as_of])
-        for purpose, currency, debit, credit in cursor.fetchall():
-            before = sums[currency, purpose]
-            sums[currency, purpose] = before[0] + int(debit), before[1] + int(credit)
+    for of, (debit, credit) in turnover(since=base.ends_at if base else BEGINNING, until=as_of).items():
+        sums[of] = sums[of][0] + debit, sums[of][1] + credit
     order = {purpose: number for number, purpose in enumerate(chart.PURPOSES)}
     lines = [
         TrialLine(purpose, currency, Money(debit, currency), Money(credit, currency))

@@ -17,11 +17,13 @@ from marketplace.models import OrderLine
 from marketplace.money import MINOR_DIGITS
 from marketplace.selectors import MONEY_COUNTS
 from marketplace.services.disclosures import canonical_json
-from payouts import chart, ledger
+from payouts import books, chart, ledger
 from payouts.ledger import postings_of
 from payouts.models import (
     Account,
     Clawback,
+    ClosedBalance,
+    ClosedPeriod,
     Dispute,
     Division,
     DivisionLine,
@@ -32,6 +34,7 @@ from payouts.models import (
     Payment,
     Payout,
     Posting,
+    RailPayout,
     Reclaim,
     Refund,
     RoyaltyInvoice,
@@ -173,14 +176,10 @@ def _snapshots(balances: Balances) -> Iterator[Finding]:
             yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
 
 
-LIABILITIES = ("pool", "in_transit", "refunding", "clearing:upfront", "clearing:royalty", "tax")
-
-
 def _balances_in_range(balances: Balances) -> Iterator[Finding]:
     """Nobody owes us what we owed them, and no heap of cash is below nothing."""
     for code, micros in sorted(balances.items()):
-        name = chart.parse(code).name if _is_known(code) else ""
-        if name in LIABILITIES and micros > 0:
+        if micros > 0 and _is_known(code) and chart.parse(code).purpose.kind == Account.Kind.LIABILITY:
             yield Finding("liability_overdrawn", f"{code} stands at {micros}")
     for code, micros in _rows(
         """
@@ -474,6 +473,57 @@ def _payouts(balances: Balances) -> Iterator[Finding]:
             )
 
 
+def _rails(balances: Balances) -> Iterator[Finding]:
+    """in_transit_rail is what is intended over other rails; each payout has the entries of its status, and only those."""
+    for key, is_expected in _rows(
+        """
+        WITH expected AS (
+            SELECT 'rail:' || id || ':' || stage AS key, amount_micros FROM payouts_railpayout, LATERAL unnest(
+                CASE WHEN status = 'intended' THEN ARRAY['intent'] WHEN status = 'sent' THEN ARRAY['intent', 'sent']
+                WHEN status = 'returned' THEN ARRAY['intent', 'returned'] END
+            ) stage
+        ), booked AS (
+            SELECT e.key, max(p.amount_micros) AS amount_micros
+            FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id
+            WHERE starts_with(e.key, 'rail:') AND NOT EXISTS ( -- what was sent before it came back
+                SELECT FROM payouts_railpayout r WHERE r.status = 'returned' AND e.key = 'rail:' || r.id || ':sent'
+            ) GROUP BY e.key
+        )
+        SELECT key, expected.key IS NOT NULL FROM expected FULL JOIN booked USING (key, amount_micros)
+        WHERE expected.key IS NULL OR booked.key IS NULL ORDER BY 1
+        """
+    ):
+        yield Finding("rail_stage_differs", f"{key} is {'missing' if is_expected else 'too many'}")
+    sums = RailPayout.objects.filter(status=RailPayout.Status.INTENDED).values("currency")
+    intended = {
+        chart.in_transit_rail(currency): int(micros)
+        for currency, micros in sums.annotate(sum=Sum("amount_micros")).values_list("currency", "sum")
+    }
+    for code in sorted(intended.keys() | {code for code in balances if code.startswith("in_transit_rail:")}):
+        if intended.get(code, 0) != -balances.get(code, 0):
+            yield Finding(
+                "in_transit_differs", f"{code}: {-balances.get(code, 0)} booked, {intended.get(code, 0)} intended"
+            )
+
+
+def _closings(balances: Balances) -> Iterator[Finding]:
+    """Each closed month's trial balance is the one before it and what was booked in the month."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    since = books.BEGINNING
+    for period in ClosedPeriod.objects.order_by("starts_on"):
+        for of, (debit, credit) in books.turnover(since=since, until=period.ends_at).items():
+            before = sums.get(of, (0, 0))
+            sums[of] = before[0] + debit, before[1] + credit
+        kept = {
+            (one.currency, one.purpose): (int(one.debit_micros), int(one.credit_micros))
+            for one in ClosedBalance.objects.filter(period=period)
+        }
+        for of in sorted(kept.keys() | sums.keys()):
+            if kept.get(of) != sums.get(of):
+                yield Finding("closed_month_differs", f"{period}, {of}: kept {kept.get(of)}, booked {sums.get(of)}")
+        since = period.ends_at
+
+
 def _refunds(balances: Balances) -> Iterator[Finding]:
     """Refunded ≤ paid; what is refunding is what is intended; each cause has the movements of its state."""
     standing = (
@@ -645,6 +695,8 @@ CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _reports,
     _documents,
     _payouts,
+    _rails,
+    _closings,
     _refunds,
     _clawbacks,
     _disputes,

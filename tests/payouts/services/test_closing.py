@@ -12,6 +12,7 @@ from payouts import ledger
 from payouts.errors import NotClosable, PeriodClosed
 from payouts.models import ClosedBalance, ClosedPeriod, JournalEntry, ReconciliationRun, StatementRun
 from payouts.services.closing import close_period, close_what_is_over, find_next_period
+from payouts.services.proofs import check_books
 from tests.factories.marketplace import UserFactory
 
 MARCH, APRIL = date(2028, 3, 1), date(2028, 4, 1)
@@ -64,6 +65,18 @@ def test_closing_keeps_the_trial_balance_queues_the_statements_and_is_logged_onc
     assert [(one.actor, one.target) for one in AuditEvent.objects.filter(action="period.closed")] == [
         (staff, "period:2028-03")
     ]
+
+
+def test_a_kept_balance_that_was_changed_is_found(april: None, staff: User) -> None:
+    close_period(starts_on=MARCH, by=staff)
+    assert [one.code for one in check_books().findings] == []
+    with connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
+        cursor.execute("ALTER TABLE payouts_closedbalance DISABLE TRIGGER USER")
+        cursor.execute("UPDATE payouts_closedbalance SET debit_micros = 6 WHERE purpose = 'cash:pending'")
+
+    (found,) = check_books().findings
+    assert str(found) == "closed_month_differs: 2028-03, ('USD', 'cash:pending'): kept (6, 0), booked (5, 0)"
 
 
 def test_months_are_closed_one_after_the_other_and_only_when_over(april: None, staff: User) -> None:
