@@ -70,7 +70,7 @@ def sweep_disputes(*, days: int = 150, failures: list[Difference] | None = None)
             logger.exception("Dispute was not written down dispute=%s", answer.id)
             first = first or error
             if failures is not None:
-                failures.append(Difference("dispute_not_written_down", f"{answer.id}: {error}"))
+                failures.append(Difference("dispute_not_written_down", f"{answer.id}: {error}", subject=answer.id))
     if first is not None and failures is None:
         raise first
     return n_news

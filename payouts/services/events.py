@@ -132,7 +132,9 @@ def sweep_events(*, failures: list[Difference] | None = None) -> int:
         except (gateway.StripeRefused, gateway.StripeUncertain) as error:
             if failures is None:
                 raise
-            failures.append(Difference("events_not_listed", f"of {account or 'our own account'}: {error}"))
+            failures.append(
+                Difference("events_not_listed", f"of {account or 'our own account'}: {error}", subject=account)
+            )
     return n_missed
 
 

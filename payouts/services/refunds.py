@@ -469,7 +469,9 @@ def sweep_refunds(*, days: int = 30, failures: list[Difference] | None = None) -
             if answer.has_failed and answer.taken and not answer.returned and failures is not None:
                 failures.append(
                     Difference(
-                        "refund_failed_without_return", f"{answer.id} failed, and Stripe kept what it took for it"
+                        "refund_failed_without_return",
+                        f"{answer.id} failed, and Stripe kept what it took for it",
+                        subject=answer.id,
                     )
                 )
         except attempts.StillUncertain as error:
@@ -478,7 +480,7 @@ def sweep_refunds(*, days: int = 30, failures: list[Difference] | None = None) -
             logger.exception("Refund was not written down refund=%s", answer.id)
             first = first or error
             if failures is not None:
-                failures.append(Difference("refund_not_written_down", f"{answer.id}: {error}"))
+                failures.append(Difference("refund_not_written_down", f"{answer.id}: {error}", subject=answer.id))
     if first is not None and failures is None:
         raise first
     return n_news

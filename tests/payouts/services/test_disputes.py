@@ -16,7 +16,7 @@ from marketplace.services.downloads import LicenseNotLive, signed_download_url
 from payouts import chart, gateway, ledger, tasks
 from payouts.errors import DisputeNotAnswerable, NotRefundable, PaymentMismatch
 from payouts.models import Dispute, DisputeAnswer, Payment, Payout, PayoutRun, Refund, RoyaltyPool
-from payouts.services import clawbacks, disputes, events, recoveries, refunds, royalties, transfers
+from payouts.services import clawbacks, disputes, events, reconciliation, recoveries, refunds, royalties, transfers
 from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from tests.factories.marketplace import PublishedVersionFactory
@@ -182,6 +182,7 @@ def test_one_that_needs_a_person_keeps_no_other_from_being_found_nor_the_books_f
     Payment.objects.filter(pk=unknown.pk).update(charge_id="ch_of_somebody_else")
     with monkeypatch.context() as patched:
         patched.setattr(gateway, "charge_marks", lambda charge: {})
+        patched.setattr(reconciliation, "GRACE", timedelta(0))  # its movement is not too young to be missed
         tasks.reconcile()
 
         assert Dispute.objects.get().payment_id != unknown.pk
