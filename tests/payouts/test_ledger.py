@@ -132,7 +132,7 @@ def test_balances_read_by_prefix_and_by_time(db: Any, alice: Any) -> None:
         ledger.balance("payable:alice:USD")
 
 
-@given(dues=st.dictionaries(st.integers(1, 99), st.integers(1, 9)), size=st.integers(1, 7))
+@given(dues=st.dictionaries(st.integers(1, 99), st.integers(1, 9), max_size=20), size=st.integers(1, 7))
 def test_batches_cut_everything_once_and_in_order(dues: dict[int, int], size: int) -> None:
     cut = list(ledger.batches(dues, size=size))
 
