@@ -56,7 +56,7 @@ def trial_balance(request: StaffRequest) -> HttpResponseBase:
         except DomainError as error:
             form.add_refusal(error)
         else:
-            messages.success(request, f"{period} is closed. Its statements are being issued.")
+            messages.success(request, f"{period.starts_on:%B %Y} is closed. Its statements are being issued.")
             return redirect("desk-trial-balance")
     context = {
         "tab": "trial-balance",
