@@ -2,6 +2,7 @@
 
 import contextlib
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -496,11 +497,11 @@ def _reason(kind: str, refund: str | None, dispute: str | None, correction: str 
     return f"The card's bank gave the buyer their money back ({what})."
 
 
-def next_payout(party: Party) -> list[NextPayout]:
+def next_payout(party: Party, earnings: Iterable[Earnings] | None = None) -> list[NextPayout]:
     """Per currency, when the next run has enough for the party and how much, if nothing else is earned until then."""
     now = clock.now()
     coming = []
-    for of in earnings_of(party):
+    for of in earnings_of(party) if earnings is None else earnings:
         due, least = of.due, minimum_of(party, of.currency)
         if due.floor_to_minor().micros >= least.micros:
             coming.append(NextPayout(of.currency, now, due.floor_to_minor()))

@@ -313,7 +313,7 @@ def earnings(request: ActingRequest) -> HttpResponse:
             )
             for of in earned
         ],
-        "next_payouts": payouts.next_payout(party),
+        "next_payouts": payouts.next_payout(party, earned),
         "taken_back": payouts.taken_back_of(party),
         "pools": [(pool, Money(pool.left_micros, pool.currency)) for pool in payouts.waiting_pools_of(party)],
         "payee": payee,
