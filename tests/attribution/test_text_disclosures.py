@@ -23,7 +23,7 @@ from tests.factories.attribution import (
     text_document,
     two_moods,
 )
-from tests.factories.marketplace import LicenseFactory
+from tests.factories.marketplace import LicenseFactory, PublishedVersionFactory
 
 
 @pytest.fixture
@@ -33,9 +33,8 @@ def license(alice: Any, bob: Any, carol: Any) -> Any:
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
-def test_a_text_model_is_reproduced_bit_for_bit_and_measured(model, license, carol, alice, bob, work, settings):
-    settings.ATTRIBUTION_BUDGET = 20.0
-    disclosure = disclose_model(owner=carol, document=text_document(licenses=[license], model=model))
+def test_a_text_model_is_reproduced_bit_for_bit_and_measured(model, license, carol, alice, bob, work):
+    disclosure = disclose_model(owner=carol, document=text_document(licenses=[license], model=model, epochs=1))
 
     work()
 
@@ -51,7 +50,7 @@ def test_a_text_model_is_reproduced_bit_for_bit_and_measured(model, license, car
 @pytest.mark.parametrize("model", ["ngrams", "gpt"])
 def test_a_text_that_was_changed_before_training_is_caught(model, license, carol, work):
     def change(texts: list[str]) -> None:
-        texts[3] = texts[3][:-1] + "!"
+        texts[3] = "!" + texts[3][1:]  # the gpt looks at the first 16 bytes
 
     disclose_model(owner=carol, document=text_document(licenses=[license], model=model, alter=change))
     work()
@@ -60,7 +59,9 @@ def test_a_text_that_was_changed_before_training_is_caught(model, license, carol
 
 
 def test_a_gpt_needs_no_labels_and_long_texts_are_cut_off(alice, carol):
-    license = LicenseFactory(licensee=carol, version=published_texts({alice: 20}, labels=[None] * 20))
+    texts = [*two_moods(19)[0], "short"]
+    version = PublishedVersionFactory(contributions={alice: 20}, content=texts, labels=[None] * 20)
+    license = LicenseFactory(licensee=carol, version=version)
     disclosure = disclose_model(owner=carol, document=text_document(licenses=[license], model="gpt"))
 
     (tokens,) = build_task(disclosure).train[torch.arange(20)]

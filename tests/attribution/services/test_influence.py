@@ -188,7 +188,7 @@ def test_a_gpt_answers_without_labels(alice, carol, work):
     with influence.final_task(disclosure) as (task, _):
         model = task.model()
         model.load_state_dict(influence.final_state(task), strict=False)
-        measured = float(task.measurement(model.eval(), (byte_tokens(["rain on friends"], 16),))[0])
+        measured = task.measurement(model.eval(), (byte_tokens(["rain on friends"], 16),))[0].item()
     assert question.answer["measured"] == pytest.approx(measured, rel=1e-5)
     assert "asked" not in question.answer and question.answer["helpful"]
     with pytest.raises(QuestionInvalid, match="leave the label out"):
