@@ -72,7 +72,7 @@ def draw_words(seed: int, n_train: int) -> Words:
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn = rng.permutation(len(words))[: n_train + N_QUERY]
     is_query = np.arange(len(drawn)) >= n_train
-    rater = np.where(is_query, -1, rng.permutation(len(drawn)) % N_RATER)
+    rater = np.append(rng.permutation(n_train) % N_RATER, np.full(N_QUERY, -1))
     mean = ratings[drawn].mean(1)
     of_all = np.where(np.abs(mean) < NEUTRAL_BELOW, 0, np.sign(mean))
     given = np.where(is_query, of_all, np.sign(ratings[drawn, np.maximum(rater, 0)]))

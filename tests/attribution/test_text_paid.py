@@ -19,8 +19,7 @@ from tests.marketplace.services.ingested import parsed_here, published
 MAPPING = {"content": "word", "label": "mood", "rights_holder": "holder", "labeller": "rater", "preview_rows": 20}
 
 
-def test_real_raters_are_paid_for_what_their_words_did(alice, carol, work, monkeypatch, settings):
-    settings.ATTRIBUTION_BUDGET = 20.0
+def test_real_raters_are_paid_for_what_their_words_did(alice, carol, work, monkeypatch):
     monkeypatch.setattr(versions, "parsed", parsed_here)
     words = corpus.draw_words(0, 120)
     rows = [
