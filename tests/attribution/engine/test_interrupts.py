@@ -54,7 +54,9 @@ def make_task():
         owner=torch.arange(12) // 6, recipe=recipe,
     )
 """
-FORK = multiprocessing.get_context("fork")  # torch is imported already
+# Forked from a server that has imported torch and computed nothing: autograd refuses to run in the fork of a process where it ran.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["attribution.engine.__main__"])
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def run(arguments: list[str], pace: float, said: Path) -> None:
 
 
 def start(arguments: list[str], said: Path, *, pace: float = 0.0):
-    process = FORK.Process(target=run, args=(arguments, pace, said))
+    process = SERVER.Process(target=run, args=(arguments, pace, said))
     process.start()
     return process
 
