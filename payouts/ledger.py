@@ -49,7 +49,7 @@ SNAPSHOT_POSTINGS = 1_000
 LEDGER_LOCK = 1_818_584_935
 LOCK_WAIT_MILLISECONDS = 1_000
 ROOM = "256MB"
-PERIOD_RULE = "entry_in_open_period"  # what PostgreSQL calls it (migration `0031_closing_rules`)
+PERIOD_RULE = "entry_in_open_period"  # what PostgreSQL calls it (migration `0017_closing_rules`)
 
 
 class EntryKeyReused(DomainError):

@@ -5,7 +5,7 @@
     BalanceCheck      snapshots of balances, summed up again from the postings
 
 PostgreSQL itself refuses an entry in a closed month, a decision by whoever proposed, and a manual entry that was not
-approved (migration `0031_closing_rules`).
+approved (migration `0017_closing_rules`).
 """
 
 from datetime import UTC, date, timedelta

@@ -85,7 +85,7 @@ class Posting(models.Model):
     """One leg of a journal entry: debits positive, credits negative; the legs sum to zero."""
 
     # No foreign keys in the database and no indexes of their own: both are looked up for each statement's legs at once (migration
-    # `0015_postings_without_row_checks`), entries and accounts are never deleted, and the indexes below begin with them.
+    # `0013_postings_without_row_checks`), entries and accounts are never deleted, and the indexes below begin with them.
     entry = models.ForeignKey(
         JournalEntry, models.PROTECT, related_name="postings", db_constraint=False, db_index=False
     )

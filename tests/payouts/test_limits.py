@@ -1,4 +1,4 @@
-"""What the services refuse, PostgreSQL refuses to whoever goes past them (migration `0014_limits_of_the_services`)."""
+"""What the services refuse, PostgreSQL refuses to whoever goes past them (migration `0012_limits_of_the_services`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

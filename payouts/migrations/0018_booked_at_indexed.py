@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0031_closing_rules")]
+    dependencies = [("payouts", "0017_closing_rules")]
 
     operations = [
         migrations.AddIndex(

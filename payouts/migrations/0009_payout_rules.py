@@ -133,6 +133,6 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER never_truncated;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0010_payout_runs")]
+    dependencies = [("payouts", "0008_payout_runs")]
 
     operations = [migrations.RunSQL(RULES, UNDO_RULES), *(_refused(table) for table in NEVER_DELETED)]

@@ -42,6 +42,6 @@ DROP FUNCTION payouts_check_legs();
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0012_payee_counts")]
+    dependencies = [("payouts", "0010_payee_counts")]
 
     operations = [migrations.RunSQL(RULES, UNDO_RULES)]

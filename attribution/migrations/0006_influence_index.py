@@ -9,7 +9,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('attribution', '0011_heads_stay_as_posted'),
+        ('attribution', '0005_heads_stay_as_posted'),
         ('marketplace', '0008_refunded_orders'),
     ]
 

@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0032_booked_at_indexed")]
+    dependencies = [("payouts", "0018_booked_at_indexed")]
 
     operations = [
         migrations.CreateModel(

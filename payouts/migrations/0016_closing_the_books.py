@@ -11,7 +11,7 @@ class Migration(migrations.Migration):
 
     dependencies = [
         ('marketplace', '0008_refunded_orders'),
-        ('payouts', '0021_invoice_and_correction_rules'),
+        ('payouts', '0015_invoice_and_correction_rules'),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 

@@ -8,7 +8,7 @@ class Migration(migrations.Migration):
 
     dependencies = [
         ('marketplace', '0008_refunded_orders'),
-        ('payouts', '0011_payout_rules'),
+        ('payouts', '0009_payout_rules'),
     ]
 
     operations = [

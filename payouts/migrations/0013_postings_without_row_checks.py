@@ -35,7 +35,7 @@ END $$;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0014_limits_of_the_services")]
+    dependencies = [("payouts", "0012_limits_of_the_services")]
 
     operations = [
         migrations.RunSQL(RULES, migrations.RunSQL.noop),

@@ -153,6 +153,6 @@ DROP FUNCTION payouts_check_undo();
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0013_legs_by_statement")]
+    dependencies = [("payouts", "0011_legs_by_statement")]
 
     operations = [migrations.RunSQL(RULES, UNDO_RULES)]

@@ -270,7 +270,7 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER never_truncated;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0030_closing_the_books")]
+    dependencies = [("payouts", "0016_closing_the_books")]
 
     operations = [
         migrations.RunSQL(RULES, UNDO_RULES),

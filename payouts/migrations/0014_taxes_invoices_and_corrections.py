@@ -11,8 +11,8 @@ class Migration(migrations.Migration):
 
     dependencies = [
         ('attribution', '0003_evidence_is_final'),
-        ('marketplace', '0040_licenses_in_arrears'),
-        ('payouts', '0015_postings_without_row_checks'),
+        ('marketplace', '0009_licenses_in_arrears'),
+        ('payouts', '0013_postings_without_row_checks'),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 

@@ -236,7 +236,7 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- As in 0014, with tax and corrections: nobody gives back more of a line than it gave, nor for another line than the clawback's, nor all of them more than it takes.
+-- As in 0012, with tax and corrections: nobody gives back more of a line than it gave, nor for another line than the clawback's, nor all of them more than it takes.
 CREATE OR REPLACE FUNCTION payouts_check_reclaim() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
@@ -333,7 +333,7 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER never_truncated;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0020_taxes_invoices_and_corrections")]
+    dependencies = [("payouts", "0014_taxes_invoices_and_corrections")]
 
     operations = [
         migrations.RunSQL(RULES),

@@ -77,7 +77,7 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name};
 
 
 class Migration(migrations.Migration):
-    dependencies = [("attribution", "0010_metered_trainings")]
+    dependencies = [("attribution", "0004_metered_trainings")]
 
     operations = [
         migrations.RunSQL(FUNCTIONS, UNDO_FUNCTIONS),
