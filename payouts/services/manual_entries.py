@@ -26,6 +26,7 @@ CASH = ("cash:pending", "cash:available")
 BY_HAND = (
     *CASH,
     "bank",
+    "tax",  # handed to its office
     "equity:owners",
     "revenue:platform_fee",
     "revenue:other",

@@ -11,10 +11,10 @@ from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import License, Order, User
 from marketplace.money import MAX_CHARGE_MINOR, Money
 from marketplace.services.orders import OrderNotPayable
-from payouts import ledger
+from payouts import books, ledger
 from payouts.errors import AlreadyPaid, NotRefundable, PayByBankTransfer, ReceiptNotPossible
 from payouts.models import BankReceipt, Document, DocumentSeries, Payment, Refund, TaxRate
-from payouts.services import billing, documents, receipts, refunds, sales
+from payouts.services import billing, documents, manual_entries, receipts, refunds, sales
 from payouts.services.events import apply_event, book_checkout
 from payouts.services.proofs import check_books
 from payouts.services.reconciliation import reconcile
@@ -93,8 +93,14 @@ def test_tax_is_a_posting_of_its_own_and_goes_back_in_proportion(
     assert (note.total, note.net + note.tax) == (usd("39.67"), usd("39.67"))
     assert abs(note.tax_micros - 39_670_000 * 19 // 119) <= 2
     assert ledger.balance(tax) == note.tax_micros - 19 * DOLLAR
+    legs = {tax: 10 * DOLLAR, "bank:USD": -10 * DOLLAR}
+    handed = manual_entries.propose(user=people[0], key="tax", legs=legs, reason="Handed to its office.")
+    manual_entries.approve(manual=handed, user=people[1])
     finish(refunds.request_refund(**asked, amount=usd("79.33"), key="two"))
-    assert ledger.balances(prefix="tax") == ledger.balances(prefix="pool") == ledger.balances(prefix="payable") == {}
+    assert ledger.balances(prefix="tax") == {tax: 10 * DOLLAR}  # the office's to give back
+    assert ledger.balances(prefix="pool") == ledger.balances(prefix="payable") == {}
+    (trial,) = books.trial_balance(as_of=clock.now() + timedelta(days=1))
+    assert trial.assets == trial.for_others + trial.own_revenue + trial.owners
     assert Order.objects.get().status == "refunded"
     assert check_books().findings == []
     assert reconcile().differences == []
