@@ -35,6 +35,7 @@ from payouts import ledger
 from payouts.errors import AlreadyPaid
 from payouts.models import (
     Dispute,
+    IssuedStatement,
     JournalEntry,
     Payment,
     Payout,
@@ -47,6 +48,7 @@ from payouts.models import (
 from payouts.services import disputes, payees, recoveries, refunds, royalties, sales, transfers
 from payouts.services.events import APPLIED
 from payouts.services.reconciliation import reconcile, settle_funds
+from payouts.services.statement_proofs import verify_statement
 from tests.factories.attribution import PublishedResultFactory
 from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
 from tests.payouts.conftest import BANK, CARD
@@ -99,9 +101,14 @@ class History(RuleBasedStateMachine):
         try:
             if hasattr(self, "payees"):
                 self.come_to_rest()
+                self.statements_recompute()
                 self.count_what_happened()
         finally:
             self.stack.close()
+
+    def statements_recompute(self) -> None:
+        for statement in IssuedStatement.objects.order_by("pk"):
+            assert verify_statement(statement).mismatch is None, statement.number
 
     def count_what_happened(self) -> None:
         for kind in JournalEntry.objects.values_list("kind", flat=True):
@@ -305,6 +312,7 @@ class History(RuleBasedStateMachine):
     @rule(days=DAYS)
     def time_goes_by(self, days: float) -> None:
         self.world.advance(days)
+        self.world.close_months(self.staff)
 
     # --- staff
 

@@ -19,6 +19,7 @@ from psycopg import sql
 from marketplace import clock, jobs
 from marketplace.errors import DomainError
 from marketplace.jobs import Job
+from marketplace.models import User
 from payouts import gateway, tasks
 from payouts.models import (
     DisputeAnswer,
@@ -36,6 +37,7 @@ from payouts.models import (
 from payouts.services import (
     attempts,
     checkouts,
+    closing,
     disputes,
     events,
     refunds,
@@ -132,6 +134,11 @@ class World:
         """Both clocks, as time goes by."""
         clock.advance(timedelta(days=days))
         self.stripe.advance(days=days)
+
+    def close_months(self, by: User) -> None:
+        """Close every month that is over, whatever is open in it: what comes later is booked in an open one."""
+        while (coming := closing.find_next_period()) is not None and coming.is_over:
+            closing.close_period(starts_on=coming.starts_on, by=by, note="A test's")
 
     def work(self, model: type[Job], pk: int) -> None:
         """One delivery of the message that wakes the job. A death leaves the lease, which then runs out."""
