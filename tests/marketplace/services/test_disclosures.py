@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from django.core.files.storage import default_storage
 from django.db import connection, transaction
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from marketplace import clock
@@ -349,6 +349,8 @@ def version_of_23(db):
 def test_the_digest_of_a_selection_is_that_of_its_rows_whatever_the_batches(version_of_23, monkeypatch):
     every = digests(version_of_23)
 
+    # A busy machine, on which drawing an example may take a second, is no failure.
+    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(cuts=cuts, batch=st.integers(1, 30))
     def check(cuts, batch):
         monkeypatch.setattr(disclosures, "BATCH_ROWS", batch)
