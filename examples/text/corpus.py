@@ -61,7 +61,7 @@ def rated_words() -> tuple[list[str], NDArray[np.int64]]:
 
 
 def draw_words(seed: int, n_train: int) -> Words:
-    """`n_train` words for training, as many of each rater as of any other, and 400 held out.
+    """`n_train` words for training, nearly as many of each rater as of any other, and 400 held out.
 
     Raises:
         ValueError: the lexicon has fewer words.
