@@ -43,13 +43,13 @@ def other_desk(db: Any) -> Client:
 @pytest.fixture
 def spring(db: Any, alice: Any, bob: Any, carol: Any) -> None:
     """A sale in March 2028; it is the second of April."""
-    clock.advance(datetime(2028, 3, 10, tzinfo=UTC) - clock.now())
+    clock.advance(datetime(2028, 3, 10, 12, tzinfo=UTC) - clock.now())
     sell(
         OrderFactory(
             buyer=carol, offers=[OfferFactory(version=PublishedVersionFactory(contributions={alice: 3, bob: 1}))]
         )
     )
-    clock.advance(datetime(2028, 4, 2, tzinfo=UTC) - clock.now())
+    clock.advance(datetime(2028, 4, 2, 12, tzinfo=UTC) - clock.now())
 
 
 def test_the_trial_balance_is_shown_as_of_a_day_and_exported(spring: None, desk: Client) -> None:
