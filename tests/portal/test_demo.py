@@ -56,7 +56,7 @@ def test_a_step_that_fails_ends_the_demo_with_everything_it_started(tmp_path: Pa
 
     assert ended.returncode == 1, ended.stderr
     assert "The demo failed: digits-one.parquet did not arrive" in ended.stdout
-    assert "2/8 Upload" in ended.stdout and "3/8" not in ended.stdout
+    assert "2/9 Upload" in ended.stdout and "3/9" not in ended.stdout
     started = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(started) == 2
     assert [pid for pid in started if _runs(pid)] == []

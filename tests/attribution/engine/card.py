@@ -17,6 +17,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 CPU = torch.device("cpu")
 _setup_privateuseone_for_python_backend("card")  # once in a process; torch then knows the name
 CARD = torch.device("card:0")
+_slot: list[torch.device] = []  # what is inserted now; torch asks, and would use it unasked
+setattr(torch.card, "is_available", lambda: bool(_slot))  # type: ignore[attr-defined]  # noqa: B010
 INDEXED = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
 COPIES = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten._copy_from}
 
@@ -99,5 +101,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def inserted() -> Iterator[torch.device]:
     """While it lasts tensors can be made on the card."""
     _GENERATOR.manual_seed(12345)
-    with _Factories():
-        yield CARD
+    _slot.append(CARD)
+    try:
+        with _Factories():
+            yield CARD
+    finally:
+        _slot.pop()
