@@ -182,7 +182,7 @@ def _told_of_closed_months() -> Iterator[None]:
         yield
     except IntegrityError as error:
         told = getattr(error.__cause__, "diag", None)
-        if getattr(told, "constraint_name", None) != PERIOD_RULE:
+        if told is None or told.constraint_name != PERIOD_RULE:
             raise
         raise PeriodClosed(
             f"Its month is closed; book it in an open one. PostgreSQL: {told.message_primary}."
