@@ -5,13 +5,10 @@ that neither exists without the other; the number's row is locked last.
 """
 
 import hashlib
-import json
 import logging
 from datetime import date
-from pathlib import Path
 from typing import Any
 
-import typst
 from django.conf import settings
 from django.db.models import Q
 
@@ -19,11 +16,10 @@ from marketplace import clock
 from marketplace.models import Party
 from marketplace.money import Money
 from marketplace.services.disclosures import canonical_json
+from payouts.documents import compile_pdf
 from payouts.models import BillingProfile, Document, Payment, Refund
 
 logger = logging.getLogger(__name__)
-
-TEMPLATE = Path(__file__).resolve().parent.parent / "documents" / "document.typ"
 
 
 def issue_invoice(payment: Payment) -> Document:
@@ -79,10 +75,8 @@ def cancel_invoice(payment: Payment, *, why: str) -> Document | None:
 
 def render_pdf(document: Document) -> bytes:
     """The document as PDF; the same bytes whenever it is asked for."""
-    data = document.content | {"reference": document.reference}
-    issued = f"{document.issued_on:%Y-%m-%d}"
-    pdf: bytes = typst.compile(str(TEMPLATE), sys_inputs={"data": json.dumps(data), "issued": issued})
-    return pdf
+    set_on = f"{document.issued_on:%Y-%m-%d}"  # for the PDF's own metadata
+    return compile_pdf("document", document.content | {"reference": document.reference, "set_on": set_on})
 
 
 def _cancel(document: Document, kind: Document.Kind, why: str) -> Document:
