@@ -45,20 +45,6 @@ def result_shares(result: AttributionResult) -> QuerySet[Share]:
     return shares.order_by("partition", "-paid_ppq", "version", "party")
 
 
-def weights_by_payee(*, version: DatasetVersion, result: AttributionResult, partition: str) -> dict[int, int]:
-    """Party id → paid parts per quadrillion of one version's money; only what is above 0.
-
-    Empty if all of the version's records did nothing for the model, or harmed it: then there is nothing to divide by.
-    """
-    shares = Share.objects.filter(result=result, version=version, partition=partition, paid_ppq__gt=0)
-    return dict(shares.order_by("party").values_list("party", "paid_ppq"))
-
-
-def version_share_ppq(*, version: DatasetVersion, result: AttributionResult) -> int:
-    """What part of the model's value is the version's, in parts per quadrillion: its rights holders' paid shares."""
-    return sum(weights_by_payee(version=version, result=result, partition=Share.Partition.RIGHTS_HOLDER).values())
-
-
 def disclosures_visible_to(party: Party) -> QuerySet[Disclosure]:
     """The only door to the state of a disclosure's jobs for non-staff: its owner's."""
     return (

@@ -422,10 +422,6 @@ class RunFigures:
     passed_over: int  # planned, and not to be paid after all
     sent_amount: Money
 
-    @property
-    def has_failures(self) -> bool:
-        return bool(self.refused or self.bank_refused or self.passed_over)
-
 
 def payout_runs() -> QuerySet[PayoutRun]:
     """Newest first."""

@@ -37,11 +37,6 @@ class Plan:
     most: Money
     price: Money | None  # of the licenses, where all are in one currency
 
-    @property
-    def per_mille(self) -> int:
-        """The most of it, of the revenue, in thousandths."""
-        return self.most.micros * 1_000 // self.revenue.micros if self.revenue else 0
-
 
 def quote_plan(
     *, offers: Sequence[Offer], revenue: Money, records: Mapping[int, int] | None = None, party: Party | None = None

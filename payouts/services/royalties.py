@@ -180,11 +180,6 @@ class Quote:
     lines: list[QuotedLine]
     total: Money
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is enough for Stripe to charge; less is carried over to the licensee's next invoice."""
-        return is_chargeable(self.total)
-
 
 def is_chargeable(amount: Money) -> bool:
     """Whether Stripe charges so little."""
