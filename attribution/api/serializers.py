@@ -283,7 +283,7 @@ class QuestionInput(serializers.Serializer):
     text = serializers.CharField(
         required=False, max_length=MAX_TEXT, help_text="A text of your own, if the disclosed transform takes texts."
     )
-    label = serializers.CharField(  # type: ignore[assignment]
+    label = serializers.CharField(  # type: ignore[assignment]  # a serializer has a `label` of its own
         required=False,
         max_length=200,
         help_text="With a text, the class that is asked about, if the model has classes.",
@@ -331,6 +331,10 @@ class QuestionOutput(serializers.ModelSerializer):
         fields = ["id", "model", "disclosure", "status", "error_message", "query", "text", "label"]
         fields += ["way", "recall", "said", "helpful", "harmful"]
 
+    def to_representation(self, question: InfluenceQuestion) -> dict[str, Any]:
+        self._moved = selectors.moved_records(question)  # read once for both sides
+        return super().to_representation(question)
+
     def get_way(self, question: InfluenceQuestion) -> str | None:
         return question.answer.get("way")
 
@@ -343,15 +347,15 @@ class QuestionOutput(serializers.ModelSerializer):
 
     @extend_schema_field(MovedRecordOutput(many=True))
     def get_helpful(self, question: InfluenceQuestion) -> list[dict[str, Any]]:
-        return self._records(question, "helpful")
+        return self._records("helpful")
 
     @extend_schema_field(MovedRecordOutput(many=True))
     def get_harmful(self, question: InfluenceQuestion) -> list[dict[str, Any]]:
-        return self._records(question, "harmful")
+        return self._records("harmful")
 
-    def _records(self, question: InfluenceQuestion, side: str) -> list[dict[str, Any]]:
-        moved = selectors.moved_records(question)[side]
-        return MovedRecordOutput(moved, many=True).data  # type: ignore[return-value]
+    def _records(self, side: str) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = list(MovedRecordOutput(self._moved[side], many=True).data)
+        return records
 
 
 class ModelOutput(serializers.ModelSerializer):
