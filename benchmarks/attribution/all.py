@@ -200,7 +200,7 @@ def divisions(world: Measured, budgets: list[float], seeds: int) -> list[Row]:
     for budget in budgets:
         for name in ("permutation", "kernelshap", "shares"):
             key = (task.digest, len(world.kept[0]), "division", name, budget, seeds, source_of("attribution/engine"))
-            rows += kept_row(key, lambda n=name, b=budget: divided(world, n, b, seeds))  # type: ignore[misc]
+            rows += kept_row(key, lambda n=name, b=budget: divided(world, n, b, seeds))
     return [world.judged(row) for row in rows]
 
 
@@ -209,7 +209,7 @@ def divided(world: Measured, name: str, budget: float, seeds: int) -> list[Row]:
     found: dict[str, list[Row]] = {}
     for seed in range(seeds):
         if name == "shares":
-            (result, spent) = timed(lambda s=seed: shares(world.task, budget, s), count=False)  # type: ignore[misc]
+            (result, spent) = timed(lambda s=seed: shares(world.task, budget, s), count=False)
             spent["runs"] = result.run_equivalents
             for what in ("share", "paid_share"):
                 division = np.array([getattr(o, what) for o in result.owners])
@@ -220,7 +220,7 @@ def divided(world: Measured, name: str, budget: float, seeds: int) -> list[Row]:
                 found.setdefault(row["method"], []).append(row)
         else:
             method = share_error.SAMPLED[name]
-            (division, runs), spent = timed(lambda s=seed, m=method: m(world.task, budget, s), count=False)  # type: ignore[misc]
+            (division, runs), spent = timed(lambda s=seed, m=method: m(world.task, budget, s), count=False)
             # They return owners' shares: within an owner, records count the same.
             values = (division / np.bincount(world.owners))[world.owners]
             label = {"permutation": "permutation sampling", "kernelshap": "KernelSHAP, paired"}[name]
@@ -230,7 +230,7 @@ def divided(world: Measured, name: str, budget: float, seeds: int) -> list[Row]:
     return [averaged(rows) | {"budget": budget} for rows in found.values()]
 
 
-def shares(task: Task, budget: float, seed: int):  # type: ignore[no-untyped-def]
+def shares(task: Task, budget: float, seed: int):
     plan = plan_shares(task, budget=budget, seed=seed)
     return merge_rounds(task, plan, [run_round(task, plan, r) for r in range(len(plan.rounds))])
 
@@ -356,7 +356,7 @@ def pydvl(world: Measured, budgets: list[float], seeds: int) -> list[Row]:
             *(world.task.digest, len(world.kept[0]), "pydvl", budget, seeds),
             source_of("benchmarks/attribution/pydvl_values.py", "benchmarks/attribution/pydvl-requirements.txt"),
         )
-        candidates = kept_row(key, lambda b=budget: sampled_by_pydvl(world, b, seeds))  # type: ignore[misc]
+        candidates = kept_row(key, lambda b=budget: sampled_by_pydvl(world, b, seeds))
         best = world.best(candidates)
         rows.append(best | {"method": "pyDVL's best", "known": best["setting"]})
     return rows
@@ -377,7 +377,7 @@ def sampled_by_pydvl(world: Measured, budget: float, seeds: int) -> list[Row]:
             for path in sorted(folder.glob("*.npy")):
                 sets = torch.from_numpy(np.load(path)).float()
                 values, spent[path.stem] = timed(
-                    lambda s=sets: replay_values(world.task, s, program=program).numpy() if len(s) else np.zeros(0),  # type: ignore[misc]
+                    lambda s=sets: replay_values(world.task, s, program=program).numpy() if len(s) else np.zeros(0),
                     count=False,
                 )
                 np.save(folder / f"{path.stem}.values.npy", values)
@@ -412,7 +412,7 @@ def system(*, quick: bool) -> dict[str, list[str]]:
     }
     engine = source_of("attribution/engine", "benchmarks/attribution/indexing.py")
     return {
-        name: kept_row(("system", name, quick, engine), lambda c=command: printed(c))  # type: ignore[misc]
+        name: kept_row(("system", name, quick, engine), lambda c=command: printed(c))
         for name, command in commands.items()
     }
 
@@ -502,7 +502,7 @@ def main() -> None:
             ("peers", lambda w=world: peers(w)),
         ):
             if part in given.only:
-                found = work()  # type: ignore[no-untyped-call]
+                found = work()
                 rows += found
                 for row in found if part != "scores" else []:
                     tell(row)

@@ -4,7 +4,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -59,19 +58,6 @@ def database(name: str) -> Iterator[str]:
         finally:
             with psycopg.connect(superuser, autocommit=True) as server:
                 server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(scratch)))
-
-
-class Clock:
-    """Seconds of the wall and of this process since it was made or read last."""
-
-    def __init__(self) -> None:
-        self.lap()
-
-    def lap(self) -> tuple[float, float]:
-        now = time.perf_counter(), time.process_time()
-        passed = tuple(end - start for end, start in zip(now, getattr(self, "_at", now), strict=True))
-        self._at = now
-        return passed[0], passed[1]
 
 
 def backend_cpu_seconds(pid: int) -> float:

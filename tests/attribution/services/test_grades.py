@@ -188,16 +188,6 @@ def test_a_segment_whose_worker_died_is_replayed_again_and_gives_the_same_verdic
     assert disclosure.results.filter(grade="metered").count() == 1
 
 
-def _another_measurement(task):
-    """Influences on other queries than those disclosed, as if a friend's records had been asked about."""
-    from dataclasses import replace
-
-    from attribution.engine import TensorRecords
-
-    inputs, answers = task.queries[np.arange(task.n_query)]
-    return replace(task, queries=TensorRecords(inputs.flip(0), answers))
-
-
 def _times_ten(path):
     """The log written anew with one record's influence raised in every step, as someone would who knows the format."""
     from attribution.engine.meter_log import LogWriter, entries, read_header

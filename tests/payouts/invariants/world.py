@@ -11,7 +11,6 @@ from typing import Any
 
 import psycopg
 import requests
-from django.conf import settings
 from django.db import connection, connections
 from django.utils import timezone
 from psycopg import sql
@@ -247,7 +246,3 @@ def cloned_database(template: str, superuser_url: str, name: str) -> Iterator[No
         connection.settings_dict.update(before)
         with psycopg.connect(superuser_url, autocommit=True) as server:
             server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
-
-
-def use_stripe(world: StripeWorld) -> None:
-    settings.STRIPE_API_BASE, settings.STRIPE_API_KEY = world.handle.url, world.handle.secret_key
