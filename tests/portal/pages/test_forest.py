@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from portal.pages.forest import forest
@@ -11,6 +11,7 @@ def at(position: str) -> float:
     return float(position[:-1])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of the drawing's
 @given(st.lists(st.tuples(st.floats(0, 1), shares, st.floats(0, 0.3)), min_size=1, max_size=30))
 def test_everything_drawn_is_inside_and_in_order(rows):
     drawn = forest([(count, share, share - width, share + width) for count, share, width in rows])
