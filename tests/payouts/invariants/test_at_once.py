@@ -1,7 +1,10 @@
 """Thirty-two clients selling, refunding, reporting and paying the same few accounts at once."""
 
 import random
+import sys
 import threading
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,6 +30,7 @@ from tests.payouts.invariants.world import World, act, faults_in_order, nobody_w
 
 N_CLIENTS = 32
 N_ACTS = 5
+PATIENCE_SECONDS = 300  # for all of them together
 BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
 
 
@@ -109,6 +113,25 @@ class Market:
             step()
 
 
+def waiting_on(clients: list[threading.Thread]) -> str:
+    """Where each client that is still at work stands, and whom PostgreSQL says that it waits for."""
+    frames = sys._current_frames()
+    stuck = [
+        f"{one.name}:\n{''.join(traceback.format_stack(frames[one.ident])[-12:])}"
+        for one in clients
+        if one.ident in frames and one.is_alive()
+    ]
+    if not stuck:
+        return ""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT pid, state, wait_event_type, wait_event, pg_blocking_pids(pid), now() - xact_start, left(query, 200)"
+            " FROM pg_stat_activity WHERE datname = current_database() ORDER BY xact_start"
+        )
+        stuck += [str(row) for row in cursor.fetchall()]
+    return "\n".join(stuck)
+
+
 def test_thirty_two_clients_on_the_same_accounts_meet_no_deadlock_and_the_books_are_exact(makes_worlds: Any) -> None:
     with makes_worlds() as world:
         market = Market(world)
@@ -141,12 +164,14 @@ def test_thirty_two_clients_on_the_same_accounts_meet_no_deadlock_and_the_books_
             finally:
                 connection.close()
 
-        clients = [threading.Thread(target=client, args=(number,)) for number in range(N_CLIENTS)]
+        clients = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(N_CLIENTS)]
         for one in clients:
             one.start()
+        deadline = time.monotonic() + PATIENCE_SECONDS
         for one in clients:
-            one.join(300)
+            one.join(max(0.0, deadline - time.monotonic()))
 
+        assert waiting_on(clients) == "", "clients hang"
         assert failures == []
         assert set(done) == {"sell", "report", "refund", "pay_out", "keep_house"}
         assert sum(done.values()) == N_CLIENTS * N_ACTS
