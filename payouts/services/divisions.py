@@ -15,7 +15,8 @@ from typing import Any
 
 from django.conf import settings
 from django.db import connection, transaction
-from django.db.models import Q
+from django.db.models import Q, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from attribution.models import AttributionResult
@@ -34,6 +35,7 @@ from payouts.models import (
     JournalEntry,
     PayeeCount,
     Payment,
+    Refund,
     RoyaltyInvoiceLine,
     RoyaltyPool,
 )
@@ -355,11 +357,20 @@ def _hold_days(*, is_known: bool) -> int:
 
 
 def _is_known_buyer(buyer: Party, payment: Payment | None) -> bool:
-    """Whether earlier money of theirs has arrived for good, and no bank took any of it back or is about to."""
+    """Whether at least as much of theirs has arrived for good before, and no bank took any of it back or is about to.
+
+    For good: paid so long ago that a stolen card's owner has seen the bill. A small purchase of last week, paid for only to
+    be known by today, vouches for nothing; nor does it ever vouch for more than itself.
+    """
     theirs = Payment.objects.filter(Q(order__buyer=buyer) | Q(invoice__report__licensee=buyer))
     if theirs.filter(disputes__status__in=[*Dispute.OPEN, "lost"]).exists():
         return False
-    earlier = theirs.filter(settled_at__isnull=False)
-    if payment is not None:
-        earlier = earlier.exclude(pk=payment.pk)
-    return earlier.exists()
+    stood = clock.now() - timedelta(days=settings.HOLD_DAYS_NEW)
+    earlier = theirs.filter(settled_at__isnull=False, paid_at__lte=stood)
+    if payment is None:
+        return earlier.exists()
+    earlier = earlier.filter(currency=payment.currency).exclude(pk=payment.pk)
+    paid = earlier.aggregate(sum=Coalesce(Sum("amount_micros"), 0))["sum"]
+    back = Refund.objects.filter(payment__in=earlier, state__in=Refund.STANDING)
+    refunded = back.aggregate(sum=Coalesce(Sum("amount_micros"), 0))["sum"]
+    return bool(paid - refunded >= payment.amount_micros)

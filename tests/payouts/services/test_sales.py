@@ -137,12 +137,42 @@ def test_known_buyers_and_known_payees_wait_seven_days(db: Any, alice: Any, bob:
         run=run, party=alice, destination="acct_1", amount_micros=10_000, currency="USD",
         status="paid", transfer_id="tr_1", intended_at=clock.now(),
     )  # fmt: skip
+    clock.advance(timedelta(days=31))
 
     sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
 
     division = Division.objects.latest("pk")
     waits = {line.party_id: (line.due_at - division.divided_at).days for line in division.lines.all()}
     assert waits == {alice.pk: 7, bob.pk: 30}
+
+
+@pytest.mark.parametrize(
+    ("days_before", "price", "refunded", "hold"),
+    [(31, 100, 0, 7), (29, 100, 0, 30), (31, 99, 0, 30), (31, 100, 1, 30)],
+    ids=["as much, long ago", "lately", "less", "given back"],
+)
+def test_a_buyer_is_known_for_as_much_as_has_stood_for_a_month(
+    db: Any, alice: Any, carol: Any, days_before: int, price: int, refunded: int, hold: int
+) -> None:
+    """A small purchase of lately does not make the same person's next card a known one."""
+    from marketplace.models import User
+    from payouts.models import Refund
+    from payouts.services import refunds
+
+    version = PublishedVersionFactory(contributions={alice: 4})
+    earlier = sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version, price_micros=price * 1_000_000)]))
+    Payment.objects.filter(pk=earlier.pk).update(settled_at=clock.now())
+    if refunded:
+        refunds.request_refund(
+            payment=earlier, amount=Money(refunded * 1_000_000, "USD"), reason=Refund.Reason.GOODWILL, note="as agreed",
+            user=User.objects.create_user("staff@example.org", "correct horse battery", is_staff=True), key="r",
+        )  # fmt: skip
+    clock.advance(timedelta(days=days_before))
+
+    sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version, price_micros=100_000_000)]))
+
+    division = Division.objects.latest("pk")
+    assert (division.due_at - division.divided_at).days == hold
 
 
 def test_booking_again_changes_nothing(db: Any, carol: Any) -> None:
