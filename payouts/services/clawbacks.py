@@ -48,6 +48,10 @@ KINDS = {
     Clawback.Kind.DISPUTE: (JournalEntry.Kind.DISPUTE_LOST, JournalEntry.Kind.REVERSAL),
     Clawback.Kind.CORRECTION: (JournalEntry.Kind.CORRECTION, JournalEntry.Kind.REVERSAL),
 }
+#: A royalty names the order line of its license, and is divided out of its own payment, not of the order's.
+NO_ROYALTY = ~Q(division__source=Division.Source.ROYALTY) & ~Q(
+    division__corrects__division__source=Division.Source.ROYALTY
+)
 
 
 @dataclass(frozen=True)
@@ -282,7 +286,8 @@ def freeze_again(payment: Payment) -> list[Dispute]:
 def disputed_payments_of(*, party: int, currency: str) -> QuerySet[Payment]:
     """The payments under an open dispute that gave a party something, in the order in which they are held."""
     mine = DivisionLine.objects.filter(party=party)
-    gave = Q(order__in=mine.exclude(division__order_line=None).values("division__order_line__order"))
+    of_orders = mine.filter(NO_ROYALTY, division__order_line__isnull=False)
+    gave = Q(order__in=of_orders.values("division__order_line__order"))
     for line in ("division__invoice_line", "division__corrects__division__invoice_line"):
         of_invoices = mine.exclude(**{line: None})
         gave |= Q(invoice__in=of_invoices.values(f"{line}__invoice"))
@@ -360,8 +365,7 @@ def _unreleased_pools(payment: Payment) -> dict[int, RoyaltyPool]:
 def _left_of_divisions(part: Part) -> dict[int, tuple[int, int]]:
     """Division line → (party, what is left of it) of everything that this part's payees were given."""
     if isinstance(part.line, OrderLine):
-        mine = Q(division__order_line=part.line) & ~Q(division__source=Division.Source.ROYALTY)
-        mine &= ~Q(division__corrects__division__source=Division.Source.ROYALTY)
+        mine = Q(division__order_line=part.line) & NO_ROYALTY
     else:
         mine = Q(division__invoice_line=part.line) | Q(division__corrects__division__invoice_line=part.line)
     lines = DivisionLine.objects.filter(mine).order_by("pk")

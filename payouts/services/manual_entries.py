@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, connection, transaction
 
 from marketplace import clock
 from marketplace.errors import InvalidInput
@@ -128,7 +128,9 @@ def reject(*, manual: ManualEntry, user: User, note: str) -> ManualDecision:
 @transaction.atomic
 def _decide(manual: ManualEntry, user: User, *, is_approved: bool, note: str) -> ManualDecision:
     _require_staff(user)
-    manual = ManualEntry.objects.select_for_update().get(pk=manual.pk)  # two who decide at once wait here
+    with connection.cursor() as cursor:
+        # Two who decide at once wait here. The row itself cannot be locked: whoever may lock it could change it.
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"manual_entry:{manual.pk}"])
     if manual.proposed_by_id == user.pk:
         raise FourEyes("You proposed it; another one of the staff must decide.")
     known = ManualDecision.objects.filter(manual=manual).select_related("decided_by").first()
