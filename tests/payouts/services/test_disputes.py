@@ -10,15 +10,16 @@ from django.utils import timezone
 
 from marketplace import clock, jobs
 from marketplace.errors import InvalidInput, NotAllowed
-from marketplace.models import License, Order, User
+from marketplace.models import License, Order, TrainedModel, User
 from marketplace.money import Money
 from marketplace.services.downloads import LicenseNotLive, signed_download_url
 from payouts import chart, gateway, ledger, tasks
 from payouts.errors import DisputeNotAnswerable, NotRefundable, PaymentMismatch
-from payouts.models import Dispute, DisputeAnswer, Payment, Payout, PayoutRun, Refund, RoyaltyPool
+from payouts.models import Dispute, DisputeAnswer, Division, Payment, Payout, PayoutRun, Refund, RoyaltyPool
 from payouts.services import clawbacks, disputes, events, reconciliation, recoveries, refunds, royalties, transfers
 from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
+from tests.factories.attribution import PublishedResultFactory
 from tests.factories.marketplace import PublishedVersionFactory
 from tests.payouts.conftest import switch_off
 from tests.payouts.services.test_refunds import BACK, DOLLAR, back, balances, buy, clean, order_of, pay_out, run, staff
@@ -92,6 +93,30 @@ def test_a_won_dispute_thaws_everything_and_costs_the_fee(stripe: Any, alice: An
     clock.advance(timedelta(days=400))
     assert royalties.divide_what_is_ready() == 1
     assert ledger.balances(prefix="payable") == {chart.payable(alice, "USD"): -90 * DOLLAR}
+    clean()
+
+
+def test_a_royalty_is_not_disputed_because_its_licenses_order_is(stripe: Any, alice: Any) -> None:
+    """It names the same order line, and is divided out of a payment of its own."""
+    paid_with(stripe, DISPUTES, {alice: 1})
+    license = License.objects.get()
+    PublishedResultFactory(version=license.version, license=license, shares={alice: 1}, grade="declared")
+    invoice = royalties.report_revenue(
+        licensee=license.licensee,
+        model=TrainedModel.objects.get(),
+        period_start=clock.today() - timedelta(days=40),
+        period_end=clock.today() - timedelta(days=11),
+        revenue=Money(1_000 * DOLLAR, "USD"),
+        key="royalty",
+    )
+    stripe.pay(royalties.start_invoice_checkout(invoice=invoice, **BACK))
+    events.book_checkout(Payment.objects.get(invoice=invoice).checkout_id or "")
+    earned = Division.objects.get(source=Division.Source.ROYALTY).amount_micros
+
+    hear(stripe)
+
+    assert earned and ledger.balances(prefix="payable") == {chart.payable(alice, "USD"): -earned}
+    assert not clawbacks.disputed_payments_of(party=alice.pk, currency="USD").exclude(order=Order.objects.get())
     clean()
 
 
