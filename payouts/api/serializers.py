@@ -166,7 +166,7 @@ class BillingProfileOutput(serializers.ModelSerializer):
 
 
 class RoyaltyQuoteInput(serializers.Serializer):
-    """Either a model of yours, by its latest result, or a selection that you plan."""
+    """Either a model of yours, by the result that holds today, or a selection that you plan."""
 
     revenue = MoneyField()
     model = serializers.SlugRelatedField(slug_field="slug", queryset=TrainedModel.objects.all(), required=False)
@@ -196,7 +196,7 @@ class RoyaltyQuoteLineOutput(serializers.Serializer):
 
 
 class RoyaltyQuoteOutput(serializers.Serializer):
-    """`total` is by the latest result, or by records for a plan, which no result can take below `least` or above `most`."""
+    """`total` is by the result that holds today, or by records for a plan, which no result can take below `least` or above `most`."""
 
     revenue = MoneyField()
     total = MoneyField()

@@ -5,15 +5,16 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
 from attribution.grades import GRADES
+from attribution.holding import holding_result
 from attribution.models import PPQ, AttributionResult, Share
-from attribution.selectors import latest_result
+from attribution.selectors import published_results
 from marketplace import clock
 from marketplace.errors import InvalidInput, KeyReused
 from marketplace.models import Citation, License, Offer, Party, TrainedModel
@@ -186,17 +187,30 @@ def is_chargeable(amount: Money) -> bool:
     return amount.to_minor() >= MIN_CHARGE_MINOR[amount.currency]
 
 
-def quote_royalty(*, model: TrainedModel, revenue: Money) -> Quote:
-    """What the model would owe if it reported this revenue now.
+def dividing_result(model: TrainedModel, period_end: date) -> AttributionResult:
+    """The result that divides what the model earned in a period: the one that held when the period ended, whenever it is reported.
+
+    Where none held yet it is the first that was published, so that no later one changes what the period owes.
+
+    Raises:
+        NoResultYet: no published result says what the model owes to whom.
+    """
+    held = holding_result(model, datetime.combine(period_end, time.max, UTC))
+    result = held or published_results(model).order_by("published_at", "pk").first()
+    if result is None:
+        raise NoResultYet(f"{model.name} has no published result yet; report its revenue once it has been measured.")
+    return result
+
+
+def quote_royalty(*, model: TrainedModel, revenue: Money, period_end: date | None = None) -> Quote:
+    """What the model owes on the revenue of a period; without one, of a period that ends today.
 
     Raises:
         NoResultYet: no published result says what it owes to whom.
         InvalidInput: a revenue below zero or beyond the largest amount.
     """
     check_revenue(revenue)
-    result = latest_result(model)
-    if result is None:
-        raise NoResultYet(f"{model.name} has no published result yet; report its revenue once it has been measured.")
+    result = dividing_result(model, period_end or clock.today())
     lines = quoted_lines(result, revenue)
     total = Money(sum(line.micros for line in lines), revenue.currency).floor_to_minor()
     return Quote(result, lines, total)
@@ -245,7 +259,7 @@ def report_revenue(
                 reported_at=clock.now(),
             )
             hold_caps(model)
-            quote = quote_royalty(model=model, revenue=revenue)
+            quote = quote_royalty(model=model, revenue=revenue, period_end=period_end)
             owed = {line.license.pk: line.micros for line in quote.lines}
             return make_invoice(report, quote.result, quote.lines, owed, purchase_order=purchase_order)
     except IntegrityError:  # the same key for another model of theirs, at the same moment
@@ -588,7 +602,7 @@ def parts_of(invoice: RoyaltyInvoice) -> dict[int, Money]:
 
 @transaction.atomic
 def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
-    """Divide each dataset's part inside that dataset, by the model's latest published result; harmless to call twice.
+    """Divide each dataset's part inside that dataset, by the result that its line was made by; harmless to call twice.
 
     Raises:
         ValueError: the invoice is not paid.
@@ -601,9 +615,8 @@ def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
     if invoice.status != RoyaltyInvoice.Status.PAID:
         raise ValueError(f"{invoice} is {invoice.status}")
     payment = (invoice.carried_into or invoice).payment
-    result = latest_result(invoice.report.model)
     parts = parts_of(invoice)
-    lines = invoice.lines.select_related("version", "license__offer", "license__order_line").order_by("pk")
+    lines = invoice.lines.select_related("version", "license__offer", "license__order_line", "result").order_by("pk")
     return [
         divide(
             key=f"royalty:line:{line.pk}",
@@ -613,7 +626,7 @@ def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
             labellers_bps=line.license.offer.labellers_bps,
             buyer=invoice.report.licensee,
             payment=payment,
-            result=result,
+            result=line.result,
             order_line=line.license.order_line,
             invoice_line=line,
         )
