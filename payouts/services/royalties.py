@@ -407,15 +407,19 @@ def make_invoice(
     return invoice
 
 
-def quoted_lines(
-    result: AttributionResult, revenue: Money, *, own: Mapping[int, int] | None = None
-) -> list[QuotedLine]:
-    """`revenue · paid_share_d · rate_d` for every cited dataset with a rate, in whole micros, rounded down.
+@dataclass(frozen=True)
+class DatasetDue:
+    """One cited dataset with a rate: its part of the model, and what its license asks of it."""
+
+    license: License
+    share_ppq: int
+    rate_bps: int
+
+
+def datasets_due(result: AttributionResult) -> list[DatasetDue]:
+    """Every cited dataset with a rate, and its part of the model.
 
     The trainer's own data never dilutes the others; data without a rate does only where its share was replayed.
-
-    Args:
-        own: license → micros that were asked for the same revenue before, and so use up none of its cap.
     """
     citations = (
         Citation.objects.filter(disclosure=result.disclosure_id)
@@ -435,20 +439,36 @@ def quoted_lines(
     whole = sum(shares.get(citation.version_id, 0) for citation in diluting)
     if whole == 0:
         return []
+    return [
+        DatasetDue(
+            license=citation.license,
+            share_ppq=shares.get(citation.version_id, 0) * PPQ // whole,
+            rate_bps=citation.license.offer.royalty_bps,
+        )
+        for citation in rated
+    ]
+
+
+def quoted_lines(
+    result: AttributionResult, revenue: Money, *, own: Mapping[int, int] | None = None
+) -> list[QuotedLine]:
+    """`revenue · paid_share_d · rate_d` for every cited dataset with a rate, in whole micros, rounded down.
+
+    Args:
+        own: license → micros that were asked for the same revenue before, and so use up none of its cap.
+    """
     lines = []
-    for citation in rated:
-        offer = citation.license.offer
-        share_ppq = shares.get(citation.version_id, 0) * PPQ // whole
-        micros = revenue.micros * share_ppq * offer.royalty_bps // (PPQ * 10_000)
-        left = _left_of_cap(citation.license, offer, revenue.currency)
+    for due in datasets_due(result):
+        micros = revenue.micros * due.share_ppq * due.rate_bps // (PPQ * 10_000)
+        left = _left_of_cap(due.license, due.license.offer, revenue.currency)
         if left is not None and own is not None:
-            left += own.get(citation.license_id, 0)
+            left += own.get(due.license.pk, 0)
         is_capped = left is not None and micros > left
         lines.append(
             QuotedLine(
-                license=citation.license,
-                share_ppq=share_ppq,
-                rate_bps=offer.royalty_bps,
+                license=due.license,
+                share_ppq=due.share_ppq,
+                rate_bps=due.rate_bps,
                 micros=left if is_capped and left is not None else micros,
                 is_capped=is_capped,
             )
@@ -594,10 +614,13 @@ def book_taken(taken: Payment) -> Payment:
 def parts_of(invoice: RoyaltyInvoice) -> dict[int, Money]:
     """What each line's payees divide: its amount less its part of the platform's fee, itself divided by largest remainder."""
     amounts = {pk: micros for pk, micros in invoice.lines.values_list("pk", "amount_micros") if micros}
-    if not amounts:
-        return {}
-    fees = allocate(invoice.total.share(invoice.platform_fee_bps), amounts)
+    fees = fees_of(invoice, amounts)
     return {pk: Money(micros, invoice.currency) - fees[pk] for pk, micros in amounts.items()}
+
+
+def fees_of(invoice: RoyaltyInvoice, amounts: Mapping[int, int]) -> dict[int, Money]:
+    """Each line's part of the platform's fee, by the micros of those that ask for something."""
+    return allocate(invoice.total.share(invoice.platform_fee_bps), amounts) if amounts else {}
 
 
 @transaction.atomic
