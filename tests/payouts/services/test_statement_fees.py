@@ -294,8 +294,8 @@ def test_page_and_pdf_show_every_step(issued: IssuedStatement, alice: Any, monke
         "$1,000.00 revenue × 60.00 % of the model × 5 % = $30.00",
         "platform’s fee of 10 % $3.00",
         "to divide 90 % $27.00",
-        "40.00 % of the whole model",
-        "39.00 % to 41.00 %",
+        "Measured, of the whole model",
+        "40.00 % 39.00 % to 41.00 %",
         "66.6667 %",
         "$18.00",
     ]
@@ -317,7 +317,7 @@ def test_an_open_month_shows_the_same(april: dict[str, Any], alice: Any) -> None
     text = assert_page(signed_in(alice).get("/earnings/2028-04/"))
 
     assert "$1,000.00 revenue × 60.00 % of the model × 5 % = $30.00" in text
-    assert "platform’s fee of 10 % $3.00" in text and "40.00 % of the whole model" in text
+    assert "platform’s fee of 10 % $3.00" in text and "40.00 % 39.00 % to 41.00 %" in text
 
 
 # --- what was issued before --------------------------------------------------------------------------------------------
