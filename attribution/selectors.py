@@ -31,14 +31,6 @@ def published_results(model: TrainedModel | None = None) -> QuerySet[Attribution
     return results.select_related("model", "disclosure").order_by("-published_at", "-pk")
 
 
-def latest_result(model: TrainedModel, at: datetime | None = None) -> AttributionResult | None:
-    """The published result that holds now, or that held at a time."""
-    results = published_results(model)
-    if at is not None:
-        results = results.filter(published_at__lte=at)
-    return results.first()
-
-
 def result_shares(result: AttributionResult) -> QuerySet[Share]:
     """Largest paid share first."""
     shares = Share.objects.filter(result=result).select_related("party", "version__dataset")

@@ -5,6 +5,7 @@ from rest_framework import serializers
 
 from attribution import selectors
 from attribution.grades import MEANING
+from attribution.holding import holding_result
 from attribution.models import (
     Artifact,
     AttributionResult,
@@ -361,7 +362,10 @@ class QuestionOutput(serializers.ModelSerializer):
 class ModelOutput(serializers.ModelSerializer):
     owner = serializers.CharField(source="owner.name")
     disclosures = serializers.SerializerMethodField()
-    result = serializers.SerializerMethodField(help_text="The published result that holds now, with every share.")
+    result = serializers.SerializerMethodField(
+        help_text="The published result that holds now, with every share: the newest whose grade is no weaker than the one before it, and "
+        "which leaves out no license or records of that one's disclosure unless its training was run again."
+    )
     history = serializers.SerializerMethodField(help_text="Every published result, newest first.")
 
     class Meta:
@@ -375,7 +379,7 @@ class ModelOutput(serializers.ModelSerializer):
 
     @extend_schema_field(CurrentResultOutput(allow_null=True))
     def get_result(self, model: TrainedModel) -> dict[str, Any] | None:
-        result = self._results(model).first()
+        result = holding_result(model, among=selectors.public_disclosures(clock.now()).filter(model=model))
         return CurrentResultOutput(result).data if result else None
 
     @extend_schema_field(ResultOutput(many=True))

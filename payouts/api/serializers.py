@@ -166,7 +166,7 @@ class BillingProfileOutput(serializers.ModelSerializer):
 
 
 class RoyaltyQuoteInput(serializers.Serializer):
-    """Either a model of yours, by its latest result, or a selection that you plan."""
+    """Either a model of yours, by the result that holds today, or a selection that you plan."""
 
     revenue = MoneyField()
     model = serializers.SlugRelatedField(slug_field="slug", queryset=TrainedModel.objects.all(), required=False)
@@ -196,7 +196,7 @@ class RoyaltyQuoteLineOutput(serializers.Serializer):
 
 
 class RoyaltyQuoteOutput(serializers.Serializer):
-    """`total` is by the latest result, or by records for a plan, which no result can take below `least` or above `most`."""
+    """`total` is by the result that holds today, or by records for a plan, which no result can take below `least` or above `most`."""
 
     revenue = MoneyField()
     total = MoneyField()
@@ -220,8 +220,22 @@ class CheckoutOutput(serializers.Serializer):
     url = serializers.URLField(help_text="Where a person pays, at Stripe.")
 
 
+class GrossOutput(serializers.Serializer):
+    """What the buyer paid, and what of it the platform kept: `amount · fee_bps` is `fee`, `amount · pool_bps` is `pool`."""
+
+    of = serializers.CharField(help_text="What `amount` is: a license's price, or revenue × share × rate.")
+    amount = MoneyField()
+    fee_bps = serializers.IntegerField()
+    fee = MoneyField()
+    pool_bps = serializers.IntegerField()
+    pool = MoneyField()
+    revenue = MoneyField(allow_null=True)
+    share_ppq = serializers.IntegerField(allow_null=True, help_text="The dataset's part of the model.")
+    rate_bps = serializers.IntegerField(allow_null=True)
+
+
 class StatementLineOutput(serializers.Serializer):
-    """`amount` is `pot · weight / weight_total`, to the micro."""
+    """`amount` is `pot · weight / weight_total`, to the micro; `divided` is `gross.pool` less what had gone back before."""
 
     divided_at = serializers.DateTimeField()
     source = serializers.CharField()  # type: ignore[assignment]
@@ -233,8 +247,13 @@ class StatementLineOutput(serializers.Serializer):
     n_records = serializers.IntegerField()
     weight = serializers.IntegerField()
     weight_total = serializers.IntegerField()
-    share_low = serializers.FloatField(allow_null=True, help_text="95 % interval of the measured share.")
-    share_high = serializers.FloatField(allow_null=True)
+    measured = serializers.FloatField(
+        allow_null=True,
+        help_text="What the records did for the whole model, signed; another thing than the share of the pot.",
+    )
+    measured_low = serializers.FloatField(allow_null=True, help_text="95 % interval of `measured`.")
+    measured_high = serializers.FloatField(allow_null=True)
+    gross = GrossOutput()
     divided = MoneyField()
     pot = MoneyField()
     amount = MoneyField()

@@ -155,7 +155,7 @@ class RoyaltyQuoteView(APIView):
     @extend_schema(
         operation_id="royalty_quotes_create",
         summary="What a model would owe at a revenue",
-        description="Of a model of yours by its latest result; of a selection that you plan, by its records, with the least and "
+        description="Of a model of yours by the result that holds today; of a selection that you plan, by its records, with the least and "
         "the most that any result could make of it. Nothing is written.",
         request=RoyaltyQuoteInput,
         responses={200: RoyaltyQuoteOutput},

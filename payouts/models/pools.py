@@ -1,5 +1,7 @@
 """What waits to be divided, and every line of every division."""
 
+from typing import TYPE_CHECKING
+
 from django.apps import apps
 from django.contrib.postgres.indexes import BrinIndex
 from django.db import models
@@ -8,6 +10,9 @@ from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from marketplace.money import Money
+
+if TYPE_CHECKING:
+    from attribution.models import AttributionResult
 
 
 class RoyaltyPoolQuerySet(models.QuerySet["RoyaltyPool"]):
@@ -95,6 +100,8 @@ class Division(models.Model):
     result = models.ForeignKey(
         "attribution.AttributionResult", models.PROTECT, null=True, related_name="divisions"
     )  # null: by count
+    # The one pot whose payees the result gives nothing, so that their counts divide it; "": neither.
+    counted_role = models.CharField(max_length=13, blank=True, default="")
     amount_micros = models.BigIntegerField()
     currency = models.CharField(max_length=3)
     labellers_bps = models.PositiveIntegerField()
@@ -112,6 +119,10 @@ class Division(models.Model):
                 | (~Q(source="correction") & Q(corrects__isnull=True)),
                 name="only_a_correction_corrects",
             ),
+            models.CheckConstraint(
+                condition=Q(counted_role="") | Q(result__isnull=False, counted_role__in=["rights_holder", "labeller"]),
+                name="one_pot_is_counted_beside_a_measured_one",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -120,6 +131,10 @@ class Division(models.Model):
     @property
     def amount(self) -> Money:
         return Money(self.amount_micros, self.currency)
+
+    def result_for(self, role: str) -> "AttributionResult | None":
+        """What divided one role's pot; None: its count did."""
+        return None if role == self.counted_role else self.result
 
 
 class DivisionLine(models.Model):
@@ -153,3 +168,8 @@ class DivisionLine(models.Model):
 
     def __str__(self) -> str:
         return f"{self.party}: {self.amount_micros} of {self.division}"
+
+    @property
+    def divided_by(self) -> "AttributionResult | None":
+        """The result behind the weight; None: by count."""
+        return self.division.result_for(self.role)

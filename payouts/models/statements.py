@@ -34,6 +34,7 @@ class IssuedStatement(models.Model):
     number = models.CharField(max_length=40, unique=True)  # "RS-17-0003"
     party_name = models.CharField(max_length=120)  # as it was when this was issued
     n_lines = models.PositiveBigIntegerField()
+    format = models.PositiveSmallIntegerField(default=1)  # of `statements.FORMATS`: which columns the CSV has
     csv_sha256 = models.CharField(max_length=64)  # of the CSV, uncompressed
     csv_bytes = models.PositiveBigIntegerField()
     issued_at = models.DateTimeField()  # business time
@@ -48,6 +49,11 @@ class IssuedStatement(models.Model):
 
     def __str__(self) -> str:
         return self.number
+
+    @property
+    def shows_fees(self) -> bool:
+        """The first format says nothing of what the buyer paid and the platform kept."""
+        return self.format > 1
 
     @property
     def month(self) -> str:

@@ -26,7 +26,7 @@ from payouts.models import (
     Reclaim,
 )
 from payouts.services import clawbacks, recoveries
-from payouts.services.divisions import credit_gains, dues_of, pots_of
+from payouts.services.divisions import credit_gains, divided_by, dues_of, pots_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def propose_correction(
     amount = Money(sum(before.values()), division.currency)
     if not amount:
         raise CorrectionNotPossible("All that this division gave has gone back; there is nothing to divide anew.")
-    after, weights, counts = _anew(division, amount, result)
+    after, weights, counts, result = _anew(division, amount, result)
     if after == {place: micros for place, micros in before.items() if micros}:
         raise CorrectionNotPossible("Every payee would have what they have now; there is nothing to correct.")
     last = division.corrections.filter(status=Status.BOOKED).aggregate(last=Max("number"))["last"]
@@ -190,15 +190,15 @@ def _standing(division: Division) -> dict[Place, int]:
 
 def _anew(
     division: Division, amount: Money, result: AttributionResult | None
-) -> tuple[dict[Place, int], dict[Place, int], dict[Place, int]]:
-    """What each gets of the amount by the result, with the weight and the records behind it."""
+) -> tuple[dict[Place, int], dict[Place, int], dict[Place, int], AttributionResult | None]:
+    """What each gets of the amount by the result, with the weight and the records behind it; and the result, if it gave weights."""
     pots = pots_of(version=division.version, amount=amount, labellers_bps=division.labellers_bps, result=result)
     after, weights, counts = {}, {}, {}
     for pot in pots:
         for due in dues_of(pot):
             place = (due.party, pot.role.value)
             after[place], weights[place], counts[place] = due.micros, due.weight, due.n_records
-    return after, weights, counts
+    return after, weights, counts, divided_by(pots, result)[0]
 
 
 def payment_of(division: Division) -> Payment:

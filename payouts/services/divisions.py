@@ -143,6 +143,14 @@ def pots_of(
     return [replace(pot, amount=part) for pot, part in zip(pots, parts, strict=True) if part]
 
 
+def divided_by(pots: list[Pot], result: AttributionResult | None) -> tuple[AttributionResult | None, str]:
+    """What the pots were divided by, as payees are to read it: a result that gave weights, and the one pot that it gave none."""
+    counted = [pot.role.value for pot in pots if pot.result is None]
+    if result is None or len(counted) == len(pots):
+        return None, ""
+    return result, counted[0] if counted else ""
+
+
 def keep_counts(version: DatasetVersion) -> None:
     """Count a published version's records by payee, once; the next division reads what was counted."""
     if PayeeCount.objects.filter(version=version).exists():
@@ -221,6 +229,7 @@ def divide(
     if payment is not None and payment.available_on is not None:
         due_at = max(due_at, payment.available_on)
     totals = {pot.role: pot.weight_total for pot in pots}
+    result, counted_role = divided_by(pots, result)
     division = Division.objects.create(
         key=key,
         source=source,
@@ -229,6 +238,7 @@ def divide(
         pool=pool,
         invoice_line=invoice_line,
         result=result,
+        counted_role=counted_role,
         amount_micros=amount.micros,
         currency=amount.currency,
         labellers_bps=labellers_bps,

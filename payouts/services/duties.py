@@ -18,7 +18,7 @@ from django.conf import settings
 from django.db import transaction
 from django.db.models import F, Max, Min, Q, QuerySet
 
-from attribution.selectors import latest_result
+from attribution.selectors import published_results
 from marketplace import clock, jobs
 from marketplace.mail import send_mail
 from marketplace.models import Citation, Membership, Party, TrainedModel
@@ -66,7 +66,7 @@ def open_duties() -> int:
     for row in cited.iterator():
         model, license = row["disclosure__model"], row["license"]
         if model not in models:
-            models[model] = latest_result(TrainedModel.objects.get(pk=model)) is not None
+            models[model] = published_results(TrainedModel.objects.get(pk=model)).exists()
         if not models[model]:
             continue  # nothing says yet what it owes to whom, so it cannot report
         schedule = schedules.get(license)

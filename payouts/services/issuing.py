@@ -25,6 +25,7 @@ from marketplace.jobs import Job
 from marketplace.mail import send_mail
 from marketplace.models import Membership, Party
 from marketplace.services import audit
+from marketplace.templatetags.residual import bps, exact_money, percent, ppq
 from payouts.documents import compile_pdf
 from payouts.models import (
     Account,
@@ -100,6 +101,7 @@ def issue_statement(*, party: Party, period: ClosedPeriod) -> IssuedStatement:
         sequence=sequence,
         number=number,
         party_name=party.name,
+        format=statements.FORMAT,
         n_lines=tally.n_lines,
         csv_sha256=digest.hexdigest(),
         csv_bytes=size,
@@ -184,24 +186,20 @@ def statement_pdf(statement: IssuedStatement) -> bytes:
     )
 
 
-def _pdf_rows(statement: IssuedStatement) -> list[dict[str, str]]:
-    found = []
+def _pdf_rows(statement: IssuedStatement) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     for row in stored_rows(statement):
         if row["what"] in ("opening balance", "closing balance"):
             continue
-        interval = f"{_plain(row['share_low'])} to {_plain(row['share_high'])}" if row["share_low"] else ""
-        share = f"{row['weight']} / {row['weight_total']}" if row["weight"] else ""
         taken = row["taken_back"] or row["paid_out"]
+        line = statements.line_of_row(row) if row["division"] else None
         found.append(
             {
                 "date": row["date"][:10],
                 "what": row["what"],
-                "of": f"{_plain(row['dataset'])}, version {row['version']}" if row["dataset"] else "",
-                "model": _plain(row["model"]),
-                "records": row["records"],
-                "share": share,
-                "interval": interval,
-                "pot": row["pot"],
+                "of": f"{line.dataset}, version {line.version}" if line else "",
+                "model": line.model if line else "",
+                "how": _how(line) if line else [],
                 "amount": f"−{taken}" if taken else row["earned"],
                 "currency": row["currency"],
             }
@@ -209,9 +207,40 @@ def _pdf_rows(statement: IssuedStatement) -> list[dict[str, str]]:
     return found
 
 
+def _how(line: statements.StatementLine) -> list[str]:
+    """From what the buyer paid to the amount, in sentences."""
+    told = []
+    if gross := line.gross:
+        amount = exact_money(gross.amount)
+        if gross.revenue is not None and gross.share_ppq is not None and gross.rate_bps is not None:
+            less = ", up to the license’s cap" if gross.is_capped else ""
+            less = ", less what an earlier report asked for" if gross.is_difference else less
+            whole = f"{exact_money(gross.revenue)} revenue × {ppq(gross.share_ppq)} of the model × {bps(gross.rate_bps)}{less} = {amount}"
+        else:
+            whole = f"Price of the license {amount}"
+        divided = ""
+        if gross.pool != line.divided:
+            divided = f", of which {exact_money(line.divided)} here: the rest had gone back to the buyer"
+        told.append(
+            f"{whole}; platform’s fee of {bps(gross.fee_bps)} {exact_money(gross.fee)}; to divide {bps(gross.pool_bps)} "
+            f"{exact_money(gross.pool)}{divided}"
+        )
+    told.append(
+        f"Pot {exact_money(line.pot)} × {line.weight:,} ÷ {line.weight_total:,}, {percent(line.share, 4)}, "
+        f"for {line.n_records:,} records as {line.role.replace('_', ' ')}"
+    )
+    if line.measured_low is not None:
+        interval = f"95 %: {percent(line.measured_low, 2)} to {percent(line.measured_high, 2)}"
+        share = (
+            f"{percent(line.measured, 2)} of the whole model, " if line.measured is not None else "of the whole model, "
+        )
+        told.append(f"Measured: {share}{interval}")
+    return told
+
+
 def stored_rows(statement: IssuedStatement) -> Iterator[dict[str, str]]:
-    """The issued rows, streamed."""
-    return statements.read_rows(stored_csv(statement))
+    """The issued rows, streamed, with the columns of the statement's format."""
+    return statements.read_rows(stored_csv(statement), format=statement.format)
 
 
 def _plain(cell: str) -> str:

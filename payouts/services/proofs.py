@@ -41,7 +41,7 @@ from payouts.models import (
     RoyaltyPool,
     RoyaltyReport,
 )
-from payouts.services.divisions import ENTRY_KINDS, allocated, pots_of, source_account
+from payouts.services.divisions import ENTRY_KINDS, allocated, divided_by, pots_of, source_account
 from payouts.services.royalties import parts_of
 
 
@@ -223,7 +223,7 @@ def _counts(balances: Balances) -> Iterator[Finding]:
 def _divisions(balances: Balances) -> Iterator[Finding]:
     """Amount = lines = entries, to the micro; and the lines are what their weights give, computed anew."""
     divisions = Division.objects.select_related(
-        "version", "result", "pool", "order_line", "invoice_line", "corrects__division"
+        "version", "result", "pool", "order_line", "invoice_line__result", "corrects__division"
     )
     summed = divisions.annotate(divided=Sum("lines__amount_micros", default=0))
     for division in summed.order_by("pk").iterator(chunk_size=100):
@@ -233,6 +233,7 @@ def _divisions(balances: Balances) -> Iterator[Finding]:
             )
         yield from _booked_as_divided(division)
         yield from _divided_as_weighed(division)
+        yield from _divided_as_invoiced(division)
 
 
 def _booked_as_divided(division: Division) -> Iterator[Finding]:
@@ -304,6 +305,20 @@ def _divided_as_weighed(division: Division) -> Iterator[Finding]:
                 f"{division.key}, party {party} as {role.value}: stored {_pair(stored_weight, stored)}, "
                 f"computed {_pair(weight, computed)}",
             )
+
+
+def _divided_as_invoiced(division: Division) -> Iterator[Finding]:
+    """A royalty is divided by the result of its invoice's line, or by count where that gave nobody a weight."""
+    line = division.invoice_line
+    if line is None or division.corrects is not None or division.corrections.filter(status="booked").exists():
+        return
+    pots = pots_of(
+        version=division.version, amount=division.amount, labellers_bps=division.labellers_bps, result=line.result
+    )
+    if divided_by(pots, line.result) != (division.result, division.counted_role):
+        yield Finding(
+            "divided_by_another_result", f"{division.key}: by {division.result}, invoiced by result {line.result_id}"
+        )
 
 
 def _pair(weight: int | None, micros: int | None) -> tuple[int, int] | None:

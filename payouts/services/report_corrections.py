@@ -2,7 +2,8 @@
 
 Not paid yet: the invoice is void, and the corrected report's is in its place. Paid: more revenue gives an invoice of what is
 missing, less gives back what was too much, to the card that paid it, as a refund is; the payees give back their parts of it.
-The corrected revenue is divided by the result of the report that it replaces: a newer one changes later periods only.
+The corrected revenue is divided, among datasets and inside each, by the result of the report that it replaces: a newer one
+changes later periods only.
 """
 
 import logging
@@ -109,7 +110,8 @@ def _replace(
     chain = _chain(report)
     standing = _standing(chain)
     origin = RoyaltyInvoiceLine.objects.filter(invoice__report__in=chain).order_by("pk").first()
-    result = origin.result if origin else royalties.quote_royalty(model=report.model, revenue=revenue).result
+    # A report without a line kept no result; the end of its period says which one it was.
+    result = origin.result if origin else royalties.dividing_result(report.model, chain[-1].period_end)
     asked = {license: sum(lines.values()) for license, lines in standing.items()}
     lines = royalties.quoted_lines(result, revenue, own=asked)
     corrected = RoyaltyReport.objects.create(

@@ -5,15 +5,16 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
 from attribution.grades import GRADES
+from attribution.holding import holding_result
 from attribution.models import PPQ, AttributionResult, Share
-from attribution.selectors import latest_result
+from attribution.selectors import published_results
 from marketplace import clock
 from marketplace.errors import InvalidInput, KeyReused
 from marketplace.models import Citation, License, Offer, Party, TrainedModel
@@ -186,17 +187,30 @@ def is_chargeable(amount: Money) -> bool:
     return amount.to_minor() >= MIN_CHARGE_MINOR[amount.currency]
 
 
-def quote_royalty(*, model: TrainedModel, revenue: Money) -> Quote:
-    """What the model would owe if it reported this revenue now.
+def dividing_result(model: TrainedModel, period_end: date) -> AttributionResult:
+    """The result that divides what the model earned in a period: the one that held when the period ended, whenever it is reported.
+
+    Where none held yet it is the first that was published, so that no later one changes what the period owes.
+
+    Raises:
+        NoResultYet: no published result says what the model owes to whom.
+    """
+    held = holding_result(model, datetime.combine(period_end, time.max, UTC))
+    result = held or published_results(model).order_by("published_at", "pk").first()
+    if result is None:
+        raise NoResultYet(f"{model.name} has no published result yet; report its revenue once it has been measured.")
+    return result
+
+
+def quote_royalty(*, model: TrainedModel, revenue: Money, period_end: date | None = None) -> Quote:
+    """What the model owes on the revenue of a period; without one, of a period that ends today.
 
     Raises:
         NoResultYet: no published result says what it owes to whom.
         InvalidInput: a revenue below zero or beyond the largest amount.
     """
     check_revenue(revenue)
-    result = latest_result(model)
-    if result is None:
-        raise NoResultYet(f"{model.name} has no published result yet; report its revenue once it has been measured.")
+    result = dividing_result(model, period_end or clock.today())
     lines = quoted_lines(result, revenue)
     total = Money(sum(line.micros for line in lines), revenue.currency).floor_to_minor()
     return Quote(result, lines, total)
@@ -245,7 +259,7 @@ def report_revenue(
                 reported_at=clock.now(),
             )
             hold_caps(model)
-            quote = quote_royalty(model=model, revenue=revenue)
+            quote = quote_royalty(model=model, revenue=revenue, period_end=period_end)
             owed = {line.license.pk: line.micros for line in quote.lines}
             return make_invoice(report, quote.result, quote.lines, owed, purchase_order=purchase_order)
     except IntegrityError:  # the same key for another model of theirs, at the same moment
@@ -393,15 +407,19 @@ def make_invoice(
     return invoice
 
 
-def quoted_lines(
-    result: AttributionResult, revenue: Money, *, own: Mapping[int, int] | None = None
-) -> list[QuotedLine]:
-    """`revenue · paid_share_d · rate_d` for every cited dataset with a rate, in whole micros, rounded down.
+@dataclass(frozen=True)
+class DatasetDue:
+    """One cited dataset with a rate: its part of the model, and what its license asks of it."""
+
+    license: License
+    share_ppq: int
+    rate_bps: int
+
+
+def datasets_due(result: AttributionResult) -> list[DatasetDue]:
+    """Every cited dataset with a rate, and its part of the model.
 
     The trainer's own data never dilutes the others; data without a rate does only where its share was replayed.
-
-    Args:
-        own: license → micros that were asked for the same revenue before, and so use up none of its cap.
     """
     citations = (
         Citation.objects.filter(disclosure=result.disclosure_id)
@@ -421,20 +439,36 @@ def quoted_lines(
     whole = sum(shares.get(citation.version_id, 0) for citation in diluting)
     if whole == 0:
         return []
+    return [
+        DatasetDue(
+            license=citation.license,
+            share_ppq=shares.get(citation.version_id, 0) * PPQ // whole,
+            rate_bps=citation.license.offer.royalty_bps,
+        )
+        for citation in rated
+    ]
+
+
+def quoted_lines(
+    result: AttributionResult, revenue: Money, *, own: Mapping[int, int] | None = None
+) -> list[QuotedLine]:
+    """`revenue · paid_share_d · rate_d` for every cited dataset with a rate, in whole micros, rounded down.
+
+    Args:
+        own: license → micros that were asked for the same revenue before, and so use up none of its cap.
+    """
     lines = []
-    for citation in rated:
-        offer = citation.license.offer
-        share_ppq = shares.get(citation.version_id, 0) * PPQ // whole
-        micros = revenue.micros * share_ppq * offer.royalty_bps // (PPQ * 10_000)
-        left = _left_of_cap(citation.license, offer, revenue.currency)
+    for due in datasets_due(result):
+        micros = revenue.micros * due.share_ppq * due.rate_bps // (PPQ * 10_000)
+        left = _left_of_cap(due.license, due.license.offer, revenue.currency)
         if left is not None and own is not None:
-            left += own.get(citation.license_id, 0)
+            left += own.get(due.license.pk, 0)
         is_capped = left is not None and micros > left
         lines.append(
             QuotedLine(
-                license=citation.license,
-                share_ppq=share_ppq,
-                rate_bps=offer.royalty_bps,
+                license=due.license,
+                share_ppq=due.share_ppq,
+                rate_bps=due.rate_bps,
                 micros=left if is_capped and left is not None else micros,
                 is_capped=is_capped,
             )
@@ -580,15 +614,18 @@ def book_taken(taken: Payment) -> Payment:
 def parts_of(invoice: RoyaltyInvoice) -> dict[int, Money]:
     """What each line's payees divide: its amount less its part of the platform's fee, itself divided by largest remainder."""
     amounts = {pk: micros for pk, micros in invoice.lines.values_list("pk", "amount_micros") if micros}
-    if not amounts:
-        return {}
-    fees = allocate(invoice.total.share(invoice.platform_fee_bps), amounts)
+    fees = fees_of(invoice, amounts)
     return {pk: Money(micros, invoice.currency) - fees[pk] for pk, micros in amounts.items()}
+
+
+def fees_of(invoice: RoyaltyInvoice, amounts: Mapping[int, int]) -> dict[int, Money]:
+    """Each line's part of the platform's fee, by the micros of those that ask for something."""
+    return allocate(invoice.total.share(invoice.platform_fee_bps), amounts) if amounts else {}
 
 
 @transaction.atomic
 def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
-    """Divide each dataset's part inside that dataset, by the model's latest published result; harmless to call twice.
+    """Divide each dataset's part inside that dataset, by the result that its line was made by; harmless to call twice.
 
     Raises:
         ValueError: the invoice is not paid.
@@ -601,9 +638,8 @@ def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
     if invoice.status != RoyaltyInvoice.Status.PAID:
         raise ValueError(f"{invoice} is {invoice.status}")
     payment = (invoice.carried_into or invoice).payment
-    result = latest_result(invoice.report.model)
     parts = parts_of(invoice)
-    lines = invoice.lines.select_related("version", "license__offer", "license__order_line").order_by("pk")
+    lines = invoice.lines.select_related("version", "license__offer", "license__order_line", "result").order_by("pk")
     return [
         divide(
             key=f"royalty:line:{line.pk}",
@@ -613,7 +649,7 @@ def divide_royalty(*, invoice: RoyaltyInvoice) -> list[Division]:
             labellers_bps=line.license.offer.labellers_bps,
             buyer=invoice.report.licensee,
             payment=payment,
-            result=result,
+            result=line.result,
             order_line=line.license.order_line,
             invoice_line=line,
         )

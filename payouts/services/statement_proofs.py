@@ -1,7 +1,8 @@
 """Recompute an issued statement from the stored attribution and pools, and name the first line that differs.
 
 A line is divided anew: weights from the published result's shares, or from the counts; the amount from what the ledger says left
-the pool; its part by largest remainder. Balances, adjustments and payouts come from the ledger.
+the pool; its part by largest remainder. What the buyer paid and the platform kept comes from the shares and from what the ledger
+says a sale or royalty put where it waited (`gross`). A statement is read in the format in which it was issued. Balances, adjustments and payouts come from the ledger.
 """
 
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from payouts.errors import NotFound
 from payouts.models import Division, DivisionLine, IssuedStatement, JournalEntry, Posting
 from payouts.services import issuing, statements
 from payouts.services.divisions import Due, Pot, due_of, pots_of, source_account
+from payouts.services.gross import gross_by_ledger
 
 #: Names may be changed after a statement was issued; everything else must come out the same today.
 NAMES = ("dataset", "model")
@@ -68,7 +70,10 @@ def verify_statement(statement: IssuedStatement, *, given: Iterable[str] | None 
     """
     if given is not None:
         n_rows, mismatch = _first_difference(
-            statements.read_rows(given), issuing.stored_rows(statement), against="was issued", skip=()
+            statements.read_rows(given, format=statement.format),
+            issuing.stored_rows(statement),
+            against="was issued",
+            skip=(),
         )
         if mismatch is not None:
             return Verified(statement, n_rows, mismatch)
@@ -81,7 +86,12 @@ def verify_statement(statement: IssuedStatement, *, given: Iterable[str] | None 
         )
     starts_at, ends_at = statements.month_bounds(statement.period.starts_on.year, statement.period.starts_on.month)
     anew = statements.statement_rows(
-        party=statement.party, starts_at=starts_at, ends_at=ends_at, number=statement.number, lines=recomputed_lines
+        party=statement.party,
+        starts_at=starts_at,
+        ends_at=ends_at,
+        number=statement.number,
+        lines=recomputed_lines,
+        format=statement.format,
     )
     n_rows, mismatch = _first_difference(
         issuing.stored_rows(statement), anew, against="comes out when recomputed", skip=NAMES
@@ -103,7 +113,15 @@ def recomputed_lines(
             | Q(version__in=copies.values("version"))
             | Q(pk__in=party.division_lines.values("division"))
         )
-        .select_related("version__dataset", "result__model", "pool", "order_line", "invoice_line")
+        .select_related(
+            "version__dataset",
+            "result__model",
+            "pool",
+            "order_line__offer",
+            "order_line__order",
+            "invoice_line__invoice__report",
+            "invoice_line__result__model",
+        )
         .order_by("divided_at", "pk")
     )
     cache: OrderedDict[tuple[int, int | None, int, int], list[tuple[Pot, Due]]] = OrderedDict()
@@ -117,8 +135,10 @@ def recomputed_lines(
             cache[key] = [(pot, due) for pot in pots if (due := due_of(pot, party)) is not None]
             while len(cache) > KEPT_DIVISIONS:
                 cache.popitem(last=False)
+        gross = gross_by_ledger(division) if cache[key] else None
         stored = {line.role: line for line in DivisionLine.objects.filter(division=division, party=party)}
         for pot, due in sorted(cache[key], key=lambda of: of[0].role.value):
+            assert gross is not None
             role = pot.role.value
             line = statements.line_of(
                 division,
@@ -127,7 +147,8 @@ def recomputed_lines(
                 weight=due.weight,
                 amount_micros=due.micros,
                 due_at=stored[role].due_at if role in stored else None,
-                intervals=statements.intervals_of(party, {division.result_id} - {None}),
+                measured=statements.measured_of(party, {division.result_id} - {None}),
+                gross=gross,
             )
             yield replace(line, divided=amount, pot=pot.amount, weight_total=pot.weight_total)
 
@@ -149,7 +170,7 @@ def _first_difference(
             what = " ".join(filter(None, (one["what"], one["division"])))
             row = ("nothing", what) if left is None else (what, "nothing")
             return n_rows, Mismatch(number, "the whole line", *row, against=against)
-        for column in statements.COLUMNS:
+        for column in left:
             if column not in skip and left[column] != right[column]:
                 return n_rows, Mismatch(number, column, left[column], right[column], against=against)
         n_rows += 1

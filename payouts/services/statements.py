@@ -8,23 +8,26 @@ streamed, so that a labeller with hundreds of thousands of them costs no more me
 
 import csv
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 
-from django.db.models import Count, QuerySet, Sum
+from django.db.models import Case, Count, F, QuerySet, Sum, When
 
-from attribution.models import Share
+from attribution.models import PPQ, Share
 from marketplace.csv_cells import cell_text, written
 from marketplace.errors import InvalidInput
 from marketplace.models import Party
 from marketplace.money import MICROS, Money
 from payouts.books import EARNING_KINDS, PAYING_KINDS
 from payouts.models import Division, DivisionLine, JournalEntry, Posting
+from payouts.services.gross import Gross, gross_of
 
 CHUNK = 2_000
-COLUMNS = [
+#: The columns of each format in which statements were ever issued. One that was issued is read and proved in its own for ever.
+FORMATS: dict[int, list[str]] = {}
+FORMATS[1] = [
     "statement",
     "line",
     "date",
@@ -50,6 +53,46 @@ COLUMNS = [
     "currency",
     "due",
 ]
+#: From what the buyer paid to the amount, and what was measured under its own name.
+FORMATS[2] = [
+    "statement",
+    "line",
+    "date",
+    "what",
+    "division",
+    "dataset",
+    "version",
+    "model",
+    "result",
+    "role",
+    "revenue",
+    "model_share",
+    "royalty_percent",
+    "gross_of",
+    "gross",
+    "fee_percent",
+    "platform_fee",
+    "pool_percent",
+    "pool",
+    "divided",
+    "pot",
+    "records",
+    "weight",
+    "weight_total",
+    "earned",
+    "measured_share",
+    "measured_low",
+    "measured_high",
+    "taken_back",
+    "paid_out",
+    "balance",
+    "owing",
+    "currency",
+    "due",
+]
+#: What is issued now.
+FORMAT = 2
+COLUMNS = FORMATS[FORMAT]
 SOURCES = {
     Division.Source.UPFRONT: "upfront share of a sale",
     Division.Source.POOL: "royalty pool of a sale",
@@ -62,9 +105,10 @@ class StatementLine:
     """What one division gave the party in one role.
 
     `amount` is `pot · weight / weight_total`, rounded to a micro: down, or up where the remainder was among the largest.
+    `share` is that quotient. `measured` is another thing: what the party's records did for the whole model, signed, as the
+    result published it, and the interval is of it.
     """
 
-    division_id: int
     division_key: str  # "release:pool:3": which pool, order line or invoice line it came from
     divided_at: datetime
     source: str
@@ -76,8 +120,10 @@ class StatementLine:
     n_records: int
     weight: int
     weight_total: int
-    share_low: float | None  # 95 % interval of the raw share, when by a result that has one
-    share_high: float | None
+    measured: float | None  # when by a result that measured it; also None in a row of the first format
+    measured_low: float | None  # 95 % interval
+    measured_high: float | None
+    gross: Gross | None  # None only in a row of the first format
     divided: Money  # the whole amount, before it was split in two pots
     pot: Money
     amount: Money
@@ -225,12 +271,15 @@ def totals_of(*, party: Party, year: int, month: int) -> list[LineTotal]:
     sums = (
         _lines_between(party, *month_bounds(year, month))
         .order_by()
+        .annotate(  # a pot that its division's result gave no weight went by count
+            by=Case(When(division__counted_role=F("role"), then=None), default=F("division__result__model__name"))
+        )
         .values(
             "division__currency",
             "division__source",
             "division__version__dataset__title",
             "division__version__number",
-            "division__result__model__name",
+            "by",
             "role",
         )
         .annotate(n=Count("pk"), sum=Sum("amount_micros"))
@@ -242,7 +291,7 @@ def totals_of(*, party: Party, year: int, month: int) -> list[LineTotal]:
             source=SOURCES[Division.Source(row["division__source"])],
             dataset=row["division__version__dataset__title"],
             version=row["division__version__number"],
-            model=row["division__result__model__name"] or "",
+            model=row["by"] or "",
             role=row["role"],
             n_lines=row["n"],
             amount=Money(int(row["sum"]), row["division__currency"]),
@@ -259,7 +308,13 @@ Lines = Callable[[Party, datetime, datetime, str], Iterator[StatementLine]]
 
 
 def statement_rows(
-    *, party: Party, starts_at: datetime, ends_at: datetime, number: str = "", lines: "Lines | None" = None
+    *,
+    party: Party,
+    starts_at: datetime,
+    ends_at: datetime,
+    number: str = "",
+    lines: "Lines | None" = None,
+    format: int = FORMAT,
 ) -> Iterator[dict[str, str]]:
     """The statement's rows, one a movement, opening and closing balances included, streamed; every cell is text.
 
@@ -268,6 +323,7 @@ def statement_rows(
     Args:
         number: the statement's, once it has one.
         lines: where the earned lines come from; the stored ones by default.
+        format: whose columns the rows have.
     """
     lines = lines or stored_lines
     opening = _payable(party, before=starts_at)
@@ -280,12 +336,12 @@ def statement_rows(
         for cells in _currency_rows(party, starts_at, ends_at, currency, opening, closing, lines):
             n_rows += 1
             given = {"statement": number, "line": n_rows, "currency": currency} | cells
-            yield {name: _cell(given.get(name, "")) for name in COLUMNS}
+            yield {name: _cell(given.get(name, "")) for name in FORMATS[format]}
 
 
-def csv_lines(rows: Iterator[dict[str, str]]) -> Iterator[str]:
+def csv_lines(rows: Iterator[dict[str, str]], *, format: int = FORMAT) -> Iterator[str]:
     """Rows as the lines of a CSV file, its header first."""
-    yield written(COLUMNS)
+    yield written(FORMATS[format])
     for row in rows:
         yield written(row.values())
 
@@ -300,17 +356,66 @@ def statement_csv(*, party: Party, year: int, month: int) -> Iterator[str]:
     return csv_lines(statement_rows(party=party, starts_at=starts_at, ends_at=ends_at))
 
 
-def read_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+def read_rows(lines: Iterable[str], *, format: int = FORMAT) -> Iterator[dict[str, str]]:
     """The rows of such a file, streamed.
 
     Raises:
-        InvalidInput: its header is not a statement's.
+        InvalidInput: its header is not a statement's of this format.
     """
+    columns = FORMATS[format]
     reader = csv.DictReader(lines)
-    if reader.fieldnames is None or list(reader.fieldnames) != COLUMNS:
+    if reader.fieldnames is None or list(reader.fieldnames) != columns:
         raise InvalidInput("This is no statement: its first row does not name a statement's columns.")
     for row in reader:
-        yield {name: row[name] or "" for name in COLUMNS}
+        yield {name: row[name] or "" for name in columns}
+
+
+def line_of_row(row: Mapping[str, str]) -> StatementLine:
+    """The earned line that a row of either format tells; the first has no `gross`."""
+    currency = row["currency"]
+
+    def money(name: str) -> Money:
+        return Money(micros_of(row[name]), currency)
+
+    def fraction(*names: str) -> float | None:
+        text = next((row[name] for name in names if row.get(name)), "")
+        return float(text.removeprefix("'")) if text else None
+
+    gross = None
+    if "gross" in row:
+        is_royalty = bool(row["revenue"])
+        gross = Gross(
+            of=row["gross_of"],
+            amount=money("gross"),
+            fee_bps=int(Decimal(row["fee_percent"]) * 100),
+            fee=money("platform_fee"),
+            pool_bps=int(Decimal(row["pool_percent"]) * 100),
+            pool=money("pool"),
+            revenue=money("revenue") if is_royalty else None,
+            share_ppq=int(Decimal(row["model_share"]) * PPQ) if is_royalty else None,
+            rate_bps=int(Decimal(row["royalty_percent"]) * 100) if is_royalty else None,
+        )
+    return StatementLine(
+        division_key=row["division"],
+        divided_at=datetime.fromisoformat(row["date"]),
+        source=row["what"],
+        dataset=row["dataset"].removeprefix("'"),
+        version=int(row["version"]),
+        model=row["model"].removeprefix("'"),
+        result=row["result"],
+        role=row["role"],
+        n_records=int(row["records"]),
+        weight=int(row["weight"]),
+        weight_total=int(row["weight_total"]),
+        measured=fraction("measured_share"),
+        measured_low=fraction("measured_low", "share_low"),
+        measured_high=fraction("measured_high", "share_high"),
+        gross=gross,
+        divided=money("divided"),
+        pot=money("pot"),
+        amount=money("earned"),
+        due_at=datetime.fromisoformat(row["due"]) if row["due"] else None,
+    )
 
 
 def micros_of(cell: str) -> int:
@@ -341,8 +446,12 @@ def _currency_rows(
             "records": line.n_records,
             "weight": line.weight,
             "weight_total": line.weight_total,
-            "share_low": "" if line.share_low is None else cell_text(f"{line.share_low:.6f}"),
-            "share_high": "" if line.share_high is None else cell_text(f"{line.share_high:.6f}"),
+            "share_low": _fraction(line.measured_low),
+            "share_high": _fraction(line.measured_high),
+            "measured_share": _fraction(line.measured),
+            "measured_low": _fraction(line.measured_low),
+            "measured_high": _fraction(line.measured_high),
+            **(_gross_cells(line.gross) if line.gross else {}),
             "divided": _amount(line.divided),
             "pot": _amount(line.pot),
             "earned": _amount(line.amount),
@@ -357,6 +466,34 @@ def _currency_rows(
         amount = payout.amount if payout.amount.micros > 0 else -payout.amount
         yield {"date": payout.booked_at, "what": f"{payout.what} {payout.payout_id}", column: _amount(amount)}
     yield {"date": ends_at, "what": "closing balance"} | _balance(Money(closing.get(currency, 0), currency))
+
+
+def _gross_cells(gross: Gross) -> dict[str, object]:
+    cells: dict[str, object] = {
+        "gross_of": gross.of,
+        "gross": _amount(gross.amount),
+        "fee_percent": _plain(Decimal(gross.fee_bps) / 100),
+        "platform_fee": _amount(gross.fee),
+        "pool_percent": _plain(Decimal(gross.pool_bps) / 100),
+        "pool": _amount(gross.pool),
+    }
+    if gross.revenue is not None and gross.share_ppq is not None and gross.rate_bps is not None:
+        cells |= {
+            "revenue": _amount(gross.revenue),
+            "model_share": _plain(Decimal(gross.share_ppq) / PPQ),
+            "royalty_percent": _plain(Decimal(gross.rate_bps) / 100),
+        }
+    return cells
+
+
+def _plain(number: Decimal) -> str:
+    """Without an exponent or zeros at the end: 10, 12.5, 0.333333333333333."""
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _fraction(value: float | None) -> str:
+    return "" if value is None else cell_text(f"{value:.6f}")
 
 
 def _balance(amount: Money) -> dict[str, object]:
@@ -396,7 +533,11 @@ def stored_lines(
 ) -> Iterator[StatementLine]:
     """The lines as they were divided, of one currency or of all, streamed."""
     found = _lines_between(party, starts_at, ends_at).select_related(
-        "division__version__dataset", "division__result__model"
+        "division__version__dataset",
+        "division__result__model",
+        "division__order_line__offer",
+        "division__order_line__order",
+        "division__invoice_line__invoice__report",
     )
     if currency is not None:
         found = found.filter(division__currency=currency)
@@ -404,13 +545,14 @@ def stored_lines(
     for line in found.iterator(chunk_size=CHUNK):
         chunk.append(line)
         if len(chunk) == CHUNK:
-            yield from _with_intervals(party, chunk)
+            yield from _as_stated(party, chunk)
             chunk = []
-    yield from _with_intervals(party, chunk)
+    yield from _as_stated(party, chunk)
 
 
-def _with_intervals(party: Party, lines: list[DivisionLine]) -> list[StatementLine]:
-    intervals = intervals_of(party, {line.division.result_id for line in lines} - {None})
+def _as_stated(party: Party, lines: list[DivisionLine]) -> list[StatementLine]:
+    measured = measured_of(party, {line.division.result_id for line in lines} - {None})
+    gross = gross_of(line.division for line in lines)
     return [
         line_of(
             line.division,
@@ -419,19 +561,20 @@ def _with_intervals(party: Party, lines: list[DivisionLine]) -> list[StatementLi
             weight=line.weight,
             amount_micros=line.amount_micros,
             due_at=line.due_at,
-            intervals=intervals,
+            measured=measured,
+            gross=gross[line.division_id],
         )
         for line in lines
     ]
 
 
-Intervals = dict[tuple[int, int, str], tuple[float | None, float | None]]
+Measured = dict[tuple[int, int, str], tuple[float | None, float | None, float | None]]
 
 
-def intervals_of(party: Party, results: set[int | None]) -> Intervals:
-    """(result, version, partition) → the 95 % interval of the party's share."""
+def measured_of(party: Party, results: set[int | None]) -> Measured:
+    """(result, version, partition) → the party's measured share of the whole model, and its 95 % interval."""
     return {
-        (share.result_id, share.version_id, share.partition): (share.low, share.high)
+        (share.result_id, share.version_id, share.partition): (share.raw, share.low, share.high)
         for share in Share.objects.filter(party=party, result__in=results)
     }
 
@@ -444,16 +587,16 @@ def line_of(
     weight: int,
     amount_micros: int,
     due_at: datetime | None,
-    intervals: Intervals,
+    measured: Measured,
+    gross: Gross,
 ) -> StatementLine:
-    result = division.result
-    low, high = intervals.get((division.result_id or 0, division.version_id, role), (None, None))
+    result = division.result_for(role)
+    share, low, high = measured.get((result.pk if result else 0, division.version_id, role), (None, None, None))
     labellers_pot = (
         division.amount.share(division.labellers_bps) if division.labellers_weight else Money(0, division.currency)
     )
     is_labeller = role == DivisionLine.Role.LABELLER
     return StatementLine(
-        division_id=division.pk,
         division_key=division.key,
         divided_at=division.divided_at,
         source=SOURCES.get(Division.Source(division.source), division.source),
@@ -465,8 +608,10 @@ def line_of(
         n_records=n_records,
         weight=weight,
         weight_total=division.labellers_weight if is_labeller else division.holders_weight,
-        share_low=low,
-        share_high=high,
+        measured=share,
+        measured_low=low,
+        measured_high=high,
+        gross=gross,
         divided=division.amount,
         pot=labellers_pot if is_labeller else division.amount - labellers_pot,
         amount=Money(amount_micros, division.currency),

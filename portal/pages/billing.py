@@ -128,9 +128,11 @@ def royalty_invoice(request: ActingRequest, invoice_id: int) -> HttpResponseBase
     replaced_by = getattr(report, "replaced_by", None)
     payment = getattr(found, "payment", None)
     can_correct = replaced_by is None and found.status != RoyaltyInvoice.Status.REFUNDED
+    line = found.lines.select_related("result").first()
     context = {
         "section": "royalties",
         "invoice": found,
+        "result": line.result if line else None,  # every line of an invoice is by the same one
         "report": report,
         "replaced_by": replaced_by,
         "lines": [(line, Money(line.amount_micros, found.currency)) for line in found.lines.all()],
@@ -146,7 +148,7 @@ def royalty_invoice(request: ActingRequest, invoice_id: int) -> HttpResponseBase
 
 @require_GET
 def estimate(request: HttpRequest) -> HttpResponse:
-    """What a model would owe at a revenue: a planned selection, for anyone; one's own model, by its latest result."""
+    """What a model would owe at a revenue: a planned selection, for anyone; one's own model, by the result that holds today."""
     party = request.party  # type: ignore[attr-defined]
     models = payouts.reportable_models_of(party) if party else payouts.reportable_models_of_nobody()
     is_asked = "revenue" in request.GET

@@ -5,7 +5,6 @@ from datetime import datetime
 
 from django.db.models import Count, Exists, OuterRef, Prefetch, QuerySet, Sum
 
-from attribution.models import AttributionResult
 from attribution.selectors import public_disclosures
 from marketplace.models import Dataset, DatasetVersion, Disclosure, Offer, TrainedModel
 from marketplace.money import Money
@@ -46,12 +45,11 @@ def site_figures(at: datetime) -> SiteFigures:
 
 
 def public_models(at: datetime) -> QuerySet[TrainedModel]:
-    """Models with a disclosure that anyone may read, newest first, each with those disclosures and its published results."""
-    results = AttributionResult.objects.filter(status=AttributionResult.Status.PUBLISHED).order_by("-number")
+    """Models with a disclosure that anyone may read, newest first, each with those disclosures."""
     return (
         TrainedModel.objects.filter(Exists(public_disclosures(at).filter(model=OuterRef("pk"))))
         .select_related("owner")
-        .prefetch_related(Prefetch("disclosures", public_disclosures(at)), Prefetch("results", results))
+        .prefetch_related(Prefetch("disclosures", public_disclosures(at)))
         .order_by("-pk")
     )
 

@@ -57,18 +57,15 @@ def month_csv(request: ActingRequest, month: str) -> HttpResponseBase:
 def issued(request: ActingRequest, number: str) -> HttpResponse:
     found = _issued_or_404(request, number)
     page = Paginator(found.totals.all(), N_TOTALS).get_page(request.GET.get("page"))
-    rows = [row for row in issuing.stored_rows(found) if row["division"]] if found.n_lines <= MAX_LINES else []
-    others = (
-        [row for row in issuing.stored_rows(found) if not row["division"] and "balance" not in row["what"]]
-        if found.n_lines <= MAX_LINES
-        else []
-    )
+    rows = list(issuing.stored_rows(found)) if found.n_lines <= MAX_LINES else []
+    lines = [statements.line_of_row(row) for row in rows if row["division"]]
+    others = [row for row in rows if not row["division"] and "balance" not in row["what"]]
     context = {
         "section": "earnings",
         "statement": found,
         "balances": found.balances.all(),
         "page": page,
-        "lines": rows,
+        "lines": lines,
         "others": others,
     }
     return render(request, "portal/issued_statement.html", context)

@@ -21,6 +21,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from attribution import selectors as attribution
 from attribution.grades import MEANING, disclosed_grade
+from attribution.holding import holding_results, succession
 from attribution.models import PPQ, AttributionResult, Share
 from marketplace import clock
 from marketplace import selectors as marketplace
@@ -66,7 +67,8 @@ def favicon(request: HttpRequest) -> HttpResponsePermanentRedirect:
 @require_GET
 def models(request: HttpRequest) -> HttpResponse:
     page = Paginator(selectors.public_models(clock.now()), PER_PAGE).get_page(request.GET.get("page"))
-    rows = [(model, next(iter(model.disclosures.all())), next(iter(model.results.all()), None)) for model in page]
+    holding = holding_results(page, among=[disclosure for model in page for disclosure in model.disclosures.all()])
+    rows = [(model, next(iter(model.disclosures.all())), holding.get(model.pk)) for model in page]
     return render(request, "portal/model_list.html", {"section": "models", "page": page, "rows": rows})
 
 
@@ -79,7 +81,8 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
         latest.citations.select_related("version__dataset__owner", "license__order_line__order").order_by("position")
     )
     run = attribution.open_run(latest)
-    result = attribution.latest_result(found)
+    standing = succession(found, among=disclosures)
+    result = standing.holding
     verification = attribution.find_verification(latest)
     context = {
         "section": "models",
@@ -96,6 +99,7 @@ def model(request: HttpRequest, slug: str) -> HttpResponse:
         "run": run,
         "progress": attribution.run_progress(run) if run else None,
         "result": result,
+        "passed_over": standing.passed_over,
         "meaning": MEANING[result.grade] if result else "",
         "reliability_source": attribution.reliability_source(result) if result else "none",
         "partitions": _partitions(request, result, [citation.version_id for citation in citations]) if result else [],

@@ -301,10 +301,19 @@ def test_memory_does_not_grow_with_the_lines(issued: list[IssuedStatement], alic
     line = DivisionLine.objects.filter(party=alice).select_related("division__version__dataset").first()
     assert line is not None
 
+    gross = statements.gross_of([line.division])[line.division_id]
+
     def many(*_: Any) -> Any:
         for _number in range(20_000):
             yield statements.line_of(
-                line.division, role=line.role, n_records=1, weight=1, amount_micros=1, due_at=line.due_at, intervals={}
+                line.division,
+                role=line.role,
+                n_records=1,
+                weight=1,
+                amount_micros=1,
+                due_at=line.due_at,
+                measured={},
+                gross=gross,
             )
 
     starts_at, ends_at = statements.month_bounds(2028, 4)

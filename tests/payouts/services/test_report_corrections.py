@@ -1,6 +1,6 @@
 """Revenue reports that were wrong, invoices too small to charge, and refunds that free a period and a cap."""
 
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from marketplace.models import User
 from marketplace.money import Money
 from payouts import chart, ledger
 from payouts.errors import NotFound, PeriodOverlaps, ReportNotCorrectable
-from payouts.models import Document, Payment, Refund, RoyaltyInvoice, RoyaltyReport
+from payouts.models import Division, Document, Payment, Refund, RoyaltyInvoice, RoyaltyReport
 from payouts.services import refunds, royalties
 from payouts.services.events import book_checkout
 from payouts.services.proofs import check_books
@@ -96,22 +96,24 @@ def test_an_unpaid_report_is_replaced_and_its_invoice_credited(model: Any) -> No
     assert check_books().findings == []
 
 
-def test_more_revenue_than_was_paid_for_is_invoiced_by_the_result_of_the_first_report(
+def test_more_revenue_than_was_paid_for_is_invoiced_and_divided_by_the_result_of_the_first_report(
     model: Any, alice: Any, bob: Any
 ) -> None:
     first = report(model)
     collect(first)
-    latest = first.lines.get().result
-    PublishedResultFactory(disclosure=latest.disclosure, version=first.lines.get().version, shares={alice: 1, bob: 1})
+    earlier = first.lines.get().result
+    PublishedResultFactory(disclosure=earlier.disclosure, version=first.lines.get().version, shares={alice: 1, bob: 1})
 
     second = correct(first, "1500")
     third = correct(second, "2000", key="more")  # before the second was paid
 
     second.refresh_from_db()
     assert (second.total, second.status, third.total) == (usd("50"), "void", usd("100"))
-    assert third.lines.get().result == latest
+    assert third.lines.get().result == earlier
     collect(third)
     assert ledger.balance("revenue:platform_fee:USD") == -20 * DOLLAR  # a tenth of 200.00 in all
+    assert {division.result for division in Division.objects.all()} == {earlier}
+    assert ledger.balances(prefix="payable") == {chart.payable(alice, "USD"): -180 * DOLLAR}
     assert check_books().findings == []
 
 
@@ -136,6 +138,35 @@ def test_less_revenue_than_was_paid_for_goes_back_to_the_card(model: Any, alice:
     assert third.total == usd("39.99")
     assert check_books().findings == []
     assert reconcile().differences == []
+
+
+def test_a_correction_goes_by_the_result_of_the_period_even_where_the_first_report_had_no_line(
+    carol: Any, alice: Any
+) -> None:
+    """By the first result carol's own data did everything, by the second alice's did."""
+    alices, own = (
+        LicenseFactory(licensee=carol, offer=OfferFactory(version=version, royalty_bps=1_000))
+        for version in (
+            PublishedVersionFactory(contributions={alice: 4}),
+            PublishedVersionFactory(dataset__owner=carol),
+        )
+    )
+    disclosure = DisclosureFactory(model=ModelFactory(owner=carol), licenses=[alices, own])
+    for weight, at in ((0, datetime(2026, 10, 20, tzinfo=UTC)), (1, datetime(2026, 11, 10, tzinfo=UTC))):
+        PublishedResultFactory(
+            version=alices.version,
+            disclosure=disclosure,
+            shares={alices.version: {alice: weight}, own.version: {carol: 1}},
+            published_at=at,
+        )
+    clock.advance(timedelta(days=40))
+    nothing = report(disclosure.model)
+    assert (nothing.status, nothing.lines.count()) == ("nothing_due", 0)
+
+    corrected = correct(nothing, "2000", period_end=date(2026, 11, 20))
+
+    assert (corrected.status, corrected.lines.count()) == ("nothing_due", 0)
+    assert report(disclosure.model, key="later", period_start=date(2026, 11, 21), period_end=date(2026, 11, 30)).total
 
 
 def test_corrections_that_cannot_be_are_refused_and_leave_nothing(model: Any, mallory: Any) -> None:

@@ -1,4 +1,4 @@
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from payouts.services.royalties import divide_what_is_ready, release_pool
 from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
 from tests.factories.marketplace import LicenseFactory, OfferFactory, PartyFactory, PublishedVersionFactory
 from tests.factories.payouts import PoolFactory, collect
+from tests.payouts.conftest import switch_off
 
 Grade = AttributionResult.Grade
 OCTOBER = {"period_start": date(2026, 10, 1), "period_end": date(2026, 10, 31)}
@@ -124,6 +125,36 @@ def test_only_this_versions_records_count_and_without_any_weight_it_is_by_count(
     assert ledger.balances(prefix="payable") == {
         chart.payable(alice, "USD"): -10_000_000,
         chart.payable(bob, "USD"): -10_000_000,
+    }
+    assert Division.objects.get(pool=pool).result is None  # nobody reads that a model divided it
+    assert check_books().findings == []
+
+
+def test_where_a_result_gives_the_labellers_nothing_only_their_pot_is_by_count(
+    alice: Any, bob: Any, carol: Any
+) -> None:
+    dan = PartyFactory()
+    version = PublishedVersionFactory(contributions={alice: 4, bob: 4}, labellers={dan: 6})
+    other = PublishedVersionFactory()
+    pool = PoolFactory(amount=usd("20"), version=version, labellers_bps=2_500, buyer=carol)
+    licenses = [license_of(pool), LicenseFactory(version=other, licensee=carol)]
+    disclosure = DisclosureFactory(model=ModelFactory(owner=carol), licenses=licenses)
+    result = PublishedResultFactory(
+        disclosure=disclosure,
+        version=version,
+        shares={version: {alice: 3, bob: 1}},
+        labellers={version: {dan: 0, bob: 0}, other: {other.dataset.owner: 1}},
+    )
+
+    release_pool(pool=pool, result=result)
+
+    division = Division.objects.get(pool=pool)
+    assert (division.result, division.counted_role) == (result, "labeller")
+    assert {(line.party_id, line.role): (line.amount_micros, line.divided_by) for line in division.lines.all()} == {
+        (alice.pk, "rights_holder"): (11_250_000, result),
+        (bob.pk, "rights_holder"): (3_750_000, result),
+        (dan.pk, "labeller"): (3_750_000, None),
+        (bob.pk, "labeller"): (1_250_000, None),
     }
     assert check_books().findings == []
 
@@ -306,7 +337,7 @@ def test_unrated_data_dilutes_only_when_replayed_and_the_trainers_own_never(
     shares = {version: {alice: 2}, free: {free.dataset.owner: 2}, own: {carol: 4}}
 
     totals = {}
-    for grade in (Grade.REPLAYED, Grade.DECLARED):
+    for grade in (Grade.DECLARED, Grade.REPLAYED):
         PublishedResultFactory(version=version, disclosure=disclosure, shares=shares, grade=grade)
         totals[grade] = royalties.quote_royalty(model=disclosure.model, revenue=usd("100")).total
 
@@ -395,16 +426,90 @@ def test_collecting_again_changes_nothing(measured: AttributionResult) -> None:
     assert JournalEntry.objects.filter(kind=JournalEntry.Kind.ROYALTY).count() == 1
 
 
-def test_a_royalty_is_divided_by_the_latest_result(measured: AttributionResult, version: Any, bob: Any) -> None:
+def test_a_royalty_is_divided_by_the_result_that_its_invoice_was_made_by(
+    measured: AttributionResult, version: Any, alice: Any, bob: Any
+) -> None:
+    """What is published between invoice and payment, here of one dataset only, divides later periods."""
     invoice = report(measured)
-    latest = PublishedResultFactory(disclosure=measured.disclosure, version=version, shares={version: {bob: 1}})
+    PublishedResultFactory(disclosure=measured.disclosure, version=version, shares={version: {bob: 1}})
 
     collect(invoice)
 
-    by_version = {division.version_id: division for division in Division.objects.all()}
-    assert by_version[version.pk].result == latest
-    assert {line.party_id for line in by_version[version.pk].lines.all()} == {bob.pk}
+    assert {division.result for division in Division.objects.all()} == {measured}
+    assert ledger.balances(prefix="payable") == {
+        chart.payable(alice, "USD"): -22_500_000,
+        chart.payable(bob, "USD"): -15_750_000,
+    }
     assert check_books().findings == []
+
+
+def test_a_royalty_that_another_result_divided_is_found(measured: AttributionResult, version: Any, alice: Any) -> None:
+    """Only the owner of the tables could write it."""
+    invoice = report(measured)
+    collect(invoice)
+    other = PublishedResultFactory(disclosure=measured.disclosure, version=version, shares={version: {alice: 1}})
+    switch_off("append_only", table="payouts_division")
+
+    division = invoice.lines.get(version=version).division
+    Division.objects.filter(pk=division.pk).update(result=other)
+
+    found = {finding.code: finding.detail for finding in check_books().findings}
+    assert found["divided_by_another_result"] == f"{division.key}: by {other}, invoiced by result {measured.pk}"
+
+
+# --- which result holds -----------------------------------------------------------------------------------------------
+
+
+def noon(month: int, day: int) -> datetime:
+    return datetime(2026, month, day, 12, tzinfo=UTC)
+
+
+def billed(invoice: RoyaltyInvoice) -> tuple[set[AttributionResult], list[int]]:
+    lines = invoice.lines.select_related("result").order_by("pk")
+    return {line.result for line in lines}, [line.amount_micros for line in lines]
+
+
+def test_a_weaker_disclosure_with_fewer_datasets_changes_no_report(
+    measured: AttributionResult, version: Any, alice: Any
+) -> None:
+    """The owner of a replayed model discloses it anew, as declared and without the other dataset."""
+    kept = measured.disclosure.citations.get(version=version).license
+    again = DisclosureFactory(model=measured.model, licenses=[kept])
+    PublishedResultFactory(disclosure=again, version=version, shares={alice: 1}, grade=Grade.DECLARED)
+    clock.advance(timedelta(days=40))
+
+    late = report(measured)
+    later = report(measured, key="november", period_start=date(2026, 11, 1), period_end=date(2026, 11, 30))
+
+    assert billed(late) == billed(later) == ({measured}, [37_500_000, 5_000_000])
+
+
+def test_a_period_goes_by_the_result_that_held_at_its_end_however_late_its_report(
+    version: Any, carol: Any, alice: Any, bob: Any
+) -> None:
+    other = PublishedVersionFactory(contributions={bob: 3})
+    licenses = [licensed(version, carol, royalty_bps=500), licensed(other, carol, royalty_bps=200)]
+    disclosure = DisclosureFactory(model=ModelFactory(owner=carol), licenses=licenses)
+    results = [
+        PublishedResultFactory(
+            version=version, disclosure=disclosure, shares={version: {alice: 1}, other: {bob: weight}}, published_at=at
+        )
+        for weight, at in ((1, noon(9, 10)), (3, noon(10, 31)), (0, noon(11, 1)))
+    ]
+    clock.advance(timedelta(days=60))
+
+    asked = {
+        key: billed(report(results[0], key=key, period_start=date(2026, month, 1), period_end=date(2026, month, last)))
+        for key, month, last in (("november", 11, 30), ("october", 10, 31), ("september", 9, 30), ("august", 8, 31))
+    }
+
+    assert asked == {
+        "august": ({results[0]}, [25_000_000, 10_000_000]),  # before any was published: the first
+        "september": ({results[0]}, [25_000_000, 10_000_000]),
+        "october": ({results[1]}, [12_500_000, 15_000_000]),
+        "november": ({results[2]}, [50_000_000, 0]),
+    }
+    assert royalties.quote_royalty(model=disclosure.model, revenue=usd("1000")).result == results[2]
 
 
 @pytest.mark.parametrize("verdict", ["won", "lost"])

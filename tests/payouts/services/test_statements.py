@@ -71,11 +71,11 @@ def test_every_line_recomputes_from_its_own_figures(two_months: Any, alice: Any,
     for line in lines:
         exact = line.pot.micros * line.weight / line.weight_total
         assert abs(line.amount.micros - exact) < 1
-        assert (line.model == "") == (line.share_low is None)
+        assert (line.model == "") == (line.measured is None)
     pool = next(line for line in month(bob, two_months[1]).lines if line.role == "rights_holder")
     assert (pool.divided, pool.pot) == (Money(60_000_000, "USD"), Money(54_000_000, "USD"))
-    assert pool.share_low is not None and pool.share_high is not None
-    assert pool.share_low < pool.share < pool.share_high
+    assert pool.measured is not None and pool.measured_low is not None and pool.measured_high is not None
+    assert pool.measured_low < pool.measured < pool.measured_high
 
 
 def test_a_stranger_has_an_empty_statement(two_months: Any, mallory: Any) -> None:

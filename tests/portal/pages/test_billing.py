@@ -26,7 +26,7 @@ from payouts.services.royalties import release_pool
 from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
 from tests.factories.marketplace import LicenseFactory, OfferFactory, OrderFactory, PublishedVersionFactory
 from tests.factories.payouts import PoolFactory
-from tests.pages import with_second_factor
+from tests.pages import assert_page, with_second_factor
 
 DOLLAR = 1_000_000
 ADDRESS = {"legal_name": "Carol GmbH", "address": "1 Road\n10115 Berlin", "country": "DE"}
@@ -174,6 +174,15 @@ def test_a_planned_selection_is_estimated_between_its_least_and_its_most(carol: 
     for wrong in ({"datasets": "no-such"}, {"revenue": "-5"}, {"datasets": f"{slugs}\n{offers[0].dataset.slug}"}):
         asked = {"datasets": slugs, "revenue": "1000", "currency": "USD"} | wrong
         assert Client().get(reverse("estimate"), asked).status_code == 422
+
+
+def test_an_invoices_page_says_which_result_divides_it(model: Any, carol: Any) -> None:
+    page = reverse("royalty-invoice", args=[reported(model).pk])
+
+    text = assert_page(acting_as(carol).get(page))
+
+    assert "Divided by replayed result 1 Published on" in text
+    assert "A newer one changes later periods only." in text
 
 
 def test_a_models_own_estimate_is_what_its_report_would_make(model: Any, carol: Any) -> None:

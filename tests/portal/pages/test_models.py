@@ -43,6 +43,40 @@ def test_model_page_cites_measures_and_draws(client, measured):
     assert b'role="img"' in response.content
 
 
+def test_the_page_says_which_result_holds_and_why_a_newer_one_does_not(client, measured, alice, carol):
+    """Carol discloses her replayed model anew, as declared; and then without half of the records, with checkpoints only."""
+    (citation,) = measured.disclosure.citations.all()
+    whole = declaration(licenses=[citation.license], slug="net", name="Whale net again")
+    half = declaration(licenses=[citation.license], slug="net", selections=[[[0, 5]]])
+    for document, grade in ((whole, "declared"), (half, "estimated")):
+        again = DisclosureFactory(model=measured.model, licenses=[citation.license], document=document)
+        PublishedResultFactory(disclosure=again, shares={alice: 1}, grade=grade)
+
+    text = assert_page(client.get("/models/net/"))
+
+    assert "Result 1, replayed, of disclosure 1 holds: it divides this model’s royalties." in text
+    assert "Result 2, declared, of disclosure 2 is newer and did not take its place: its evidence is weaker." in text
+    assert "75.00 %" in text
+    assert '<span class="badge accent">replayed</span>' in client.get("/models/").content.decode()
+    told = client.get("/api/v1/models/net/").json()
+    assert (told["result"]["number"], [one["number"] for one in told["history"]]) == (1, [3, 2, 1])
+
+
+def test_the_page_says_that_a_newer_result_leaves_data_out(client, alice, carol):
+    licenses = [LicenseFactory(licensee=carol) for _ in range(2)]
+    model = ModelFactory(owner=carol, slug="net")
+    for cited in (licenses, licenses[:1]):
+        disclosure = DisclosureFactory(model=model, licenses=cited)
+        PublishedResultFactory(disclosure=disclosure, grade="declared")
+
+    text = assert_page(client.get("/models/net/"))
+
+    assert (
+        "Result 2, declared, of disclosure 2 is newer and did not take its place: it leaves out data that was cited, "
+        "and the training was not run again to show it." in text
+    )
+
+
 def test_shares_come_in_pages(client, alice, carol):
     people = Party.objects.bulk_create(Party(name=f"P{n}") for n in range(60))
     version = PublishedVersionFactory(contributions=dict.fromkeys(people, 1))
