@@ -19,6 +19,7 @@ FEE_FIXED = 30  # minor units of the charge's currency
 DISPUTE_FEE = 1_500  # minor units; kept whatever the outcome
 REFUND_TAKES_DAYS = 1  # of the test cards whose refund is decided later
 CHARGE_PENDING_DAYS = 2
+BANK_REGRETS_AFTER_DAYS = 4  # of a test account whose bank sends back what it had taken
 
 
 def processing_fee(amount: int) -> int:
@@ -419,6 +420,7 @@ def settle(world: World) -> None:
             "available": _become_available,
             "payout": _pay_out,
             "arrival": _arrive,
+            "bank_regrets": _bank_regrets,
             "expiry": _expire,
             "refund_succeeded": _refund_succeeds,
             "refund_failed": _refund_fails,
@@ -465,6 +467,16 @@ def _arrive(world: World, targets: list[str]) -> None:
         payout["status"] = "paid"
         world.save(payout)
         world.emit("payout.paid", payout, account=owner)
+        if account is not None and account.get("_bank_regrets"):
+            due_at = world.now + BANK_REGRETS_AFTER_DAYS * DAY
+            store.schedule(world.db, due_at=due_at, task="bank_regrets", target=payout["id"])
+
+
+def _bank_regrets(world: World, targets: list[str]) -> None:
+    for target in targets:
+        owner = store.owner(world.db, target)
+        account = world.get("account", owner, account=PLATFORM)
+        _send_back(world, world.get("payout", target, account=owner), account, account["_bank_regrets"])
 
 
 BANKS_WORDS = {
@@ -476,7 +488,7 @@ BANKS_WORDS = {
 
 def _send_back(world: World, payout: Body, account: Body, code: str) -> None:
     """The bank takes no money for the account: it is in the balance again, and no more goes there before a new account is named."""
-    sent = payout["balance_transaction"]
+    sent, before_status = payout["balance_transaction"], payout["status"]
     entry = book(world, payout, kind="payout_failure", amount=payout["amount"], account=account["id"])
     payout |= {
         "status": "failed",
@@ -486,7 +498,7 @@ def _send_back(world: World, payout: Body, account: Body, code: str) -> None:
         "failure_message": BANKS_WORDS[code],
     }
     world.save(payout)
-    world.emit("payout.failed", payout, account=account["id"], previous={"status": "pending"})
+    world.emit("payout.failed", payout, account=account["id"], previous={"status": before_status})
     before = {name: account[name] for name in ("payouts_enabled", "requirements")}
     account["payouts_enabled"] = False
     account["requirements"] = objects.requirements(["external_account"])

@@ -445,6 +445,8 @@ REFUSING_BANKS = {
     "000222222227": "insufficient_funds",
     "DE62370400440532013001": "no_account",
 }
+#: Not one of Stripe's: the payout is paid, and days later the bank sends it back all the same.
+REGRETTING_BANKS = {"000888888883": "account_closed"}
 
 
 def complete_onboarding(world: World, account: Body, *, name: str, number: str, routing: str | None) -> None:
@@ -473,6 +475,7 @@ def complete_onboarding(world: World, account: Body, *, name: str, number: str, 
         "_bank": bank["id"],
         "_holder": name,
         "_bank_refuses": REFUSING_BANKS.get(number, ""),
+        "_bank_regrets": REGRETTING_BANKS.get(number, ""),
     }
     if account["business_profile"]["name"] is None:
         account["business_profile"]["name"] = name

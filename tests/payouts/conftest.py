@@ -49,10 +49,13 @@ class StripeWorld:
     def advance(self, *, days: float) -> None:
         self._control("POST", "clock", json={"advance_seconds": int(days * DAY)})
 
-    def onboard(self, party: Party) -> PayeeAccount:
+    def onboard(self, party: Party, **given: str) -> PayeeAccount:
         """What a payee does on Stripe's onboarding page, and the event that follows."""
+        if "country" in given:
+            Party.objects.filter(pk=party.pk).update(country=given["country"])
+            party.refresh_from_db()
         url = payees.start_onboarding(party=party, return_url="http://shop.test/", refresh_url="http://shop.test/")
-        answer = httpx.post(url, data=BANK)
+        answer = httpx.post(url, data=BANK | given)
         assert answer.status_code == 303, answer.text
         account = PayeeAccount.objects.get(party=party).stripe_account_id
         payee = payees.refresh_payee(account)

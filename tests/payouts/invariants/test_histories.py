@@ -37,6 +37,7 @@ from payouts.models import (
     Dispute,
     IssuedStatement,
     JournalEntry,
+    PayeeAccount,
     Payment,
     Payout,
     PayoutRun,
@@ -57,6 +58,7 @@ from tests.payouts.invariants.world import (
     World,
     act,
     faults_in_order,
+    in_no_bank,
     nobody_was_paid_twice,
 )
 
@@ -74,6 +76,8 @@ CARDS = [
     "4000000000000002",
     "4000000000000077",
 ]
+#: Takes what is sent; takes it and sends it back days later; sends it back at once.
+BANKS = ["000123456789", "000888888883", "000123456789", "000111111113"]
 picks = st.integers(0, 10**6)  # of whatever there is at that moment, by remainder
 DAYS = st.sampled_from([0.1, 1, 3, 8, 31, 200])
 
@@ -257,9 +261,8 @@ class History(RuleBasedStateMachine):
             lambda: payees.start_onboarding(party=party, return_url="http://a.test/", refresh_url="http://a.test/")
         )
         if finishes and isinstance(url, str):
-            httpx.post(
-                url, data=BANK | {"country": "US", "account_number": "000123456789", "routing_number": "110000000"}
-            )
+            number = BANKS[pick % len(BANKS)]
+            httpx.post(url, data=BANK | {"country": "US", "account_number": number, "routing_number": "110000000"})
 
     # --- Stripe's words
 
@@ -279,9 +282,14 @@ class History(RuleBasedStateMachine):
             self.world.work(StripeEvent, row.pk)
 
     def told(self) -> list[tuple[dict[str, Any], str]]:
+        """Of our own account and of the payees' accounts, each kind's latest ones."""
         found = []
         for kind in APPLIED[StripeEvent.Endpoint.PLATFORM]:
             found += [(event, "platform") for event in self.world.stripe.objects(f"events?type={kind}&limit=10")]
+        for account in PayeeAccount.objects.order_by("pk").values_list("stripe_account_id", flat=True):
+            for kind in APPLIED[StripeEvent.Endpoint.CONNECT]:
+                of_account = self.world.stripe.objects(f"events?type={kind}&limit=10", **{"Stripe-Account": account})
+                found += [(event, "connect") for event in of_account]
         return sorted(found, key=lambda pair: pair[0]["id"])
 
     # --- our own processes
@@ -384,6 +392,7 @@ class History(RuleBasedStateMachine):
         assert faults_in_order() == []
         assert [str(difference) for difference in reconcile().differences] == []
         assert nobody_was_paid_twice(self.world.stripe) == []
+        assert in_no_bank(self.world.stripe) == []
         assert not StripeEvent.objects.exclude(status="done").exists()
         for payment in Payment.objects.filter(status=Payment.Status.PAID):
             back = sum(one.amount_micros for one in payment.refunds.filter(state__in=Refund.STANDING))
