@@ -20,7 +20,6 @@ from tests.factories.marketplace import PublishedVersionFactory
 from tests.payouts.conftest import BANK
 from tests.payouts.services.test_refunds import BACK, buy, clean, order_of, pay_out
 
-
 REGRETS = "000888888883"  # the local Stripe's account whose bank sends back what it had taken
 
 
