@@ -329,7 +329,8 @@ def taken_back_of(party: Party) -> list[TakenBack]:
 
 def refunds_of(order: Order) -> QuerySet[Refund]:
     """An order's refunds, newest first; whoever may see the order may see them."""
-    return Refund.objects.filter(payment__order=order).order_by("-pk")
+    is_of_order = Q(payment__order=order) | Q(unapplied__payment__order=order)
+    return Refund.objects.filter(is_of_order).order_by("-pk")
 
 
 def refundable_of_right(order: Order) -> Money | None:
@@ -388,7 +389,11 @@ def open_disputes() -> QuerySet[Dispute]:
 
 def unfinished_refunds() -> QuerySet[Refund]:
     """On their way, refused or failed; newest first."""
-    return Refund.objects.exclude(state=Refund.State.SENT).select_related("payment__order__buyer").order_by("-pk")
+    return (
+        Refund.objects.exclude(state=Refund.State.SENT)
+        .select_related("payment__order__buyer", "unapplied")
+        .order_by("-pk")
+    )
 
 
 def debts() -> list[Debt]:

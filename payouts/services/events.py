@@ -26,7 +26,12 @@ logger = logging.getLogger(__name__)
 __all__ = ["apply_event", "book_checkout", "receive_event", "retry_failed_events", "sweep_events"]
 
 REFUND_EVENTS = ("refund.created", "refund.updated", "refund.failed", "charge.refund.updated")
-PAID_EVENTS = ("checkout.session.completed", "checkout.session.async_payment_succeeded")
+#: A page is done: paid, or a bank confirms a debit; days later it has, or has refused it.
+CHECKOUT_EVENTS = (
+    "checkout.session.completed",
+    "checkout.session.async_payment_succeeded",
+    "checkout.session.async_payment_failed",
+)
 DISPUTE_EVENTS = tuple(
     f"charge.dispute.{what}" for what in ("created", "updated", "funds_withdrawn", "funds_reinstated", "closed")
 )
@@ -34,7 +39,7 @@ BANK_EVENTS = ("payout.paid", "payout.failed", "payout.canceled")
 #: What `apply_event` acts on, and so what is looked for.
 APPLIED = {
     StripeEvent.Endpoint.PLATFORM: (
-        *PAID_EVENTS,
+        *CHECKOUT_EVENTS,
         "charge.updated",
         *REFUND_EVENTS,
         "charge.refunded",
@@ -90,7 +95,7 @@ def apply_event(row: StripeEvent) -> None:
     """
     thing = json.loads(row.payload)["data"]["object"]
     match row.endpoint, row.type:
-        case StripeEvent.Endpoint.PLATFORM, kind if kind in PAID_EVENTS:
+        case StripeEvent.Endpoint.PLATFORM, kind if kind in CHECKOUT_EVENTS:
             book_checkout(thing["id"])
         case StripeEvent.Endpoint.PLATFORM, "charge.updated":
             # Stripe books a charge a moment after it succeeds; the session's own event may have come too early.
