@@ -109,14 +109,14 @@ class PaidCheckout:
     public_reference: str
     metadata: dict[str, str]
     payment_intent: str | None
-    intent_status: str  # processing: a bank is confirming a debit; requires_payment_method: nothing was taken
-    failure: str  # what Stripe says of the last attempt that failed
     charge: str | None
     balance_transaction: str | None
     fee_minor: int | None
     net_minor: int | None
     booked_currency: str | None  # of fee and net: a balance that Stripe settles in may be another than was charged
     available_on: datetime | None
+    intent_status: str = ""  # processing: a bank is confirming a debit; requires_payment_method: nothing was taken
+    failure: str = ""  # what Stripe says of the last attempt that failed
 
     @property
     def is_paid(self) -> bool:

@@ -154,10 +154,11 @@ def confirm(*, settlement: EventSettlement, user: User, note: str = "") -> Event
         gateway.StripeRefused, gateway.StripeUncertain: ask again.
     """
     _require_staff(user)
-    if settlement.act == Act.EXPLAINED:
+    settlement.refresh_from_db()
+    if settlement.act == Act.EXPLAINED or settlement.status != Status.PROPOSED:
         return _decide(settlement, user, Status.CONFIRMED, note)
-    if settlement.status != Status.PROPOSED:
-        return _decide(settlement, user, Status.CONFIRMED, note)  # it says what it is already
+    if settlement.proposed_by_id == user.pk:
+        raise FourEyes("You proposed it; another one of the staff must confirm it.")
     # Asked before any row is held: what Stripe says of a charge and its refunds only grows.
     surplus = find_surplus(settlement.event)
     if surplus is None or surplus.charge.id != settlement.charge_id or surplus.left != settlement.amount:

@@ -285,10 +285,10 @@ def test_a_debit_that_cannot_be_right_says_why(local: LocalStripe, field: str, w
 
 
 def test_a_debit_is_offered_in_dollars_and_where_the_merchant_has_not_chosen_otherwise(local: LocalStripe) -> None:
-    for given in (_line("eur"), _line("usd")):
-        chosen = {"payment_method_types": ["card"]} if given["price_data"]["currency"] == "usd" else {}
+    for line in (_line("eur"), _line("usd")):
+        chosen = {"payment_method_types": ["card"]} if line["price_data"]["currency"] == "usd" else {}
         session = local.sdk.checkout.sessions.create(
-            {"mode": "payment", "success_url": "http://shop.test/", "line_items": [given], **chosen}
+            {"mode": "payment", "success_url": "http://shop.test/", "line_items": [line], **chosen}
         )
         assert "Debit" not in http.get(session.url).text
         assert http.post(session.url, data=DEBIT).status_code == 400
