@@ -42,7 +42,6 @@ APPEND_ONLY = frozenset(
         "payouts_clawbackline",
         "payouts_reclaim",
         "payouts_writeoff",
-        "payouts_unappliedcharge",
         "payouts_document",
         "payouts_correctionline",
         "payouts_closedperiod",
