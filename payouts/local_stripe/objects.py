@@ -221,6 +221,7 @@ def charge(
     us_bank_account: dict[str, Any] | None = None,
 ) -> Body:
     """A charge on a card or a bank account, as yet neither succeeded nor failed."""
+    details: Body
     if card is not None:
         details = {"type": "card", "card": card}
     else:

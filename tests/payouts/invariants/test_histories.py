@@ -319,14 +319,14 @@ class History(RuleBasedStateMachine):
             self.world.work(StripeEvent, row.pk)
 
     def told(self) -> list[tuple[dict[str, Any], str]]:
-        """Of our own account and of the payees' accounts, each kind's latest ones."""
+        """Of our own account and of the payees' accounts, the latest ones."""
         found = []
-        for kind in APPLIED[StripeEvent.Endpoint.PLATFORM]:
-            found += [(event, "platform") for event in self.world.stripe.objects(f"events?type={kind}&limit=10")]
-        for account in PayeeAccount.objects.order_by("pk").values_list("stripe_account_id", flat=True):
-            for kind in APPLIED[StripeEvent.Endpoint.CONNECT]:
-                of_account = self.world.stripe.objects(f"events?type={kind}&limit=10", **{"Stripe-Account": account})
-                found += [(event, "connect") for event in of_account]
+        for account in ["", *PayeeAccount.objects.order_by("pk").values_list("stripe_account_id", flat=True)]:
+            endpoint = StripeEvent.Endpoint.CONNECT if account else StripeEvent.Endpoint.PLATFORM
+            kinds = "&".join(f"types[]={kind}" for kind in APPLIED[endpoint])
+            of_account = {"Stripe-Account": account} if account else {}
+            told = self.world.stripe.objects(f"events?{kinds}&limit=100", **of_account)
+            found += [(event, endpoint.value) for event in told]
         return sorted(found, key=lambda pair: pair[0]["id"])
 
     # --- our own processes
