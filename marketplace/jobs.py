@@ -149,10 +149,16 @@ def resume(job: Job) -> bool:
     return True
 
 
-def reopen(job: Job) -> bool:
-    """Try once more what failed by an error of ours; False if it did not. What the input was refused for stays failed."""
+def reopen(job: Job, *, even_refused: bool = False) -> bool:
+    """Try once more what failed by an error of ours; False if it did not. What the input was refused for stays failed.
+
+    Args:
+        even_refused: a person says that what it was refused for has passed.
+    """
     wall = timezone.now()
-    failed = type(job)._default_manager.filter(pk=job.pk, status=Job.Status.FAILED, error_code__in=job.reopened_codes)
+    failed = type(job)._default_manager.filter(pk=job.pk, status=Job.Status.FAILED)
+    if not even_refused:
+        failed = failed.filter(error_code__in=job.reopened_codes)
     if not failed.update(
         status=Job.Status.QUEUED,
         n_failures=0,

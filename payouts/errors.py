@@ -32,6 +32,18 @@ class AlreadyPaid(DomainError):
     code = "already_paid"
 
 
+class PaymentUnderWay(DomainError):
+    """The buyer's bank is still confirming a debit; until it has answered nothing else can be paid for the same."""
+
+    code = "payment_under_way"
+
+
+class SettlementNotPossible(DomainError):
+    """The event cannot be settled so, or not now; nothing was changed."""
+
+    code = "settlement_not_possible"
+
+
 class PaymentMismatch(DomainError):
     """Stripe took money that is not what was asked for; a person must look before anything is booked."""
 

@@ -115,10 +115,26 @@ class PaidCheckout:
     net_minor: int | None
     booked_currency: str | None  # of fee and net: a balance that Stripe settles in may be another than was charged
     available_on: datetime | None
+    intent_status: str = ""  # processing: a bank is confirming a debit; requires_payment_method: nothing was taken
+    failure: str = ""  # what Stripe says of the last attempt that failed
 
     @property
     def is_paid(self) -> bool:
         return self.payment_status == "paid"
+
+    @property
+    def awaits_bank(self) -> bool:
+        """The page is done, and the buyer's bank says only in days whether the debit goes through."""
+        return self.status == "complete" and not self.is_paid and not self.has_failed
+
+    @property
+    def has_failed(self) -> bool:
+        """The page is done, and its bank has refused the debit: nothing was taken, and nothing will be."""
+        return (
+            self.status == "complete"
+            and not self.is_paid
+            and self.intent_status in ("requires_payment_method", "canceled")
+        )
 
 
 @dataclass(frozen=True)
@@ -172,6 +188,20 @@ class BalanceTransaction:
     is_available: bool
     available_on: datetime
     created_at: datetime
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What was taken from a buyer, whatever for; `booked` is None until Stripe has written its balance transaction."""
+
+    id: str
+    amount_minor: int
+    currency: str
+    is_paid: bool
+    is_disputed: bool
+    payment_intent: str
+    booked: BalanceTransaction | None
+    metadata: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -303,6 +333,8 @@ def get_checkout(session_id: str) -> PaidCheckout:
         public_reference=body["client_reference_id"] or "",
         metadata=metadata,
         payment_intent=intent.get("id"),
+        intent_status=intent.get("status") or "",
+        failure=(intent.get("last_payment_error") or {}).get("message") or "",
         charge=charge["id"] if is_charged else None,
         balance_transaction=booked.get("id"),
         fee_minor=booked.get("fee"),
@@ -598,6 +630,26 @@ def accept_dispute(*, dispute: str, key: str) -> Dispute:
     with _translated():
         body = _plain(_client().v1.disputes.close(dispute, {}, {"idempotency_key": key}))
     return _dispute(body)
+
+
+def get_charge(charge: str) -> Charge:
+    """A charge as it stands now, with the movement that it caused.
+
+    Raises:
+        StripeRefused, StripeUncertain: see the module.
+    """
+    with _translated():
+        body = _plain(_client().v1.charges.retrieve(charge, {"expand": ["balance_transaction"]}))
+    return Charge(
+        id=body["id"],
+        amount_minor=body["amount"],
+        currency=body["currency"].upper(),
+        is_paid=body["status"] == "succeeded",
+        is_disputed=bool(body["disputed"]),
+        payment_intent=body["payment_intent"] or body["id"],
+        booked=_expanded(body["balance_transaction"]),
+        metadata=dict(body["metadata"] or {}),
+    )
 
 
 def charge_marks(charge: str) -> dict[str, str]:

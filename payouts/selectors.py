@@ -1,13 +1,14 @@
 """What a party may know of its money; the only doors to it for who is not staff."""
 
 import contextlib
+import json
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from django.db.models import Count, Min, Q, QuerySet, Sum
+from django.db.models import Count, Exists, Min, OuterRef, Q, QuerySet, Sum
 from django.utils import timezone
 
 from marketplace import clock
@@ -22,6 +23,7 @@ from payouts.models import (
     DivisionCorrection,
     DivisionLine,
     Document,
+    EventSettlement,
     IssuedStatement,
     PayeeAccount,
     Payment,
@@ -35,6 +37,7 @@ from payouts.models import (
     RoyaltyInvoice,
     RoyaltyPool,
     RoyaltyReport,
+    StripeEvent,
     TransferReversal,
     WriteOff,
 )
@@ -329,7 +332,8 @@ def taken_back_of(party: Party) -> list[TakenBack]:
 
 def refunds_of(order: Order) -> QuerySet[Refund]:
     """An order's refunds, newest first; whoever may see the order may see them."""
-    return Refund.objects.filter(payment__order=order).order_by("-pk")
+    is_of_order = Q(payment__order=order) | Q(unapplied__payment__order=order)
+    return Refund.objects.filter(is_of_order).order_by("-pk")
 
 
 def refundable_of_right(order: Order) -> Money | None:
@@ -388,7 +392,67 @@ def open_disputes() -> QuerySet[Dispute]:
 
 def unfinished_refunds() -> QuerySet[Refund]:
     """On their way, refused or failed; newest first."""
-    return Refund.objects.exclude(state=Refund.State.SENT).select_related("payment__order__buyer").order_by("-pk")
+    return (
+        Refund.objects.exclude(state=Refund.State.SENT)
+        .select_related("payment__order__buyer", "unapplied")
+        .order_by("-pk")
+    )
+
+
+#: How an event stands, as staff look for it; the first is what waits for them.
+EVENT_STATES = {
+    "failed": "failed, and to be settled",
+    "proposed": "awaits a second person",
+    "settled": "settled otherwise",
+    "waiting": "about to be applied",
+    "done": "applied",
+}
+
+
+def stripe_events(*, state: str = "", query: str = "") -> QuerySet[StripeEvent]:
+    """Stripe's events, newest first: all, those that stand so (`EVENT_STATES`), or those of an id, a type or an account."""
+    settlements = EventSettlement.objects.filter(event=OuterRef("pk"))
+    settled = Exists(settlements.filter(act=EventSettlement.Act.EXPLAINED, status=EventSettlement.Status.CONFIRMED))
+    proposed = Exists(settlements.filter(status=EventSettlement.Status.PROPOSED))
+    found = StripeEvent.objects.annotate(is_settled=settled, is_proposed=proposed).defer("payload").order_by("-pk")
+    match state:
+        case "failed":
+            found = found.filter(status=StripeEvent.Status.FAILED, is_settled=False)
+        case "proposed":
+            found = found.filter(is_proposed=True)
+        case "settled":
+            found = found.filter(status=StripeEvent.Status.FAILED, is_settled=True)
+        case "waiting":
+            found = found.filter(status__in=[StripeEvent.Status.QUEUED, StripeEvent.Status.RUNNING])
+        case "done":
+            found = found.filter(status=StripeEvent.Status.DONE)
+    if query:
+        found = found.filter(Q(event_id=query) | Q(account=query) | Q(type__startswith=query))
+    return found
+
+
+@dataclass(frozen=True)
+class Concerned:
+    """What an event is about, as far as we know it."""
+
+    payment: Payment | None
+    dispute: Dispute | None
+    payee: PayeeAccount | None
+
+
+def concerned_by(event: StripeEvent) -> Concerned:
+    thing = json.loads(event.payload)["data"]["object"]
+    identifier, kind = thing.get("id", ""), thing.get("object", "")
+    dispute = Dispute.objects.filter(dispute_id=identifier).first() if kind == "dispute" else None
+    payee = PayeeAccount.objects.select_related("party").filter(stripe_account_id=event.account).first()
+    named = (thing.get("metadata") or {}).get("payment", "")
+    is_it = Q(checkout_id=identifier) | Q(charge_id=identifier)
+    if charge := thing.get("charge"):  # of a refund or a dispute
+        is_it |= Q(charge_id=charge)
+    if named.isascii() and named.isdigit() and len(named) < 18:
+        is_it |= Q(pk=int(named))
+    payment = payments_found("").filter(is_it).first() if identifier and not event.account else None
+    return Concerned(payment, dispute, payee)
 
 
 def debts() -> list[Debt]:

@@ -33,6 +33,7 @@ from payouts.services import (
     refunds,
     royalties,
     sales,
+    settlements,
     transfers,
 )
 
@@ -158,7 +159,8 @@ def execute_reconciliation(run_id: int) -> None:
             except Exception as error:
                 logger.exception("A sweep failed name=%s", name)
                 found.append(reconciliation.Difference("sweep_failed", f"{name}: {error}", subject=name))
-        reconciliation.execute_reconciliation(run, also=found)
+        settled = settlements.settled_objects()
+        reconciliation.execute_reconciliation(run, also=[one for one in found if one.subject not in settled])
 
 
 @shared_task

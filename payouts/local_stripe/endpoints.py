@@ -203,8 +203,8 @@ def delete_customer(world: World, params: dict[str, Any], customer: str) -> Body
 def create_session(world: World, params: dict[str, Any]) -> Body:
     if params.get("mode") != "payment":
         raise StripeError("The local Stripe plays only mode=payment.", param="mode")
-    if params.get("payment_method_types", ["card"]) != ["card"]:
-        raise StripeError("The local Stripe takes only cards.", param="payment_method_types")
+    if not set(params.get("payment_method_types", ["card"])) <= {"card", "us_bank_account"}:
+        raise StripeError("The local Stripe takes cards and US bank accounts.", param="payment_method_types")
     if "customer" in params:
         world.get("customer", params["customer"], param="customer")
     if "success_url" not in params:
@@ -230,6 +230,10 @@ def create_session(world: World, params: dict[str, Any]) -> Body:
     if len(currencies) != 1:
         raise StripeError("All line items of a session have one currency.", param="line_items")
     (currency,) = currencies
+    if "us_bank_account" in params.get("payment_method_types", []) and currency != "usd":
+        raise StripeError(
+            f"The payment method `us_bank_account` is in usd, not in {currency}.", param="payment_method_types"
+        )
     body = objects.checkout_session(params, now=world.now, base_url=world.base_url, currency=currency, items=items)
     if body["amount_total"] < SMALLEST_CHARGE[currency]:
         raise StripeError(

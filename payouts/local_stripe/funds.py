@@ -16,14 +16,22 @@ from payouts.local_stripe.world import World, new_id, public
 
 FEE_PER_MILLE = 29
 FEE_FIXED = 30  # minor units of the charge's currency
+DEBIT_FEE_PER_MILLE, MOST_DEBIT_FEE = 8, 500
+DEBIT_TAKES_DAYS = 4  # until the buyer's bank says whether it goes through
 DISPUTE_FEE = 1_500  # minor units; kept whatever the outcome
 REFUND_TAKES_DAYS = 1  # of the test cards whose refund is decided later
 CHARGE_PENDING_DAYS = 2
+BANK_REGRETS_AFTER_DAYS = 4  # of a test account whose bank sends back what it had taken
 
 
 def processing_fee(amount: int) -> int:
     """2.9 % and 30 minor units, the percentage rounded half up to a whole minor unit."""
     return (amount * FEE_PER_MILLE + 500) // 1000 + FEE_FIXED
+
+
+def debit_fee(amount: int) -> int:
+    """0.8 % of a bank debit, rounded half up, and at most 5.00."""
+    return min((amount * DEBIT_FEE_PER_MILLE + 500) // 1000, MOST_DEBIT_FEE)
 
 
 def book(world: World, source: Body, *, kind: str, amount: int, account: str, **given: Any) -> Body:
@@ -195,6 +203,67 @@ def _refund_fails(world: World, targets: list[str]) -> None:
             world.emit(kind, refund, account=PLATFORM, previous={"status": "succeeded"})
 
 
+#: The words of a bank that refuses a debit.
+DEBIT_WORDS = {
+    "account_closed": "The customer's bank account has been closed.",
+    "no_account": "The customer's bank account could not be located.",
+    "insufficient_funds": "The customer's account has insufficient funds to cover this payment.",
+    "debit_not_authorized": "The customer has notified their bank that this payment was unauthorized.",
+}
+
+
+def _debit_succeeds(world: World, targets: list[str]) -> None:
+    """The bank has confirmed it: only now is there money, and its balance transaction."""
+    for target in targets:
+        charge, intent, session = _debited(world, target)
+        charge |= {
+            "status": "succeeded",
+            "paid": True,
+            "outcome": objects.outcome(kind="authorized", message="Payment complete."),
+        }
+        world.save(charge)
+        intent |= {"status": "succeeded", "amount_received": intent["amount"]}
+        world.save(intent)
+        session["payment_status"] = "paid"
+        world.save(session)
+        world.emit("charge.succeeded", charge, account=PLATFORM)
+        world.emit("payment_intent.succeeded", intent, account=PLATFORM)
+        world.emit("checkout.session.async_payment_succeeded", session, account=PLATFORM)
+        given = {"fee": debit_fee(charge["amount"]), "description": charge["description"]}
+        book(world, charge, kind="payment", amount=charge["amount"], account=PLATFORM, **given)
+        world.save(charge)
+        world.emit("charge.updated", charge, account=PLATFORM, previous={"balance_transaction": None})
+
+
+def _debit_fails(world: World, targets: list[str]) -> None:
+    """The bank refuses: nothing was taken. The session stays complete, and unpaid, for ever."""
+    for target in targets:
+        charge, intent, session = _debited(world, target)
+        code = charge["_refuses"]
+        charge |= {"status": "failed", "failure_code": code, "failure_message": DEBIT_WORDS[code]}
+        world.save(charge)
+        intent |= {
+            "status": "requires_payment_method",
+            "payment_method": None,
+            "last_payment_error": {
+                "type": "invalid_request_error",
+                "code": code,
+                "charge": charge["id"],
+                "message": DEBIT_WORDS[code],
+            },
+        }
+        world.save(intent)
+        world.emit("charge.failed", charge, account=PLATFORM)
+        world.emit("payment_intent.payment_failed", intent, account=PLATFORM)
+        world.emit("checkout.session.async_payment_failed", session, account=PLATFORM)
+
+
+def _debited(world: World, target: str) -> tuple[Body, Body, Body]:
+    charge = world.get("charge", target, account=PLATFORM)
+    intent = world.get("payment_intent", charge["payment_intent"], account=PLATFORM)
+    return charge, intent, world.get("checkout.session", intent["_session"], account=PLATFORM)
+
+
 def reverse_transfer(world: World, transfer: Body, *, amount: int | None, metadata: Body | None) -> Body:
     """Take a transfer back, as far as the connected account still has the money.
 
@@ -248,6 +317,8 @@ def open_dispute(world: World, charge: Body, *, amount: int | None, reason: str,
     """
     if charge["status"] != "succeeded":
         raise StripeError("Only a charge that succeeded can be disputed.", param="charge")
+    if charge["payment_method_details"]["type"] != "card":
+        raise StripeError("The local Stripe plays disputes of cards only.", param="charge")
     if any(not is_closed(dispute) for dispute in disputes_of(world, charge)):
         raise StripeError(f"Charge {charge['id']} is disputed already.", code="charge_disputed", param="charge")
     amount = charge["amount"] if amount is None else amount
@@ -419,7 +490,10 @@ def settle(world: World) -> None:
             "available": _become_available,
             "payout": _pay_out,
             "arrival": _arrive,
+            "bank_regrets": _bank_regrets,
             "expiry": _expire,
+            "debit_succeeded": _debit_succeeds,
+            "debit_failed": _debit_fails,
             "refund_succeeded": _refund_succeeds,
             "refund_failed": _refund_fails,
             "evidence_due": _evidence_is_due,
@@ -465,6 +539,16 @@ def _arrive(world: World, targets: list[str]) -> None:
         payout["status"] = "paid"
         world.save(payout)
         world.emit("payout.paid", payout, account=owner)
+        if account is not None and account.get("_bank_regrets"):
+            due_at = world.now + BANK_REGRETS_AFTER_DAYS * DAY
+            store.schedule(world.db, due_at=due_at, task="bank_regrets", target=payout["id"])
+
+
+def _bank_regrets(world: World, targets: list[str]) -> None:
+    for target in targets:
+        owner = store.owner(world.db, target)
+        account = world.get("account", owner, account=PLATFORM)
+        _send_back(world, world.get("payout", target, account=owner), account, account["_bank_regrets"])
 
 
 BANKS_WORDS = {
@@ -476,7 +560,7 @@ BANKS_WORDS = {
 
 def _send_back(world: World, payout: Body, account: Body, code: str) -> None:
     """The bank takes no money for the account: it is in the balance again, and no more goes there before a new account is named."""
-    sent = payout["balance_transaction"]
+    sent, before_status = payout["balance_transaction"], payout["status"]
     entry = book(world, payout, kind="payout_failure", amount=payout["amount"], account=account["id"])
     payout |= {
         "status": "failed",
@@ -486,7 +570,7 @@ def _send_back(world: World, payout: Body, account: Body, code: str) -> None:
         "failure_message": BANKS_WORDS[code],
     }
     world.save(payout)
-    world.emit("payout.failed", payout, account=account["id"], previous={"status": "pending"})
+    world.emit("payout.failed", payout, account=account["id"], previous={"status": before_status})
     before = {name: account[name] for name in ("payouts_enabled", "requirements")}
     account["payouts_enabled"] = False
     account["requirements"] = objects.requirements(["external_account"])

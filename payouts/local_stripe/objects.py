@@ -140,7 +140,8 @@ def checkout_session(params: dict[str, Any], *, now: int, base_url: str, currenc
         "payment_method_collection": "if_required",
         "payment_method_configuration_details": None,
         "payment_method_options": {},
-        "payment_method_types": ["card"],
+        # Without a choice of the merchant's, what its dashboard switches on and the currency allows.
+        "payment_method_types": params.get("payment_method_types") or payment_methods(currency),
         "payment_status": "unpaid",
         "phone_number_collection": {"enabled": False},
         "recovered_from": None,
@@ -158,6 +159,10 @@ def checkout_session(params: dict[str, Any], *, now: int, base_url: str, currenc
         "_line_items": items,
         "_payment_intent_data": params.get("payment_intent_data", {}),
     }
+
+
+def payment_methods(currency: str) -> list[str]:
+    return ["card", "us_bank_account"] if currency == "usd" else ["card"]
 
 
 def payment_intent(session: Body, *, now: int) -> Body:
@@ -191,7 +196,7 @@ def payment_intent(session: Body, *, now: int) -> Body:
         "payment_method": None,
         "payment_method_configuration_details": None,
         "payment_method_options": {},
-        "payment_method_types": ["card"],
+        "payment_method_types": session["payment_method_types"],
         "processing": None,
         "receipt_email": wanted.get("receipt_email"),
         "review": None,
@@ -206,10 +211,23 @@ def payment_intent(session: Body, *, now: int) -> Body:
     }
 
 
-def charge(intent: Body, *, now: int, email: str | None, name: str | None, card: dict[str, Any]) -> Body:
-    """A charge on a card, as yet neither succeeded nor failed: `succeeded` or `failed` below completes it."""
+def charge(
+    intent: Body,
+    *,
+    now: int,
+    email: str | None,
+    name: str | None,
+    card: dict[str, Any] | None = None,
+    us_bank_account: dict[str, Any] | None = None,
+) -> Body:
+    """A charge on a card or a bank account, as yet neither succeeded nor failed."""
+    details: Body
+    if card is not None:
+        details = {"type": "card", "card": card}
+    else:
+        details = {"type": "us_bank_account", "us_bank_account": us_bank_account}
     return {
-        "id": new_id("ch"),
+        "id": new_id("ch" if card is not None else "py"),
         "object": "charge",
         "amount": intent["amount"],
         "amount_captured": 0,
@@ -237,7 +255,7 @@ def charge(intent: Body, *, now: int, email: str | None, name: str | None, card:
         "paid": False,
         "payment_intent": intent["id"],
         "payment_method": new_id("pm"),
-        "payment_method_details": {"type": "card", "card": card},
+        "payment_method_details": details,
         "radar_options": {},
         "receipt_email": intent["receipt_email"],
         "receipt_number": None,
@@ -265,6 +283,18 @@ def outcome(*, kind: str, message: str, reason: str | None = None, status: str =
         "risk_score": 20,
         "seller_message": message,
         "type": kind,
+    }
+
+
+def us_bank_account_details(*, number: str, routing: str) -> Body:
+    return {
+        "account_holder_type": "company",
+        "account_type": "checking",
+        "bank_name": "STRIPE TEST BANK",
+        "fingerprint": secrets.token_hex(8),
+        "last4": number[-4:],
+        "payment_reference": None,
+        "routing_number": routing,
     }
 
 
@@ -339,8 +369,8 @@ def destination_payment(transfer: Body, *, now: int) -> Body:
 
 
 def refund(charge: Body, *, amount: int, now: int, reason: str | None = None, metadata: Body | None = None) -> Body:
-    """Money on its way back to the card it came from."""
-    return {
+    """Money on its way back to the card or the account it came from."""
+    body = {
         "id": new_id("re"),
         "object": "refund",
         "amount": amount,
@@ -360,6 +390,9 @@ def refund(charge: Body, *, amount: int, now: int, reason: str | None = None, me
         "status": "succeeded",
         "transfer_reversal": None,
     }
+    if charge["payment_method_details"]["type"] == "us_bank_account":
+        body["destination_details"] = {"type": "us_bank_transfer", "us_bank_transfer": {"reference_status": "pending"}}
+    return body
 
 
 def transfer_reversal(transfer: Body, *, amount: int, now: int, metadata: Body | None = None) -> Body:

@@ -6,7 +6,14 @@ from payouts.models.corrections import CorrectionLine, DivisionCorrection
 from payouts.models.duties import Reminder, ReportDuty, ReportSchedule
 from payouts.models.ledger import Account, BalanceSnapshot, JournalEntry, Posting
 from payouts.models.payees import PayeeAccount
-from payouts.models.payments import BankReceipt, EventSweep, Payment, StripeEvent
+from payouts.models.payments import (
+    BankReceipt,
+    EventSettlement,
+    EventSweep,
+    Payment,
+    StripeEvent,
+    UnappliedCharge,
+)
 from payouts.models.pools import Division, DivisionLine, PayeeCount, RoyaltyPool
 from payouts.models.rails import RailExport, RailPayout, ServedCountries
 from payouts.models.reconciliation import ReconciliationDifference, ReconciliationRun
@@ -51,6 +58,7 @@ __all__ = [
     "DivisionLine",
     "Document",
     "DocumentSeries",
+    "EventSettlement",
     "EventSweep",
     "IssuedStatement",
     "JournalEntry",
@@ -88,5 +96,6 @@ __all__ = [
     "StripeEvent",
     "TaxRate",
     "TransferReversal",
+    "UnappliedCharge",
     "WriteOff",
 ]

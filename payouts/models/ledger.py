@@ -62,6 +62,7 @@ class JournalEntry(models.Model):
         RAIL_INTENT = "rail_intent"  # promised over another rail than Stripe
         RAIL_SENT = "rail_sent"
         RAIL_REVERSAL = "rail_reversal"
+        SURPLUS = "surplus"  # a charge that is for nothing that we sell
 
     key = models.CharField(max_length=160, unique=True)
     kind = models.CharField(max_length=16, choices=Kind)

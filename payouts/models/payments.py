@@ -40,6 +40,11 @@ class Payment(models.Model):
     checkout_attempt = models.PositiveIntegerField(
         default=1
     )  # in the idempotency key; rises when a session has expired, and when the key would only repeat an error
+    checkout_asked_at = models.DateTimeField(null=True)  # wall time at which Stripe was last asked whether it is over
+    #: Of a debit that takes days: since when the buyer's bank has been confirming it, and the last one that it refused.
+    awaits_bank_since = models.DateTimeField(null=True)  # business time
+    bank_refused_at = models.DateTimeField(null=True)  # business time
+    bank_refusal = models.TextField(blank=True)  # Stripe's words
     charge_id = models.CharField(max_length=255, unique=True, null=True)
     balance_transaction_id = models.CharField(max_length=255, unique=True, null=True)
     fee_micros = models.BigIntegerField(null=True)  # Stripe's, from the balance transaction
@@ -168,6 +173,95 @@ class StripeEvent(Job):
 
     def __str__(self) -> str:
         return f"{self.type} {self.event_id}"
+
+    @classmethod
+    def unsettled(cls) -> "models.QuerySet[StripeEvent]":
+        """Those that failed and that nobody has settled otherwise."""
+        settled = EventSettlement.objects.filter(
+            event=models.OuterRef("pk"), act=EventSettlement.Act.EXPLAINED, status=EventSettlement.Status.CONFIRMED
+        )
+        return cls.objects.filter(~models.Exists(settled), status=cls.Status.FAILED)
+
+
+class EventSettlement(models.Model):
+    """How one of the staff wants a failed event to be settled; done when another one has confirmed it."""
+
+    class Act(models.TextChoices):
+        EXPLAINED = "explained", "settled otherwise"  # the reason says how
+        REFUND = "refund", "surplus charge, to be refunded"
+
+    class Status(models.TextChoices):
+        PROPOSED = "proposed"
+        CONFIRMED = "confirmed"
+        REJECTED = "rejected"
+
+    event = models.ForeignKey(StripeEvent, models.PROTECT, related_name="settlements")
+    object_id = models.CharField(max_length=255)  # what the event is about, at Stripe
+    act = models.CharField(max_length=9, choices=Act)
+    reason = models.TextField()
+    charge_id = models.CharField(max_length=255, blank=True)  # the surplus one, and what of it is left
+    amount_micros = models.BigIntegerField(null=True)
+    currency = models.CharField(max_length=3, blank=True)
+    status = models.CharField(max_length=9, choices=Status, default=Status.PROPOSED)
+    proposed_by = models.ForeignKey("marketplace.User", models.PROTECT, related_name="+")
+    proposed_at = models.DateTimeField(default=timezone.now)
+    decided_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
+    decided_at = models.DateTimeField(null=True)
+    note = models.TextField(blank=True)  # of whoever decided
+
+    class Meta:
+        ordering = ["-pk"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["event"], condition=Q(status="proposed"), name="one_proposed_settlement_per_event"
+            ),
+            models.CheckConstraint(
+                condition=Q(status="proposed", decided_by=None, decided_at=None)
+                | (~Q(status="proposed") & Q(decided_by__isnull=False, decided_at__isnull=False)),
+                name="decided_settlement_knows_by_whom",
+            ),
+            models.CheckConstraint(
+                condition=~Q(status="confirmed") | ~Q(decided_by=F("proposed_by")),
+                name="settlement_needs_a_second_person",
+            ),
+            models.CheckConstraint(
+                condition=Q(act="explained", charge_id="", amount_micros=None)
+                | (Q(act="refund", amount_micros__gt=0) & ~Q(charge_id="")),
+                name="surplus_settlement_names_its_charge",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"Settlement {self.pk} of {self.event}"
+
+    @property
+    def amount(self) -> Money | None:
+        return None if self.amount_micros is None else Money(self.amount_micros, self.currency)
+
+
+class UnappliedCharge(models.Model):
+    """A charge that succeeded and is for nothing that we sell: a second payment of one order, one of a cancelled order.
+
+    Its money lies in `unapplied` until it is refunded; its balance transaction is a `Movement`.
+    """
+
+    charge_id = models.CharField(max_length=255, unique=True)
+    payment = models.ForeignKey(Payment, models.PROTECT, null=True, related_name="unapplied_charges")  # that it names
+    event = models.ForeignKey(StripeEvent, models.PROTECT, related_name="unapplied_charges")  # that told of it
+    amount_micros = models.BigIntegerField()
+    currency = models.CharField(max_length=3)
+    booked_at = models.DateTimeField()  # business time
+
+    class Meta:
+        ordering = ["-pk"]
+        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="unapplied_charge_positive")]
+
+    def __str__(self) -> str:
+        return f"Unapplied charge {self.charge_id}: {self.amount}"
+
+    @property
+    def amount(self) -> Money:
+        return Money(self.amount_micros, self.currency)
 
 
 class EventSweep(models.Model):

@@ -22,7 +22,7 @@ from marketplace.money import Money
 
 
 class Refund(Job):
-    """Part or all of one payment, given back to the card: intended → sent, or refused and booked back.
+    """Part or all of one payment, or of a charge that is for nothing, given back to the card: intended → sent, or refused and booked back.
 
     The job's `status` says how the work stands, `state` how the money does.
     """
@@ -41,13 +41,15 @@ class Refund(Job):
         FRAUD = "fraud", "the card was stolen"
         GOODWILL = "goodwill", "goodwill"
         CORRECTED = "corrected", "the licensee corrected its revenue report"
+        SURPLUS = "surplus", "paid for nothing that was asked for"
         AT_STRIPE = "at_stripe", "refunded in Stripe's dashboard"
 
     #: States in which the buyer has the money, or may have it.
     STANDING: ClassVar[list[str]] = ["intended", "pending", "sent"]
     task_name: ClassVar[str] = "payouts.tasks.execute_refund"
 
-    payment = models.ForeignKey("payouts.Payment", models.PROTECT, related_name="refunds")
+    payment = models.ForeignKey("payouts.Payment", models.PROTECT, null=True, related_name="refunds")
+    unapplied = models.ForeignKey("payouts.UnappliedCharge", models.PROTECT, null=True, related_name="refunds")
     amount_micros = models.BigIntegerField()  # whole minor units
     currency = models.CharField(max_length=3)
     reason = models.CharField(max_length=11, choices=Reason)
@@ -70,6 +72,11 @@ class Refund(Job):
         constraints = [
             *Job.Meta.constraints,
             models.UniqueConstraint(fields=["payment", "key"], name="one_refund_per_payment_and_key"),
+            models.UniqueConstraint(fields=["unapplied", "key"], name="one_refund_per_unapplied_charge_and_key"),
+            models.CheckConstraint(
+                condition=Q(payment__isnull=False, unapplied=None) | Q(payment=None, unapplied__isnull=False),
+                name="refund_is_of_one_charge",
+            ),
             models.CheckConstraint(condition=Q(amount_micros__gt=0), name="refund_positive"),
             models.CheckConstraint(
                 condition=Q(state__in=["intended", "refused"]) | Q(refund_id__isnull=False),
@@ -83,6 +90,12 @@ class Refund(Job):
     @property
     def amount(self) -> Money:
         return Money(self.amount_micros, self.currency)
+
+    @property
+    def charge_id(self) -> str:
+        charge: str | None = self.payment.charge_id if self.payment is not None else self.unapplied.charge_id  # type: ignore[union-attr]
+        assert charge is not None  # a paid payment has its charge (a database check)
+        return charge
 
 
 class Dispute(models.Model):
@@ -327,19 +340,21 @@ class WriteOff(models.Model):
 
 
 class Movement(models.Model):
-    """One of Stripe's balance transactions that a refund, a dispute or a reversal caused."""
+    """One of Stripe's balance transactions that a refund, a dispute, a reversal or a surplus charge caused."""
 
     class Kind(models.TextChoices):
         REFUND = "refund"
         REFUND_FAILURE = "refund_failure"
         DISPUTE = "dispute"  # withdrawn or reinstated
         REVERSAL = "reversal"
+        SURPLUS = "surplus"  # a charge that is for nothing
 
     kind = models.CharField(max_length=14, choices=Kind)
     balance_transaction_id = models.CharField(max_length=255, unique=True)
     refund = models.ForeignKey(Refund, models.PROTECT, null=True, related_name="movements")
     dispute = models.ForeignKey(Dispute, models.PROTECT, null=True, related_name="movements")
     reversal = models.ForeignKey(TransferReversal, models.PROTECT, null=True, related_name="movements")
+    unapplied = models.ForeignKey("payouts.UnappliedCharge", models.PROTECT, null=True, related_name="movements")
     amount_micros = models.BigIntegerField()  # signed, as Stripe says it
     fee_micros = models.BigIntegerField()  # signed: what Stripe keeps on top
     currency = models.CharField(max_length=3)
@@ -351,9 +366,16 @@ class Movement(models.Model):
     class Meta:
         constraints = [
             models.CheckConstraint(
-                condition=Q(kind__in=["refund", "refund_failure"], refund__isnull=False, dispute=None, reversal=None)
-                | Q(kind="dispute", refund=None, dispute__isnull=False, reversal=None)
-                | Q(kind="reversal", refund=None, dispute=None, reversal__isnull=False),
+                condition=Q(
+                    kind__in=["refund", "refund_failure"],
+                    refund__isnull=False,
+                    dispute=None,
+                    reversal=None,
+                    unapplied=None,
+                )
+                | Q(kind="dispute", refund=None, dispute__isnull=False, reversal=None, unapplied=None)
+                | Q(kind="reversal", refund=None, dispute=None, reversal__isnull=False, unapplied=None)
+                | Q(kind="surplus", refund=None, dispute=None, reversal=None, unapplied__isnull=False),
                 name="movement_has_its_cause",
             ),
             models.CheckConstraint(condition=~Q(amount_micros=0), name="movement_not_zero"),

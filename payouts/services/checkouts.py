@@ -1,4 +1,9 @@
-"""A checkout at Stripe for one order or one royalty invoice: opened here, and checked here once Stripe says it is paid."""
+"""A checkout at Stripe for one order or one royalty invoice: opened here, and checked here once Stripe says it is paid.
+
+open → complete and paid (a card)
+     → complete, and the buyer's bank says in days whether a debit goes through → paid | failed: a new page may be opened
+     → expired: a new page may be opened
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -6,10 +11,18 @@ from collections.abc import Callable, Sequence
 from django.db import transaction
 
 from marketplace import clock
+from marketplace.errors import DomainError
 from marketplace.money import MAX_CHARGE_MINOR, Money
+from marketplace.services.orders import PAYMENT_TERM, extend_payment
 from payouts import chart, gateway
-from payouts.errors import AlreadyPaid, PayByBankTransfer, PaymentMismatch, StripeUnavailable
-from payouts.models import Payment
+from payouts.errors import (
+    AlreadyPaid,
+    PayByBankTransfer,
+    PaymentMismatch,
+    PaymentUnderWay,
+    StripeUnavailable,
+)
+from payouts.models import Payment, UnappliedCharge
 from payouts.services.refusals import declined
 
 logger = logging.getLogger(__name__)
@@ -46,8 +59,10 @@ def open_checkout(
 
     Raises:
         AlreadyPaid: it is, or Stripe says so and the webhook is on its way.
+        PaymentUnderWay: the buyer's bank is confirming a debit.
         StripeUnavailable, StripeDeclined: see the classes.
     """
+    under_way: PaymentUnderWay | None = None
     with transaction.atomic():
         payment.refresh_from_db(from_queryset=Payment.objects.select_for_update())
         if payment.status == Payment.Status.PAID:
@@ -59,8 +74,12 @@ def open_checkout(
             # Not raised in here: what was learnt of the attempt's key must stay written.
             payment.save(update_fields=["checkout_attempt"])
             failure: Exception = error
+        except PaymentUnderWay as error:
+            under_way = error  # likewise: since when it is must stay written
         else:
             return url
+    if under_way is not None:
+        raise under_way
     raise StripeUnavailable("Stripe did not answer. Nothing was charged; try again in a minute.") from failure
 
 
@@ -70,20 +89,31 @@ def _open_page(payment: Payment, lines: Sequence[gateway.CheckoutLine], success_
             known = gateway.get_checkout(payment.checkout_id)
             if known.status == "open":
                 return payment.checkout_url
-            if known.status == "complete":
-                raise AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
+            _note_bank(payment, known)
+            if not _is_over(known):
+                raise why_taken(payment)
             payment.checkout_attempt += 1
         session = _create(payment, lines, success_url, cancel_url)
     except gateway.StripeRefused as error:
         raise declined(error, "Stripe does not accept this payment") from error
     payment.checkout_id, payment.checkout_url = session.id, session.url
-    payment.save(update_fields=["checkout_id", "checkout_url", "checkout_attempt"])
+    payment.awaits_bank_since, payment.bank_refused_at, payment.bank_refusal = None, None, ""
+    payment.save(
+        update_fields=[
+            "checkout_id",
+            "checkout_url",
+            "checkout_attempt",
+            "awaits_bank_since",
+            "bank_refused_at",
+            "bank_refusal",
+        ]
+    )
     logger.info("Opened checkout payment=%s micros=%s %s", payment.pk, payment.amount_micros, payment.currency)
     return session.url
 
 
 def close_checkout(payment: Payment) -> bool:
-    """Inside a transaction that holds the payment's row: close its page at Stripe; False if it may have been paid there.
+    """Inside a transaction that holds the payment's row: close its page at Stripe; False if it was paid there, or may yet be.
 
     Raises:
         gateway.StripeRefused, gateway.StripeUncertain: ask again.
@@ -93,13 +123,79 @@ def close_checkout(payment: Payment) -> bool:
     if not payment.checkout_id:
         return True
     known = gateway.get_checkout(payment.checkout_id)
+    _note_bank(payment, known)
     if known.status == "open":
         gateway.expire_checkout(payment.checkout_id)
-    return known.status != "complete"
+    return known.status == "open" or _is_over(known)
+
+
+def _is_over(known: gateway.PaidCheckout) -> bool:
+    """Whether nothing comes of the page any more: expired, its debit refused, or its money booked as being for nothing."""
+    if known.status != "complete":
+        return known.status == "expired"
+    return known.has_failed or UnappliedCharge.objects.filter(charge_id=known.charge).exists()
+
+
+def why_taken(payment: Payment) -> DomainError:
+    """Why nothing else can be paid while its page is done."""
+    if payment.awaits_bank_since is not None:
+        return PaymentUnderWay(
+            f"The bank has been confirming the debit since {payment.awaits_bank_since:%d %B %Y}; that usually takes up to five "
+            "working days. Nothing more is to be done until it has answered."
+        )
+    return AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
+
+
+def refuse_while_under_way(payment: Payment | None) -> None:
+    """Raise if a bank is still confirming a debit, as Stripe says now.
+
+    Raises:
+        PaymentUnderWay, AlreadyPaid, StripeUnavailable: see the classes.
+    """
+    if payment is None or payment.awaits_bank_since is None:
+        return
+    with transaction.atomic():
+        held = Payment.objects.select_for_update(of=("self",)).select_related("order").get(pk=payment.pk)
+        if held.awaits_bank_since is None or held.checkout_id is None:
+            return
+        try:
+            known = gateway.get_checkout(held.checkout_id)
+        except (gateway.StripeRefused, gateway.StripeUncertain) as error:
+            raise StripeUnavailable("Stripe did not answer. Nothing was charged; try again in a minute.") from error
+        _note_bank(held, known)
+    if not _is_over(known):
+        raise why_taken(held)
+
+
+@transaction.atomic
+def note_unpaid(checkout: gateway.PaidCheckout) -> None:
+    """Write down how a session that is not paid stands: a bank confirms its debit, or has refused it."""
+    named = checkout.metadata.get("payment", "")
+    payments = Payment.objects.select_for_update(of=("self",)).select_related("order")
+    payment = payments.filter(pk=int(named)).first() if named.isdigit() else None
+    if payment is not None and payment.checkout_id == checkout.id:
+        _note_bank(payment, checkout)
+
+
+def _note_bank(payment: Payment, known: gateway.PaidCheckout) -> None:
+    """Inside a transaction that holds the payment's row. A buyer whose bank has refused is given time to pay otherwise."""
+    if payment.status == Payment.Status.PAID:
+        return
+    if known.awaits_bank and payment.awaits_bank_since is None:
+        payment.awaits_bank_since = clock.now()
+        logger.info("Awaits bank payment=%s checkout=%s", payment.pk, known.id)
+    elif known.has_failed and payment.bank_refused_at is None:
+        payment.awaits_bank_since, payment.bank_refused_at, payment.bank_refusal = None, clock.now(), known.failure
+        if payment.order is not None:
+            extend_payment(order=payment.order, until=max(payment.order.expires_at, clock.now() + PAYMENT_TERM))
+        logger.info("Bank refused payment=%s checkout=%s", payment.pk, known.id)
+    else:
+        return
+    payment.save(update_fields=["awaits_bank_since", "bank_refused_at", "bank_refusal"])
 
 
 def fetch_checkout(session_id: str) -> gateway.PaidCheckout | None:
-    """What Stripe itself says of a session; `None` while it is not paid.
+    """What Stripe itself says of a session; `None` while it is not paid, and then how it stands is written down.
 
     Raises:
         NotBookedByStripe: see the class.
@@ -107,6 +203,7 @@ def fetch_checkout(session_id: str) -> gateway.PaidCheckout | None:
     """
     checkout = gateway.get_checkout(session_id)
     if not checkout.is_paid:
+        note_unpaid(checkout)
         return None
     if checkout.balance_transaction is None:
         raise NotBookedByStripe(f"Checkout {session_id}")
@@ -158,6 +255,8 @@ def take_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
         PaymentMismatch: amount, currency or purpose is not ours, or another session has paid already.
     """
     payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
+    if UnappliedCharge.objects.filter(charge_id=checkout.charge).exists():
+        return None  # decided while we waited for the row
     if payment.status == Payment.Status.PAID:
         if payment.charge_id == checkout.charge:
             return None
@@ -181,6 +280,7 @@ def take_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
     payment.fee_micros = Money.from_minor(checkout.fee_minor, payment.currency).micros
     payment.available_on = checkout.available_on
     payment.paid_at = clock.now()
+    payment.awaits_bank_since, payment.bank_refused_at, payment.bank_refusal = None, None, ""
     payment.save()
     return payment
 

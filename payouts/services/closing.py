@@ -143,7 +143,7 @@ def _obstacles(ends_at: datetime) -> list[str]:
     waiting = ManualEntry.objects.filter(booked_at__lt=ends_at, decision=None).count()
     if waiting:
         found.append(f"{waiting} manual entries in it wait for a second person.")
-    failed = StripeEvent.objects.filter(status=jobs.Job.Status.FAILED).count()
+    failed = StripeEvent.unsettled().count()
     if failed:
         found.append(f"{failed} of Stripe's events could not be applied.")
     latest = ReconciliationRun.objects.filter(status=jobs.Job.Status.DONE).first()

@@ -42,6 +42,7 @@ def issue_credit_note(refund: Refund) -> Document:
     if known is not None:
         return known
     payment = refund.payment
+    assert payment is not None  # a surplus charge has no invoice
     tax = Money(sum(line.tax_micros for line in refund.clawback.lines.all()), refund.currency)
     of = issue_invoice(payment)  # what was paid before there were documents has none yet
     content = {

@@ -26,26 +26,35 @@ logger = logging.getLogger(__name__)
 __all__ = ["apply_event", "book_checkout", "receive_event", "retry_failed_events", "sweep_events"]
 
 REFUND_EVENTS = ("refund.created", "refund.updated", "refund.failed", "charge.refund.updated")
-PAID_EVENTS = ("checkout.session.completed", "checkout.session.async_payment_succeeded")
+#: A page is done: paid, or a bank confirms a debit; days later it has, or has refused it.
+CHECKOUT_EVENTS = (
+    "checkout.session.completed",
+    "checkout.session.async_payment_succeeded",
+    "checkout.session.async_payment_failed",
+)
 DISPUTE_EVENTS = tuple(
     f"charge.dispute.{what}" for what in ("created", "updated", "funds_withdrawn", "funds_reinstated", "closed")
 )
+BANK_EVENTS = ("payout.paid", "payout.failed", "payout.canceled")
 #: What `apply_event` acts on, and so what is looked for.
 APPLIED = {
     StripeEvent.Endpoint.PLATFORM: (
-        *PAID_EVENTS,
+        *CHECKOUT_EVENTS,
         "charge.updated",
         *REFUND_EVENTS,
         "charge.refunded",
         *DISPUTE_EVENTS,
     ),
-    StripeEvent.Endpoint.CONNECT: ("account.updated", "payout.paid"),
+    StripeEvent.Endpoint.CONNECT: ("account.updated", *BANK_EVENTS),
 }
 #: Stripe keeps events this long, and lists one a little later than it happened.
 EVENTS_KEPT = timedelta(days=30)
 LISTED_WITHIN = timedelta(hours=1)
 #: A payout is in the bank within about this long; a payee who has not finished onboarding is asked about as often.
 ARRIVES_WITHIN = timedelta(days=3)
+#: A bank that has taken a payout may still send it back for about a week; so long its payee's account is asked about, once a day.
+BANK_MAY_RETURN = timedelta(days=10)
+ASKED_AGAIN_AFTER = timedelta(days=1)
 MAX_ACCOUNTS_AT_ONCE = 200
 
 
@@ -86,7 +95,7 @@ def apply_event(row: StripeEvent) -> None:
     """
     thing = json.loads(row.payload)["data"]["object"]
     match row.endpoint, row.type:
-        case StripeEvent.Endpoint.PLATFORM, kind if kind in PAID_EVENTS:
+        case StripeEvent.Endpoint.PLATFORM, kind if kind in CHECKOUT_EVENTS:
             book_checkout(thing["id"])
         case StripeEvent.Endpoint.PLATFORM, "charge.updated":
             # Stripe books a charge a moment after it succeeds; the session's own event may have come too early.
@@ -103,7 +112,7 @@ def apply_event(row: StripeEvent) -> None:
             disputes.refresh_dispute(thing["id"])
         case StripeEvent.Endpoint.CONNECT, "account.updated":
             payees.refresh_payee(row.account)
-        case StripeEvent.Endpoint.CONNECT, "payout.paid" | "payout.failed" | "payout.canceled":
+        case StripeEvent.Endpoint.CONNECT, kind if kind in BANK_EVENTS:
             transfers.refresh_bank_payout(account=row.account, bank_payout=thing["id"])
 
 
@@ -120,7 +129,7 @@ def sweep_events(*, failures: list[Difference] | None = None) -> int:
     """Store and queue what Stripe has told and no webhook brought; returns how many.
 
     Ours are read since the newest one that was listed. Of connected accounts only those are asked that wait for a word: a payout
-    that should be in the bank, or an onboarding. One account's failure does not keep the others from being read.
+    that should be in the bank, or arrived lately and may come back, or an onboarding. One account's failure does not keep the others from being read.
 
     Args:
         failures: gets a difference for each account whose list could not be read; None: raise the first.
@@ -141,12 +150,15 @@ def sweep_events(*, failures: list[Difference] | None = None) -> int:
 def _waiting_accounts() -> Iterator[str]:
     """Those that were asked longest ago first."""
     late = Payout.objects.filter(status=Payout.Status.SENT, sent_at__lt=clock.now() - ARRIVES_WITHIN)
+    arrived = Payout.objects.filter(status=Payout.Status.PAID, paid_at__gt=clock.now() - BANK_MAY_RETURN)
     asked = EventSweep.objects.filter(account=OuterRef("stripe_account_id")).values("swept_at")
-    waiting = PayeeAccount.objects.filter(
-        Q(transfers_active=False) | Q(stripe_account_id__in=late.values("destination"))
-    ).annotate(asked_at=Subquery(asked))
-    lately = timezone.now() - LISTED_WITHIN
-    waiting = waiting.filter(Q(asked_at=None) | Q(asked_at__lte=lately))
+    wall = timezone.now()
+    not_lately = Q(asked_at=None) | Q(asked_at__lte=wall - LISTED_WITHIN)
+    not_today = Q(asked_at=None) | Q(asked_at__lte=wall - ASKED_AGAIN_AFTER)
+    waiting = PayeeAccount.objects.annotate(asked_at=Subquery(asked)).filter(
+        (Q(transfers_active=False) | Q(stripe_account_id__in=late.values("destination"))) & not_lately
+        | Q(stripe_account_id__in=arrived.values("destination")) & not_today
+    )
     waiting = waiting.order_by(F("asked_at").asc(nulls_first=True), "pk")
     yield from waiting.values_list("stripe_account_id", flat=True)[:MAX_ACCOUNTS_AT_ONCE]
 

@@ -1,4 +1,4 @@
-"""Stripe's balance transactions of refunds, disputes and reversals: each booked once, and settled when its funds count."""
+"""Stripe's balance transactions of refunds, disputes, reversals and surplus charges: each booked once, and settled when its funds count."""
 
 import logging
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from django.db import transaction
 from marketplace import clock
 from marketplace.money import Money
 from payouts import chart, gateway, ledger
-from payouts.models import Dispute, JournalEntry, Movement, Refund, TransferReversal
+from payouts.models import Dispute, JournalEntry, Movement, Refund, TransferReversal, UnappliedCharge
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ def record(
     refund: Refund | None = None,
     dispute: Dispute | None = None,
     reversal: TransferReversal | None = None,
+    unapplied: UnappliedCharge | None = None,
 ) -> bool:
     """Inside the transaction that holds its cause: book one of Stripe's movements, once.
 
@@ -45,6 +46,7 @@ def record(
         refund=refund,
         dispute=dispute,
         reversal=reversal,
+        unapplied=unapplied,
         amount_micros=amount,
         fee_micros=fee,
         currency=theirs.currency,

@@ -40,6 +40,7 @@ from payouts.models import (
     RoyaltyInvoice,
     RoyaltyPool,
     RoyaltyReport,
+    UnappliedCharge,
 )
 from payouts.services.divisions import ENTRY_KINDS, allocated, divided_by, pots_of, source_account
 from payouts.services.royalties import parts_of
@@ -176,10 +177,15 @@ def _snapshots(balances: Balances) -> Iterator[Finding]:
             yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
 
 
+def _by_hand() -> dict[str, int]:
+    """What manual entries moved, by account."""
+    of_entries = Posting.objects.filter(entry__kind=JournalEntry.Kind.MANUAL).values("account__code")
+    return {row["account__code"]: int(row["sum"]) for row in of_entries.annotate(sum=Sum("amount_micros"))}
+
+
 def _balances_in_range(balances: Balances) -> Iterator[Finding]:
     """Nobody owes us what we owed them, and no heap of cash is below nothing."""
-    of_entries = Posting.objects.filter(entry__kind=JournalEntry.Kind.MANUAL).values("account__code")
-    by_hand = dict(of_entries.annotate(sum=Sum("amount_micros")).values_list("account__code", "sum"))
+    by_hand = _by_hand()
     for code, micros in sorted(balances.items()):
         # A refund gives tax back that an office has been handed already: the office owes it then.
         is_ours = _is_known(code) and chart.parse(code).purpose.kind == Account.Kind.LIABILITY
@@ -546,7 +552,9 @@ def _closings(balances: Balances) -> Iterator[Finding]:
 def _refunds(balances: Balances) -> Iterator[Finding]:
     """Refunded ≤ paid; what is refunding is what is intended; each cause has the movements of its state."""
     standing = (
-        Refund.objects.filter(state__in=Refund.STANDING).values("payment").annotate(sum=Sum("amount_micros", default=0))
+        Refund.objects.filter(state__in=Refund.STANDING, unapplied=None)
+        .values("payment")
+        .annotate(sum=Sum("amount_micros", default=0))
     )
     back = dict(standing.values_list("payment", "sum"))
     for payment in Payment.objects.filter(pk__in=back).order_by("pk"):
@@ -562,7 +570,7 @@ def _refunds(balances: Balances) -> Iterator[Finding]:
         Refund.State.SENT: [Movement.Kind.REFUND],
         Refund.State.FAILED: [Movement.Kind.REFUND, Movement.Kind.REFUND_FAILURE],
     }
-    refunds = Refund.objects.select_related("clawback__undo").prefetch_related("movements")
+    refunds = Refund.objects.select_related("clawback__undo", "payment").prefetch_related("movements")
     for refund in refunds.order_by("pk").iterator(chunk_size=1_000):
         state = Refund.State(refund.state)
         if state == Refund.State.INTENDED:
@@ -574,6 +582,8 @@ def _refunds(balances: Balances) -> Iterator[Finding]:
         ]
         if moved != wanted:
             yield Finding("refund_movements_differ", f"{refund} is {state}: {moved}")
+        if refund.payment is None:
+            continue  # see `_unapplied`
         clawback = refund.clawback
         is_undone = hasattr(clawback, "undo")
         if clawback.amount_micros != refund.amount_micros or is_undone == (state in Refund.STANDING):
@@ -583,6 +593,34 @@ def _refunds(balances: Balances) -> Iterator[Finding]:
     for code in sorted(refunding.keys() | {code for code in balances if code.startswith("refunding:")}):
         if refunding[code] != -balances.get(code, 0):
             yield Finding("refunding_differs", f"{code}: {-balances.get(code, 0)} booked, {refunding[code]} intended")
+
+
+def _unapplied(balances: Balances) -> Iterator[Finding]:
+    """A surplus charge has its movement, paid nothing, and what is left of all of them is what lies in `unapplied`."""
+    left: dict[str, int] = defaultdict(int)
+    for charge in UnappliedCharge.objects.prefetch_related("movements", "refunds").order_by("pk").iterator(1_000):
+        moved = [(movement.kind, movement.amount_micros) for movement in charge.movements.all()]
+        if moved != [(Movement.Kind.SURPLUS, charge.amount_micros)]:
+            yield Finding("unapplied_movements_differ", f"{charge}: {moved}")
+        if Payment.objects.filter(charge_id=charge.charge_id).exists():
+            yield Finding("unapplied_paid_something", f"{charge}")
+        back = 0
+        for refund in charge.refunds.all():
+            is_standing = refund.state in Refund.STANDING
+            back += refund.amount_micros if is_standing else 0
+            code = chart.unapplied(charge.currency)
+            booked = [_postings(f"surplus:refund:{refund.pk}:{stage}").get(code, 0) for stage in ("intent", "back")]
+            if booked != [refund.amount_micros, 0 if is_standing else -refund.amount_micros]:
+                yield Finding("refund_differs_from_surplus", f"{refund} is {refund.state}, booked {booked}")
+        if back > charge.amount_micros:
+            yield Finding("refunded_more_than_paid", f"{charge}: {back}")
+        left[chart.unapplied(charge.currency)] += charge.amount_micros - back
+    by_hand = _by_hand()
+    for code in sorted(left.keys() | {code for code in balances if code.startswith("unapplied:")}):
+        if left[code] != -(balances.get(code, 0) - by_hand.get(code, 0)):
+            yield Finding(
+                "unapplied_differs", f"{code}: {-balances.get(code, 0)} booked, {left[code]} left of its charges"
+            )
 
 
 def _clawbacks(balances: Balances) -> Iterator[Finding]:
@@ -719,6 +757,7 @@ CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _rails,
     _closings,
     _refunds,
+    _unapplied,
     _clawbacks,
     _disputes,
     _frozen,

@@ -104,7 +104,7 @@ def decide_receipt(*, receipt: BankReceipt, approved: bool, by: User) -> BankRec
 def _book(payment: Payment) -> None:
     if payment.status == Payment.Status.PAID or not checkouts.close_checkout(payment):
         raise ReceiptNotPossible(
-            f"Payment {payment.pk} was made on Stripe's page. Reject this, and return the transfer."
+            f"Payment {payment.pk} was made on Stripe's page, or its bank is confirming a debit. Reject this, and return the transfer."
         )
     now = clock.now()
     payment.status, payment.method = Payment.Status.PAID, Payment.Method.BANK

@@ -19,7 +19,8 @@ from itertools import islice, takewhile
 from typing import Any
 
 from django.db import connection, transaction
-from django.db.models import QuerySet, Sum
+from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from marketplace import clock, jobs
@@ -29,6 +30,7 @@ from marketplace.money import Money
 from marketplace.services import audit
 from payouts import chart, gateway, ledger
 from payouts.models import (
+    EventSettlement,
     JournalEntry,
     ManualLeg,
     Movement,
@@ -40,6 +42,7 @@ from payouts.models import (
     Refund,
     StripeEvent,
     TransferReversal,
+    UnappliedCharge,
 )
 from payouts.services import movements
 
@@ -78,6 +81,7 @@ CAUSES = {
     "refund_failure_not_booked": "The card's bank sent a refund back and its event was lost; the sweep books it.",
     "dispute_not_booked": "The event of the dispute was lost; the sweep books it.",
     "refund_not_written_down": "It was made in Stripe's dashboard of what we cannot take back; the message says why.",
+    "unapplied_money": "Its refund was refused or came back: propose it again, or settle its event otherwise, at the desk.",
     "refund_failed_without_return": "Stripe says that it failed and did not give the money back: ask Stripe.",
     "dispute_not_written_down": "It is about a charge that we do not know, or cannot be booked; the message says why.",
     "reversal_not_booked": "A transfer was reversed in Stripe's dashboard.",
@@ -92,7 +96,8 @@ CAUSES = {
     "refund_too_long": "Stripe has not answered, or the worker died: the job looks it up when it comes back.",
     "transferreversal_too_long": "Stripe has not answered, or the worker died: the job looks it up when it comes back.",
     "rail_too_long": "Nobody has confirmed that the bank sent it, or that it came back.",
-    "event_not_applied": "Stripe told us something that could not be booked; the message says why.",
+    "event_not_applied": "Stripe told us something that could not be booked; the message says why. Settle it at the desk, "
+    "under Stripe’s events.",
     "events_not_listed": "Stripe did not list what it told of that account: it was closed, or Stripe did not answer.",
     "sweep_failed": "A sweep ended by an error of ours or of Stripe's; the log has it.",
 }
@@ -545,6 +550,27 @@ def _not_seen(look: _Look) -> Iterator[Difference]:
             )
 
 
+def _unapplied_money() -> Iterator[Difference]:
+    """What surplus charges took and is on no way back to the buyer; unless two of the staff have settled it otherwise."""
+    standing = Q(refunds__state__in=Refund.STANDING)
+    charges = UnappliedCharge.objects.annotate(back=Coalesce(Sum("refunds__amount_micros", filter=standing), 0))
+    settled = EventSettlement.objects.filter(
+        event__unapplied_charges=OuterRef("pk"),
+        act=EventSettlement.Act.EXPLAINED,
+        status=EventSettlement.Status.CONFIRMED,
+    )
+    left = charges.filter(~Exists(settled), back__lt=F("amount_micros"))
+    for charge in left.order_by("pk").iterator(chunk_size=PAGE):
+        rest = Money(charge.amount_micros - charge.back, charge.currency)
+        yield Difference(
+            "unapplied_money",
+            f"{rest} of charge {charge.charge_id} is for nothing that we sell, and on no way back",
+            subject=charge.charge_id,
+            happened_at=charge.booked_at,
+            amount=rest,
+        )
+
+
 def _waiting_too_long() -> Iterator[Difference]:
     wall = timezone.now()
     old_payouts = Payout.objects.filter(status=Payout.Status.INTENDED, created_at__lt=wall - IN_TRANSIT_LIMIT)
@@ -569,6 +595,7 @@ def _waiting_too_long() -> Iterator[Difference]:
                 happened_at=intent.intended_at,
                 amount=intent.amount,
             )
+    yield from _unapplied_money()
     rails = RailPayout.objects.filter(status=RailPayout.Status.INTENDED, intended_at__lt=clock.now() - RAIL_LIMIT)
     for rail in rails.order_by("pk").iterator(chunk_size=PAGE):
         assert rail.intended_at is not None
@@ -580,7 +607,7 @@ def _waiting_too_long() -> Iterator[Difference]:
             happened_at=rail.intended_at,
             amount=rail.amount,
         )
-    for event in StripeEvent.objects.filter(status=Job.Status.FAILED).order_by("pk").iterator(chunk_size=PAGE):
+    for event in StripeEvent.unsettled().order_by("pk").iterator(chunk_size=PAGE):
         yield Difference(
             "event_not_applied",
             f"{event.type} {event.event_id}: {event.error_message}",

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from django.db import transaction
-from django.db.models import QuerySet
+from django.db.models import QuerySet, Sum
 from django.utils import timezone
 
 from marketplace import clock, jobs
@@ -23,9 +23,18 @@ from marketplace.errors import InvalidInput, KeyReused, NotAllowed
 from marketplace.models import AuditEvent, License, Order, User
 from marketplace.money import Money
 from marketplace.services.authority import require_authority
-from payouts import chart, gateway
+from payouts import chart, gateway, ledger
 from payouts.errors import NotRefundable, PaymentMismatch
-from payouts.models import Clawback, DisputeAnswer, JournalEntry, Movement, Payment, Refund, TransferReversal
+from payouts.models import (
+    Clawback,
+    DisputeAnswer,
+    JournalEntry,
+    Movement,
+    Payment,
+    Refund,
+    TransferReversal,
+    UnappliedCharge,
+)
 from payouts.services import attempts, clawbacks, documents, movements
 from payouts.services.reconciliation import Difference
 
@@ -34,6 +43,7 @@ logger = logging.getLogger(__name__)
 #: How each of ours is told to Stripe, whose list is shorter.
 STRIPES_REASONS = {
     Refund.Reason.DUPLICATE: "duplicate",
+    Refund.Reason.SURPLUS: "duplicate",
     Refund.Reason.FRAUD: "fraudulent",
 }
 
@@ -238,6 +248,62 @@ def _intend(
     return refund
 
 
+def refund_unapplied(
+    *,
+    unapplied: UnappliedCharge,
+    amount: Money,
+    note: str,
+    user: User | None,
+    key: str,
+    made_at_stripe: str | None = None,
+) -> Refund:
+    """Inside a transaction: give back what a charge took that is for nothing; once per key.
+
+    Args:
+        made_at_stripe: the refund that somebody has made in Stripe's dashboard already.
+
+    Raises:
+        NotRefundable: less of it is left.
+    """
+    held = UnappliedCharge.objects.select_for_update(of=("self",)).get(pk=unapplied.pk)
+    if known := held.refunds.filter(key=key).first():
+        return known
+    if amount > left_of(held):
+        raise NotRefundable(f"{left_of(held)} of charge {held.charge_id} is left to give back, {amount} is too much.")
+    now = clock.now()
+    refund = Refund.objects.create(
+        status=jobs.Job.Status.QUEUED if made_at_stripe is None else jobs.Job.Status.DONE,
+        refund_id=made_at_stripe,
+        unapplied=held,
+        amount_micros=amount.micros,
+        currency=amount.currency,
+        reason=Refund.Reason.SURPLUS if made_at_stripe is None else Refund.Reason.AT_STRIPE,
+        note=note,
+        requested_by=user,
+        key=key,
+        intended_at=now,
+    )
+    ledger.post(
+        key=f"surplus:refund:{refund.pk}:intent",
+        kind=JournalEntry.Kind.REFUND_INTENT,
+        postings={
+            chart.unapplied(amount.currency): amount.micros,
+            chart.refunding(amount.currency): -amount.micros,
+        },
+        booked_at=now,
+    )
+    if made_at_stripe is None:
+        jobs.wake(refund)
+    logger.info("Intended refund=%s charge=%s micros=%s", refund.pk, held.charge_id, amount.micros)
+    return refund
+
+
+def left_of(unapplied: UnappliedCharge) -> Money:
+    """What of a surplus charge is on no way back to the card."""
+    standing = unapplied.refunds.filter(state__in=Refund.STANDING).aggregate(sum=Sum("amount_micros", default=0))
+    return unapplied.amount - Money(int(standing["sum"]), unapplied.currency)
+
+
 # --- effect -----------------------------------------------------------------------------------------------------------
 
 
@@ -258,8 +324,7 @@ class _Refunding:
 
     def __init__(self, refund: Refund) -> None:
         self.refund = refund
-        assert refund.payment.charge_id is not None  # a paid payment has its charge (a database check)
-        self.charge = refund.payment.charge_id
+        self.charge = refund.charge_id
 
     def __str__(self) -> str:
         return f"refund={self.refund.pk}"
@@ -291,11 +356,11 @@ class _Refunding:
 
     @transaction.atomic
     def refuse(self, error: gateway.StripeRefused) -> None:
-        payment = Payment.objects.select_for_update(of=("self",)).get(pk=self.refund.payment_id)
+        _hold_source(self.refund)
         held = self.refund.lock()
         if held.state != Refund.State.INTENDED:
             return
-        _book_back(held, payment, Refund.State.REFUSED, error.code, error.message)
+        _book_back(held, Refund.State.REFUSED, error.code, error.message)
 
 
 @transaction.atomic
@@ -307,8 +372,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
     """
     if answer.taken is None and not answer.has_failed:
         raise attempts.StillUncertain(f"refund {answer.id} has no balance transaction yet")
-    payment_id = Refund.objects.values_list("payment", flat=True).get(pk=pk)
-    payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment_id)
+    _hold_source(Refund.objects.get(pk=pk))
     held = job.lock() if job is not None else Refund.objects.select_for_update(of=("self",)).get(pk=pk)
     assert (answer.amount_minor, answer.currency) == (held.amount.to_minor(), held.currency), (
         f"refund {answer.id} is not what {held} intended"
@@ -317,16 +381,15 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
         if held.state == Refund.State.INTENDED:
             held.refund_id = answer.id
             reason = answer.failure_reason or "no reason given"
-            _book_back(
-                held, payment, Refund.State.REFUSED, answer.status, f"It ended before any money moved: {reason}."
-            )
+            _book_back(held, Refund.State.REFUSED, answer.status, f"It ended before any money moved: {reason}.")
         return held
     if held.state == Refund.State.INTENDED:
         is_waiting = answer.status in ("pending", "requires_action")
         held.state = Refund.State.PENDING if is_waiting else Refund.State.SENT
         held.refund_id, held.made_at = answer.id, clock.now()
         held.save(update_fields=["state", "refund_id", "made_at"])
-        documents.issue_credit_note(held)
+        if held.payment_id is not None:  # a surplus charge has no invoice
+            documents.issue_credit_note(held)
         logger.info("Sent refund=%s stripe=%s micros=%s", held.pk, answer.id, held.amount_micros)
     elif held.state == Refund.State.PENDING and answer.status == "succeeded":
         held.state = Refund.State.SENT
@@ -347,29 +410,48 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
             **accounts,  # type: ignore[arg-type]
         )
         reason = answer.failure_reason or "no reason given"
-        _book_back(held, payment, Refund.State.FAILED, "failed", f"The card's bank sent it back: {reason}.")
+        _book_back(held, Refund.State.FAILED, "failed", f"The card's bank sent it back: {reason}.")
     return held
 
 
-def _book_back(held: Refund, payment: Payment, state: Refund.State, code: str, message: str) -> None:
+def _hold_source(refund: Refund) -> None:
+    """Inside a transaction, before the refund's own row: hold what it is a refund of."""
+    if refund.payment_id is not None:
+        Payment.objects.select_for_update(of=("self",)).get(pk=refund.payment_id)
+    else:
+        UnappliedCharge.objects.select_for_update(of=("self",)).get(refunds=refund)
+
+
+def _book_back(held: Refund, state: Refund.State, code: str, message: str) -> None:
     """Inside the transaction that holds both rows: the buyer did not get it, so everything is where it was."""
     held.state, held.refusal_code, held.refusal_message = state, code[:60], message
     held.save(update_fields=["state", "refund_id", "refusal_code", "refusal_message"])
-    clawbacks.give_back(held.clawback)
-    documents.cancel_credit_note(held)
-    clawbacks.freeze_again(payment)  # a dispute may have been opened meanwhile
+    if held.payment is None:
+        ledger.post(
+            key=f"surplus:refund:{held.pk}:back",
+            kind=JournalEntry.Kind.REFUND_UNDONE,
+            postings={
+                chart.refunding(held.currency): held.amount_micros,
+                chart.unapplied(held.currency): -held.amount_micros,
+            },
+            booked_at=clock.now(),
+        )
+    else:
+        clawbacks.give_back(held.clawback)
+        documents.cancel_credit_note(held)
+        clawbacks.freeze_again(held.payment)  # a dispute may have been opened meanwhile
     logger.warning("Booked back refund=%s state=%s code=%s", held.pk, state, code)
 
 
 def refresh_refund(refund_id: str) -> Refund | None:
     """Write down how a refund stands at Stripe now, whoever made it; events may come late, twice or out of order.
 
-    Returns None for a refund of a charge that none of our payments knows.
+    Returns None for a refund of a charge that we do not know.
 
     Raises:
         gateway.StripeRefused, gateway.StripeUncertain, attempts.StillUncertain: ask again.
     """
-    return _write_down(gateway.get_refund(refund_id))
+    return write_down(gateway.get_refund(refund_id))
 
 
 def refresh_refunds_of(charge: str) -> list[Refund]:
@@ -379,30 +461,43 @@ def refresh_refunds_of(charge: str) -> list[Refund]:
         gateway.StripeRefused, gateway.StripeUncertain, attempts.StillUncertain: ask again.
     """
     answers = list(gateway.refunds_of(charge))
-    return [refund for answer in reversed(answers) if (refund := _write_down(answer)) is not None]
+    return [refund for answer in reversed(answers) if (refund := write_down(answer)) is not None]
 
 
 @transaction.atomic
-def _write_down(answer: gateway.Refund) -> Refund | None:
-    payment = Payment.objects.filter(charge_id=answer.charge).first()
-    if payment is None:
+def write_down(answer: gateway.Refund) -> Refund | None:
+    """The same of what Stripe has said; see `refresh_refund`."""
+    source: Payment | UnappliedCharge | None = (
+        Payment.objects.filter(charge_id=answer.charge).first()
+        or UnappliedCharge.objects.filter(charge_id=answer.charge).first()
+    )
+    if source is None:
         return None
     named = answer.metadata.get("refund", "")
-    ours = payment.refunds.filter(refund_id=answer.id).first()
+    ours = source.refunds.filter(refund_id=answer.id).first()
     if ours is None and named.isascii() and named.isdigit():
-        ours = payment.refunds.filter(pk=int(named)).first()
+        ours = source.refunds.filter(pk=int(named)).first()
     if ours is not None and ours.refund_id != answer.id and (ours.refund_id or ours.state == Refund.State.REFUSED):
         # A worker that was suspended in the middle of its call made it after its successor had ended ours: take it anew.
         logger.error("A refund was made after ours had ended refund=%s stripe=%s", ours.pk, answer.id)
         ours = None
     if ours is None and answer.taken is None and answer.has_failed:
         return None  # nothing moved
-    return book_answer((ours or _adopt(payment, answer)).pk, answer)
+    return book_answer((ours or _adopt(source, answer)).pk, answer)
 
 
-def _adopt(payment: Payment, answer: gateway.Refund) -> Refund:
+def _adopt(source: Payment | UnappliedCharge, answer: gateway.Refund) -> Refund:
     """Inside the transaction that books it: a refund that somebody made in Stripe's dashboard: take it from where ours are taken from."""
-    payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
+    if isinstance(source, UnappliedCharge):
+        return refund_unapplied(
+            unapplied=source,
+            amount=Money.from_minor(answer.amount_minor, answer.currency),
+            note=f"Refunded at Stripe as {answer.id}.",
+            user=None,
+            key=f"stripe:{answer.id}",
+            made_at_stripe=answer.id,
+        )
+    payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=source.pk)
     if known := payment.refunds.filter(key=f"stripe:{answer.id}").first():
         return known
     amount = Money.from_minor(answer.amount_minor, answer.currency)
@@ -465,7 +560,7 @@ def sweep_refunds(*, days: int = 30, failures: list[Difference] | None = None) -
         if answer.has_failed and state == Refund.State.REFUSED:
             continue  # it ended before any money moved
         try:
-            n_news += _write_down(answer) is not None
+            n_news += write_down(answer) is not None
             if answer.has_failed and answer.taken and not answer.returned and failures is not None:
                 failures.append(
                     Difference(

@@ -161,7 +161,8 @@ def _set_aside(invoice: RoyaltyInvoice) -> None:
             if payment is not None:
                 if payment.receipts.filter(status="recorded").exists() or not checkouts.close_checkout(payment):
                     raise ReportNotCorrectable(
-                        "The invoice has just been paid, and its confirmation is on its way; correct the report after it."
+                        "The invoice has just been paid, and its confirmation is on its way (a bank takes days to confirm a debit); "
+                        "correct the report after it."
                     )
                 documents.cancel_invoice(payment, why="Its report was corrected.")
             _void(invoice)

@@ -5,6 +5,8 @@ from datetime import UTC, datetime, time, timedelta
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import F
+from django.utils import timezone
 
 from marketplace import clock
 from marketplace.models import License, Order
@@ -33,6 +35,7 @@ def start_checkout(*, order: Order, success_url: str, cancel_url: str, purchase_
 
     Raises:
         AlreadyPaid: it is.
+        PaymentUnderWay: the buyer's bank is confirming a debit.
         OrderNotPayable, OfferNotOpen, BuyerInArrears: it was cancelled, its deadline is over, an offer of it has changed, or
             the buyer owes royalties.
         PayByBankTransfer: it is more than Stripe takes at once.
@@ -40,6 +43,7 @@ def start_checkout(*, order: Order, success_url: str, cancel_url: str, purchase_
     """
     if order.status == Order.Status.PAID:
         raise AlreadyPaid(f"Order {order.public_id} has been paid.")
+    checkouts.refuse_while_under_way(Payment.objects.filter(order=order).first())
     payment = _ask_for(order, purchase_order=purchase_order)
     checkouts.refuse_too_much(payment)
     lines = [
@@ -68,12 +72,13 @@ def invoice_order(*, order: Order, purchase_order: str = "") -> Document:
     if order.status == Order.Status.PAID:
         raise AlreadyPaid(f"Order {order.public_id} has been paid.")
     billing.require_profile(order.buyer)
+    checkouts.refuse_while_under_way(Payment.objects.filter(order=order).first())
     with transaction.atomic():
         payment = _ask_for(order, purchase_order=purchase_order)
         payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment.pk)
         if payment.due_on is None:
             if not checkouts.close_checkout(payment):
-                raise AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
+                raise checkouts.why_taken(payment)
             payment.due_on = clock.today() + timedelta(days=settings.INVOICE_DUE_DAYS)
             payment.save(update_fields=["due_on"])
             last = datetime.combine(payment.due_on + INVOICE_GRACE, time.max, tzinfo=UTC)
@@ -105,7 +110,7 @@ def _ask_for(order: Order, *, purchase_order: str | None) -> Payment:
         return payment
     is_other = payment.amount_micros != asked["amount_micros"]
     if is_other and payment.checkout_id and not checkouts.close_checkout(payment):
-        raise AlreadyPaid("Stripe has taken the payment; its confirmation arrives within a minute.")
+        raise checkouts.why_taken(payment)
     for name, value in asked.items():
         setattr(payment, name, value)
     payment.save(update_fields=list(asked))
@@ -115,11 +120,14 @@ def _ask_for(order: Order, *, purchase_order: str | None) -> Payment:
 def cancel_expired_orders() -> int:
     """Cancel what was not paid in time, its page at Stripe first, so that nobody pays for what is gone; returns how many.
 
-    What has been paid there is left to the event that says so; what Stripe does not answer to, to the next call.
+    What has been paid there, or is being confirmed by a bank, is left to the event that says so; what Stripe does not answer to,
+    to the next call. Those that were asked about longest ago come first, so that none of these keeps the others waiting.
     """
     n_cancelled = 0
     late = Order.objects.filter(status=Order.Status.PLACED, expires_at__lte=clock.now())
-    for order in late.order_by("pk")[:MAX_CANCELLED_AT_ONCE]:
+    asked_first = F("payment__checkout_asked_at").asc(nulls_first=True)
+    for order in late.order_by(asked_first, "pk")[:MAX_CANCELLED_AT_ONCE]:
+        Payment.objects.filter(order=order).update(checkout_asked_at=timezone.now())
         try:
             n_cancelled += _cancel_expired(order)
         except (gateway.StripeRefused, gateway.StripeUncertain) as error:
@@ -133,6 +141,9 @@ def _cancel_expired(order: Order) -> bool:
     payment = Payment.objects.select_for_update(of=("self",)).filter(order=order).first()
     if payment is not None and not checkouts.close_checkout(payment):
         return False
+    order.refresh_from_db(fields=["expires_at"])
+    if order.expires_at > clock.now():
+        return False  # its bank has refused a debit, and the buyer has time to pay otherwise
     if payment is not None and payment.receipts.filter(status=BankReceipt.Status.RECORDED).exists():
         return False  # its money is there, and waits for a second person
     was_unpaid = cancel_order(order=order)

@@ -15,7 +15,7 @@ from marketplace.errors import DomainError
 from marketplace.models import Party
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import selectors as payouts
-from payouts.models import Dispute, Payment
+from payouts.models import Dispute, Payment, StripeEvent
 from payouts.services import clawbacks, disputes, recoveries, refunds
 from portal.pages.forms import DisputeAnswerForm, RefundForm, ReversalForm, WriteOffForm
 from portal.second_factor import StaffRequest, staff_only
@@ -35,6 +35,7 @@ def desk(request: StaffRequest) -> HttpResponse:
         "disputes": payouts.open_disputes(),
         "refunds": payouts.unfinished_refunds()[:PER_PAGE],
         "debts": payouts.debts(),
+        "n_failed_events": StripeEvent.unsettled().count(),
         "runs": payouts.payout_runs().exclude(status="done")[:10],
     }
     return render(request, "portal/desk.html", context)

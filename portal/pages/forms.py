@@ -12,11 +12,12 @@ from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
 from marketplace.templatetags.residual import money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
 from payouts import chart
-from payouts.models import Payout, Refund
+from payouts.models import EventSettlement, Payout, Refund
 from payouts.services.clawbacks import Part
 from payouts.services.disputes import EVIDENCE_FIELDS, MAX_EVIDENCE
 from payouts.services.manual_entries import BY_HAND
 from payouts.services.plans import LEAST, MOST_TIMES
+from payouts.services.settlements import MAX_REASON
 
 
 class CountryForm(Form):
@@ -355,6 +356,36 @@ class StartRunForm(Form):
 
 class ReasonForm(Form):
     reason = forms.CharField(max_length=500, label="Why, in words", help_text="Whoever looks at the run reads it.")
+
+
+class SettlementForm(Form):
+    """How a failed event is settled: otherwise, or by giving back the surplus charge behind it."""
+
+    how = forms.ChoiceField(
+        choices=[
+            (EventSettlement.Act.REFUND, "The charge is for nothing that we sell: book it, and refund it"),
+            (EventSettlement.Act.EXPLAINED, "It was settled otherwise, or there is nothing to do"),
+        ],
+        widget=forms.RadioSelect,
+        label="How it is settled",
+    )
+    reason = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}),
+        max_length=MAX_REASON,
+        label="Settled, because",
+        help_text="An auditor reads it.",
+    )
+
+    def __init__(self, *args: Any, has_surplus: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        how = self.fields["how"]
+        if not has_surplus:
+            how.choices = how.choices[1:]  # type: ignore[attr-defined]
+        how.initial = how.choices[0][0]  # type: ignore[attr-defined]
+
+    @property
+    def proposal(self) -> dict[str, Any]:
+        return {"act": EventSettlement.Act(self.cleaned_data["how"]), "reason": self.cleaned_data["reason"]}
 
 
 class CloseForm(Form):

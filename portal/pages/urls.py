@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from portal.pages import billing, books, desk, desk_billing, desk_runs, influence, statements, views
+from portal.pages import billing, books, desk, desk_billing, desk_events, desk_runs, influence, statements, views
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -59,6 +59,8 @@ urlpatterns = [
     path("desk/entries/<int:manual_id>/", books.manual, name="desk-manual"),
     path("desk/reconciliation/", books.reconciliation_list, name="desk-reconciliation"),
     path("desk/reconciliation/<int:run_id>/", books.reconciliation_run, name="desk-reconciliation-run"),
+    path("desk/events/", desk_events.events, name="desk-events"),
+    path("desk/events/<int:event_id>/", desk_events.event, name="desk-event"),
     path("desk/rails/", books.rails, name="desk-rails"),
     path("desk/rails/<int:export_id>/", books.rail_export, name="desk-rail-export"),
     path("desk/rails/<int:export_id>.csv", books.rail_export_csv, name="desk-rail-export-csv"),

@@ -190,7 +190,7 @@ def order(request: ActingRequest, order_id: uuid.UUID) -> HttpResponse:
         "is_late": found.expires_at <= clock.now(),
         "came_from_checkout": request.GET.get("from") == "checkout",
         "was_cancelled": request.GET.get("from") == "cancelled",
-        "refunds": payouts.refunds_of(found) if is_paid else [],
+        "refunds": payouts.refunds_of(found),
         "dispute": payouts.open_dispute_of(found) if is_paid else None,
         "of_right": payouts.refundable_of_right(found) if is_paid else None,
         **_asked_for(found),
@@ -216,6 +216,7 @@ def _asked_for(order: Order) -> dict[str, Any]:
         "document": document,
         "is_too_much": total.to_minor() > MAX_CHARGE_MINOR[order.currency],
         "purchase_order": payment.purchase_order if payment else "",
+        "payment": payment,
     }
 
 

@@ -50,6 +50,7 @@ class Office(RuleBasedStateMachine):
 
     world: World
     staff: User
+    second: User
     buyers: list[Party]
     offers: list[Any]
 
@@ -61,7 +62,6 @@ class Office(RuleBasedStateMachine):
         raise NotImplementedError
 
     def open_the_office(self) -> None:
-        self.second = User.objects.create_user("second@example.org", "correct horse battery staple", is_staff=True)
         other_rails.ask_served_countries()
         for buyer in self.buyers:
             billing.set_billing_profile(

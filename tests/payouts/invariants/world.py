@@ -23,6 +23,7 @@ from payouts import gateway, tasks
 from payouts.models import (
     DisputeAnswer,
     EventSweep,
+    Payout,
     PayoutRun,
     PayoutShard,
     ReconciliationRun,
@@ -161,8 +162,8 @@ class World:
         ]
 
     def sweep(self) -> None:
-        """What beat does, all of it, an hour later."""
-        EventSweep.objects.update(swept_at=timezone.now() - timedelta(hours=2))
+        """What beat does, all of it, a day later."""
+        EventSweep.objects.update(swept_at=timezone.now() - timedelta(days=2))
         steps: list[Callable[[], object]] = [
             events.retry_failed_events,
             events.sweep_events,
@@ -207,6 +208,17 @@ def nobody_was_paid_twice(stripe: StripeWorld) -> list[str]:
     """By Stripe's own list: one transfer for each payout, and none that no payout of ours intended."""
     groups = [transfer["transfer_group"] for transfer in _all(stripe, "transfers")]
     return sorted({group for group in groups if groups.count(group) > 1})
+
+
+def in_no_bank(stripe: StripeWorld) -> list[str]:
+    """The payouts that we say are in the payee's bank, and that it has sent back; what it did before Stripe's list begins is lost."""
+    since = int((clock.now() - events.BANK_MAY_RETURN).timestamp())
+    found = []
+    for payout in Payout.objects.filter(status=Payout.Status.PAID).order_by("pk"):
+        of_account = {"Stripe-Account": payout.destination}
+        sent_back = stripe.objects(f"events?type=payout.failed&created[gte]={since}&limit=100", **of_account)
+        found += [f"{payout}" for told in sent_back if told["data"]["object"]["id"] == payout.bank_payout_id]
+    return found
 
 
 def charges(stripe: StripeWorld) -> list[dict[str, Any]]:

@@ -192,3 +192,112 @@ def test_an_unknown_link_is_a_page_too(local: LocalStripe) -> None:
     assert http.get(f"{local.url}/c/pay/cs_test_none").status_code == 404
     assert http.get(f"{local.url}/setup/e/acct_1/link_1").status_code == 404
     assert "play money" in http.get(local.url).text
+
+
+# --- a debit, which takes days
+
+DEBIT = {
+    "method": "us_bank_account",
+    "bank_email": "carol@example.org",
+    "account_number": "000123456789",
+    "routing_number": "110000000",
+    "bank_name": "Carol",
+}
+
+
+def _told(local: LocalStripe, session: str) -> list[str]:
+    """The events of one payment, oldest first."""
+    intent = local.sdk.checkout.sessions.retrieve(session).payment_intent
+    about = [
+        (event.type, event.data.object.to_dict()) for event in local.sdk.events.list({"limit": 100}).auto_paging_iter()
+    ]
+    ours = [kind for kind, thing in about if intent in (thing.get("id"), thing.get("payment_intent"))]
+    return ours[::-1]
+
+
+def test_a_debit_is_paid_only_once_the_bank_has_confirmed_it(local: LocalStripe) -> None:
+    session = local.session(12_900)
+    assert "Debit USD 129.00" in http.get(session.url).text
+    assert http.post(session.url, data=DEBIT).status_code == 303
+
+    waiting = local.sdk.checkout.sessions.retrieve(session.id, {"expand": ["payment_intent.latest_charge"]})
+    assert (waiting.status, waiting.payment_status, waiting.payment_intent.status) == (
+        "complete",
+        "unpaid",
+        "processing",
+    )
+    charge = waiting.payment_intent.latest_charge
+    assert (charge.status, charge.balance_transaction) == ("pending", None)
+    assert local.sdk.balance_transactions.list({"source": charge.id}).data == []
+    local.advance(4 * DAY + 60)
+
+    path = "payment_intent.latest_charge.balance_transaction"
+    paid = local.sdk.checkout.sessions.retrieve(session.id, {"expand": [path]})
+    booked = paid.payment_intent.latest_charge.balance_transaction
+    assert (paid.payment_status, paid.payment_intent.status) == ("paid", "succeeded")
+    assert (booked.type, booked.amount, booked.fee, booked.status) == ("payment", 12_900, 103, "available")
+    assert _told(local, session.id) == [
+        "payment_intent.created",
+        "charge.pending",
+        "payment_intent.processing",
+        "checkout.session.completed",
+        "charge.succeeded",
+        "payment_intent.succeeded",
+        "checkout.session.async_payment_succeeded",
+        "charge.updated",
+    ]
+
+
+def test_a_debit_that_the_bank_refuses_leaves_the_session_complete_and_unpaid(local: LocalStripe) -> None:
+    session = local.session(12_900)
+    assert http.post(session.url, data=DEBIT | {"account_number": "000222222227"}).status_code == 303
+    local.advance(4 * DAY + 60)
+
+    failed = local.sdk.checkout.sessions.retrieve(session.id, {"expand": ["payment_intent.latest_charge"]})
+
+    assert (failed.status, failed.payment_status) == ("complete", "unpaid")
+    assert failed.payment_intent.status == "requires_payment_method"
+    assert failed.payment_intent.last_payment_error.code == "insufficient_funds"
+    charge = failed.payment_intent.latest_charge
+    assert (charge.status, charge.balance_transaction) == ("failed", None)
+    assert _told(local, session.id)[-3:] == [
+        "charge.failed",
+        "payment_intent.payment_failed",
+        "checkout.session.async_payment_failed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("bank_email", "Give an e-mail address"),
+        ("account_number", "not a test account"),
+        ("routing_number", "110000000"),
+    ],
+)
+def test_a_debit_that_cannot_be_right_says_why(local: LocalStripe, field: str, words: str) -> None:
+    session = local.session()
+    answer = http.post(session.url, data=DEBIT | {field: "no"})
+
+    assert (answer.status_code, "<details open>" in answer.text) == (400, True)
+    assert words in answer.text
+    assert local.sdk.checkout.sessions.retrieve(session.id).status == "open"
+
+
+def test_a_debit_is_offered_in_dollars_and_where_the_merchant_has_not_chosen_otherwise(local: LocalStripe) -> None:
+    for line in (_line("eur"), _line("usd")):
+        chosen = {"payment_method_types": ["card"]} if line["price_data"]["currency"] == "usd" else {}
+        session = local.sdk.checkout.sessions.create(
+            {"mode": "payment", "success_url": "http://shop.test/", "line_items": [line], **chosen}
+        )
+        assert "Debit" not in http.get(session.url).text
+        assert http.post(session.url, data=DEBIT).status_code == 400
+    with pytest.raises(stripe.InvalidRequestError, match="is in usd"):
+        local.sdk.checkout.sessions.create(
+            {
+                "mode": "payment",
+                "success_url": "http://shop.test/",
+                "line_items": [_line("eur")],
+                "payment_method_types": ["us_bank_account"],
+            }
+        )

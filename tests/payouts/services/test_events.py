@@ -15,9 +15,12 @@ from payouts.services import events, payees
 from payouts.services.events import sweep_events
 from payouts.services.reconciliation import Difference, settle_funds
 from payouts.services.sales import start_checkout
+from payouts.standing import standings_of
 from tests.factories.marketplace import PublishedVersionFactory
 from tests.payouts.conftest import BANK
 from tests.payouts.services.test_refunds import BACK, buy, clean, order_of, pay_out
+
+REGRETS = "000888888883"  # the local Stripe's account whose bank sends back what it had taken
 
 
 def apply_all() -> None:
@@ -67,6 +70,61 @@ def test_a_payout_that_reached_the_bank_unheard_is_found_once_it_is_late(db: Any
     assert Payout.objects.get().status == Payout.Status.PAID
     assert set(StripeEvent.objects.filter(account=account).values_list("endpoint", flat=True)) == {"connect"}
     assert sweep_events() == 0
+
+
+def test_a_payout_that_the_bank_sent_back_after_it_was_paid_is_found_though_its_event_was_lost(
+    db: Any, stripe: Any, alice: Any
+) -> None:
+    buy(stripe, PublishedVersionFactory(contributions={alice: 1}))
+    account = stripe.onboard(alice, country="US", account_number=REGRETS, routing_number="110000000").stripe_account_id
+    for what in (clock.advance(timedelta(days=31)), stripe.advance(days=31), settle_funds()):
+        assert what is None or what
+    pay_out("now")
+    stripe.advance(days=2)
+    for told in stripe.objects("events?type=payout.paid", **{"Stripe-Account": account}):
+        row = stripe.received(told, endpoint="connect")
+        StripeEvent.objects.filter(pk=row.pk).update(account=account)
+        tasks.apply_stripe_event(row.pk)
+    assert Payout.objects.get().status == Payout.Status.PAID
+
+    for what in (clock.advance(timedelta(days=4)), stripe.advance(days=4)):
+        assert what is None or what
+    sweep_events()
+    apply_all()
+
+    failed = Payout.objects.get()
+    assert (failed.status, failed.bank_failure_code, failed.paid_at) == ("sent", "account_closed", None)
+    assert "Your bank refused" in " ".join(standing.sentence for standing in standings_of(alice))
+    assert not PayeeAccount.objects.get().payouts_enabled  # Stripe asks for another bank account
+    assert StripeEvent.objects.filter(type="payout.failed", status="done").count() == 1
+    clean()
+
+
+def test_an_account_is_asked_once_a_day_while_its_bank_may_send_a_payout_back_and_then_no_more(
+    db: Any, stripe: Any, alice: Any
+) -> None:
+    buy(stripe, PublishedVersionFactory(contributions={alice: 1}))
+    account = stripe.onboard(alice).stripe_account_id
+    for what in (clock.advance(timedelta(days=31)), stripe.advance(days=31), settle_funds()):
+        assert what is None or what
+    pay_out("now")
+    Payout.objects.update(status=Payout.Status.PAID, paid_at=clock.now())
+
+    sweep_events()
+    asked_at = EventSweep.objects.get(account=account).swept_at
+    sweep_events()
+    assert EventSweep.objects.get(account=account).swept_at == asked_at  # not twice in an hour
+    EventSweep.objects.update(swept_at=timezone.now() - timedelta(hours=2))
+    sweep_events()
+    assert EventSweep.objects.get(account=account).swept_at < timezone.now() - timedelta(hours=1)  # nor in a day
+    EventSweep.objects.update(swept_at=timezone.now() - timedelta(days=2))
+    sweep_events()
+    assert EventSweep.objects.get(account=account).swept_at > timezone.now() - timedelta(hours=1)
+
+    clock.advance(timedelta(days=11))
+    EventSweep.objects.update(swept_at=timezone.now() - timedelta(days=2))
+    sweep_events()
+    assert EventSweep.objects.get(account=account).swept_at < timezone.now() - timedelta(days=1)
 
 
 def test_an_onboarding_that_was_finished_unheard_is_found(db: Any, stripe: Any, alice: Any) -> None:

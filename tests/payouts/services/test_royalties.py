@@ -10,7 +10,7 @@ from marketplace.errors import InvalidInput, KeyReused
 from marketplace.models import License, User
 from marketplace.money import MAX_MICROS, Money
 from payouts import chart, gateway, ledger
-from payouts.errors import AlreadyPaid, NoResultYet, NotFound, PeriodOverlaps, ResultNotPublished
+from payouts.errors import AlreadyPaid, NoResultYet, NotFound, PaymentUnderWay, PeriodOverlaps, ResultNotPublished
 from payouts.models import (
     Dispute,
     Division,
@@ -24,7 +24,7 @@ from payouts.models import (
 from payouts.services import disputes, refunds, royalties
 from payouts.services.events import book_checkout
 from payouts.services.proofs import check_books
-from payouts.services.reconciliation import reconcile
+from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.royalties import divide_what_is_ready, release_pool
 from tests.factories.attribution import DisclosureFactory, ModelFactory, PublishedResultFactory
 from tests.factories.marketplace import LicenseFactory, OfferFactory, PartyFactory, PublishedVersionFactory
@@ -576,6 +576,36 @@ def test_an_invoice_is_paid_at_stripe(measured: AttributionResult, stripe: Any) 
     assert gateway.balance() == {"USD": (ledger.balance("cash:pending:USD") // 10_000, 0)}
     with pytest.raises(AlreadyPaid):
         royalties.start_invoice_checkout(invoice=invoice, success_url="http://a.test/", cancel_url="http://a.test/")
+
+
+def test_an_invoice_whose_debit_the_bank_refused_is_paid_by_another(measured: AttributionResult, stripe: Any) -> None:
+    invoice = report(measured)
+
+    def page() -> str:
+        return royalties.start_invoice_checkout(
+            invoice=invoice, success_url="http://a.test/", cancel_url="http://a.test/"
+        )
+
+    stripe.debit(page(), account="000222222227")
+    with pytest.raises(PaymentUnderWay):
+        page()
+    payment = Payment.objects.get(invoice=invoice)
+    assert payment.awaits_bank_since is not None  # written down, though the page was refused
+    stripe.advance(days=4.1)
+    assert book_checkout(payment.checkout_id) is None
+    payment.refresh_from_db()
+    assert (payment.awaits_bank_since, payment.bank_refused_at is not None) == (None, True)
+
+    stripe.debit(page())
+    stripe.advance(days=4.1)
+    with pytest.raises(AlreadyPaid):
+        page()
+    book_checkout(Payment.objects.get(invoice=invoice).checkout_id)
+
+    invoice.refresh_from_db()
+    assert invoice.status == RoyaltyInvoice.Status.PAID
+    settle_funds()
+    assert reconcile().differences == [] and check_books().findings == []
 
 
 @pytest.mark.parametrize("strongest", range(4))
