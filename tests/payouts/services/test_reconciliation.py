@@ -8,12 +8,11 @@ from django.core.management import call_command
 from django.db import DatabaseError, transaction
 from django.utils import timezone
 
+from marketplace.money import Money
 from payouts import gateway, ledger
 from payouts.models import (
     JournalEntry,
     Payment,
-    Payout,
-    PayoutRun,
     ReconciliationDifference,
     ReconciliationRun,
     StripeEvent,
@@ -25,7 +24,7 @@ from payouts.services.reconciliation import GRACE, reconcile, request_reconcilia
 from payouts.services.sales import start_checkout
 from payouts.tasks import execute_reconciliation
 from tests.factories.marketplace import OfferFactory, OrderFactory, UserFactory
-from tests.factories.payouts import sell
+from tests.factories.payouts import pay_out, sell
 from tests.payouts.conftest import switch_off
 
 BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
@@ -103,17 +102,9 @@ def test_reconcile_names_a_fee_that_we_booked_wrongly(db: Any, stripe: Any) -> N
 
 
 def test_reconcile_names_old_intents_and_events_that_failed(db: Any, stripe: Any, alice: Any) -> None:
-    run = PayoutRun.objects.create(currency="USD", due_until=timezone.now(), key="old")
     for minutes in (14, 16):
-        Payout.objects.create(
-            run=run,
-            party=alice if minutes == 14 else OrderFactory().buyer,
-            destination="acct_1",
-            amount_micros=10_000,
-            currency="USD",
-            intended_at=timezone.now(),
-            created_at=timezone.now() - timedelta(minutes=minutes),
-        )
+        created_at = timezone.now() - timedelta(minutes=minutes)
+        pay_out(alice, Money(10_000, "USD"), is_owed=False, created_at=created_at)
     StripeEvent.objects.create(
         event_id="evt_1", endpoint="platform", type="x", payload="{}", status="failed", error_message="paid twice"
     )
