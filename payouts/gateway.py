@@ -721,16 +721,20 @@ def balance() -> dict[str, tuple[int, int]]:
     return held
 
 
-def newest_balance_transactions() -> Iterator[BalanceTransaction]:
+def newest_balance_transactions(since: datetime | None = None) -> Iterator[BalanceTransaction]:
     """Every movement of the platform's balance, newest first, a page of a hundred in memory at a time.
 
     What is made while it is being read comes before the first and is not in it.
+
+    Args:
+        since: by Stripe's clock; what it made earlier is left out.
 
     Raises:
         StripeRefused, StripeUncertain: see the module; also in the middle of the iteration.
     """
     with _translated():
-        for entry in _client().v1.balance_transactions.list({"limit": 100}).auto_paging_iter():
+        newer: dict[str, Any] = {} if since is None else {"created": {"gte": int(since.timestamp())}}
+        for entry in _client().v1.balance_transactions.list({"limit": 100} | newer).auto_paging_iter():  # type: ignore[arg-type]
             yield _balance_transaction(_plain(entry))
 
 

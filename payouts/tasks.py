@@ -3,12 +3,12 @@ from collections.abc import Callable
 from functools import partial
 
 from celery import shared_task
-from django.utils import timezone
 
 from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
 from payouts.models import (
+    BooksProof,
     DisputeAnswer,
     PayoutRun,
     PayoutShard,
@@ -28,6 +28,7 @@ from payouts.services import (
     events,
     issuing,
     other_rails,
+    proving,
     reconciliation,
     recoveries,
     refunds,
@@ -135,7 +136,7 @@ def take_snapshots() -> None:
 @shared_task
 def reconcile() -> None:
     """A look of the clock's, kept like those that staff ask for; every difference is an error in the log, too."""
-    run = reconciliation.request_reconciliation(key=f"clock:{timezone.now().isoformat()}")
+    run = reconciliation.request_by_the_clock()
     execute_reconciliation(run.pk)
 
 
@@ -161,6 +162,19 @@ def execute_reconciliation(run_id: int) -> None:
                 found.append(reconciliation.Difference("sweep_failed", f"{name}: {error}", subject=name))
         settled = settlements.settled_objects()
         reconciliation.execute_reconciliation(run, also=[one for one in found if one.subject not in settled])
+
+
+@shared_task(acks_late=True)
+def execute_proof(proof_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash."""
+    with jobs.claimed(BooksProof, proof_id) as proof:
+        if proof:
+            proving.execute_proof(proof)
+
+
+@shared_task
+def request_daily_proof() -> None:
+    proving.request_daily_proof()
 
 
 @shared_task

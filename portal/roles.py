@@ -54,9 +54,12 @@ APPEND_ONLY = frozenset(
         "payouts_statementbalance",
         "payouts_statementtotal",
         "payouts_reconciliationdifference",
+        "payouts_prooffinding",
         "payouts_servedcountries",
     }
 )
+#: What only the owner of the tables writes, when it migrates.
+READ_ONLY = frozenset({"django_migrations", "payouts_approvallimit"})
 #: Rows that change state and are never deleted by the app: a missing payout would be paid again.
 NEVER_DELETED = (
     "payouts_",
@@ -147,7 +150,7 @@ def _project_tables() -> set[str]:
 
 def _rights(role: str, table: str) -> str:
     if role == APP:
-        if table == "django_migrations":
+        if table in READ_ONLY:
             return "SELECT"
         if table in APPEND_ONLY:
             return "SELECT, INSERT"

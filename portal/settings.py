@@ -142,6 +142,7 @@ CELERY_TASK_ROUTES = {
     "attribution.tasks.*": {"queue": "attribution"},
     "payouts.tasks.issue_statements": {"queue": "default"},
     "payouts.tasks.send_statement_notice": {"queue": "default"},
+    "payouts.tasks.execute_proof": {"queue": "default"},  # it may take long, and asks Stripe nothing
     "payouts.tasks.*": {"queue": "payments"},
 }
 CELERY_BEAT_SCHEDULE_FILENAME = str(VAR / "celerybeat-schedule")
@@ -160,6 +161,7 @@ CELERY_BEAT_SCHEDULE = {
     "snapshots": {"task": "payouts.tasks.take_snapshots", "schedule": 600.0, "options": {"expires": 600}},
     "check-balances": {"task": "payouts.tasks.check_balances", "schedule": 60.0, "options": {"expires": 60}},
     "served-countries": {"task": "payouts.tasks.ask_served_countries", "schedule": 600.0, "options": {"expires": 600}},
+    "prove-books": {"task": "payouts.tasks.request_daily_proof", "schedule": 900.0, "options": {"expires": 900}},
     "close-months": {"task": "payouts.tasks.close_what_is_over", "schedule": 3600.0, "options": {"expires": 3600}},
     "reconcile": {"task": "payouts.tasks.reconcile", "schedule": 900.0, "options": {"expires": 900}},
 }

@@ -16,7 +16,7 @@ from payouts.models.payments import (
 )
 from payouts.models.pools import Division, DivisionLine, PayeeCount, RoyaltyPool
 from payouts.models.rails import RailExport, RailPayout, ServedCountries
-from payouts.models.reconciliation import ReconciliationDifference, ReconciliationRun
+from payouts.models.reconciliation import BooksProof, ProofFinding, ReconciliationDifference, ReconciliationRun
 from payouts.models.refunds import (
     Clawback,
     ClawbackLine,
@@ -37,14 +37,16 @@ from payouts.models.statements import (
     StatementRun,
     StatementTotal,
 )
-from payouts.models.transfers import Payout, PayoutMinimum, PayoutRun, PayoutShard, PlannedPayout
+from payouts.models.transfers import ApprovalLimit, Payout, PayoutMinimum, PayoutRun, PayoutShard, PlannedPayout
 
 __all__ = [
     "Account",
+    "ApprovalLimit",
     "BalanceCheck",
     "BalanceSnapshot",
     "BankReceipt",
     "BillingProfile",
+    "BooksProof",
     "Clawback",
     "ClawbackLine",
     "ClawbackUndo",
@@ -75,6 +77,7 @@ __all__ = [
     "PayoutShard",
     "PlannedPayout",
     "Posting",
+    "ProofFinding",
     "RailExport",
     "RailPayout",
     "Reclaim",

@@ -27,6 +27,8 @@ class ClosedPeriod(models.Model):
     closed_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")  # null: by the job
     closed_at = models.DateTimeField()  # business time
     note = models.TextField(blank=True)  # why it was closed although something was open
+    #: Everything that is booked at its end or later has a posting's id above this (given by the database; null: closed before it was).
+    postings_after = models.BigIntegerField(null=True)
 
     class Meta:
         ordering = ["-starts_on"]

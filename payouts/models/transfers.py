@@ -40,6 +40,8 @@ class PayoutRun(Job):
     )  # null: the schedule
     approved_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
     approved_at = models.DateTimeField(null=True)
+    #: The limit that held when it was planned: above it, PostgreSQL lets nothing be sent that another person did not approve.
+    approval_above_micros = models.BigIntegerField(null=True)
     paused_at = models.DateTimeField(null=True)  # wall time, of the last pause
     note = models.TextField(blank=True)  # why it was paused or rejected
 
@@ -58,6 +60,23 @@ class PayoutRun(Job):
     @property
     def planned(self) -> Money:
         return Money(self.planned_micros, self.currency)
+
+
+class ApprovalLimit(models.Model):
+    """Above it a payout run needs a second person; append-only, the latest counts.
+
+    `migrate` writes it from `PAYOUT_RUN_APPROVAL_ABOVE`, as the owner of the tables: the application can read it, not raise it.
+    """
+
+    above_micros = models.BigIntegerField()
+    set_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        ordering = ["-pk"]
+        constraints = [models.CheckConstraint(condition=Q(above_micros__gte=0), name="approval_limit_not_negative")]
+
+    def __str__(self) -> str:
+        return f"{self.above_micros} since {self.set_at:%Y-%m-%d}"
 
 
 class PayoutShard(Job):

@@ -17,14 +17,17 @@ from payouts import books
 from payouts.errors import NotClosable
 from payouts.models import (
     BalanceCheck,
+    BankReceipt,
     ClosedBalance,
     ClosedPeriod,
     JournalEntry,
     ManualEntry,
+    RailExport,
     ReconciliationRun,
     StatementRun,
     StripeEvent,
 )
+from payouts.services.proving import latest_proof
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +37,24 @@ LOCK_WAIT_MILLISECONDS = 5_000
 
 
 @dataclass(frozen=True)
+class Obstacle:
+    """One thing that is open, in words, and by what it is settled: `looks`, `proof`, `balances`, `events`, `manual`, `receipts`, `rails`."""
+
+    about: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
 class NextPeriod:
     """The month that would be closed next, and what stands in the way."""
 
     starts_on: date
     ends_at: datetime
     is_over: bool
-    obstacles: list[str]
+    obstacles: list[Obstacle]
 
     @property
     def month(self) -> str:
@@ -91,7 +105,7 @@ def close_period(*, starts_on: date, by: User | None, note: str = "") -> ClosedP
         )
     if coming.obstacles and not note.strip():
         raise NotClosable(
-            f"{coming.month} is not clean: {' '.join(coming.obstacles)} Settle it, or say why it is closed nevertheless.",
+            f"{coming.month} is not clean: {' '.join(map(str, coming.obstacles))} Settle it, or say why it is closed nevertheless.",
             pointers={"/note": "missing"},
         )
     try:
@@ -121,7 +135,11 @@ def close_period(*, starts_on: date, by: User | None, note: str = "") -> ClosedP
             for line in trial.lines
         )
     audit.record(
-        actor=by, action="period.closed", target=f"period:{period}", note=period.note, obstacles=coming.obstacles
+        actor=by,
+        action="period.closed",
+        target=f"period:{period}",
+        note=period.note,
+        obstacles=[str(one) for one in coming.obstacles],
     )
     jobs.wake(StatementRun.objects.create(period=period))
     logger.info("Closed period=%s by=%s", period, by and by.pk)
@@ -138,23 +156,57 @@ def close_what_is_over() -> list[ClosedPeriod]:
     return closed
 
 
-def _obstacles(ends_at: datetime) -> list[str]:
+def _obstacles(ends_at: datetime) -> list[Obstacle]:
+    """What is open, or was not proved since the month's end: evidence that is older says nothing of its last entries."""
+    awaiting = [
+        ("manual", "manual entr{}", "y", "ies", ManualEntry.objects.filter(booked_at__lt=ends_at, decision=None)),
+        (
+            "receipts",
+            "bank transfer{}",
+            "",
+            "s",
+            BankReceipt.objects.filter(recorded_at__lt=ends_at, status=BankReceipt.Status.RECORDED),
+        ),
+        (
+            "rails",
+            "export{} over another rail",
+            "",
+            "s",
+            RailExport.objects.filter(proposed_at__lt=ends_at, status=RailExport.Status.AWAITING),
+        ),
+    ]
     found = []
-    waiting = ManualEntry.objects.filter(booked_at__lt=ends_at, decision=None).count()
-    if waiting:
-        found.append(f"{waiting} manual entries in it wait for a second person.")
+    for about, words, one, many, rows in awaiting:
+        if n := rows.count():
+            what = words.format(one if n == 1 else many)
+            found.append(Obstacle(about, f"{n} {what} of it wait{'s' if n == 1 else ''} for a second person."))
     failed = StripeEvent.unsettled().count()
     if failed:
-        found.append(f"{failed} of Stripe's events could not be applied.")
-    latest = ReconciliationRun.objects.filter(status=jobs.Job.Status.DONE).first()
-    if latest is None:
-        found.append("It was never reconciled with Stripe.")
-    elif latest.n_differences:
-        found.append(f"The latest reconciliation found {latest.n_differences} differences.")
+        found.append(Obstacle("events", f"{failed} of Stripe's events could not be applied."))
+    found += _not_reconciled(ends_at)
+    proof = latest_proof()
+    if proof is None or proof.covers_until is None or proof.covers_until < ends_at:
+        found.append(Obstacle("proof", "The books were not proved from their rows since its end."))
+    elif proof.n_findings:
+        found.append(Obstacle("proof", f"The latest proof of the books found {proof.n_findings} things wrong."))
     check = BalanceCheck.objects.first()
     if check is not None and check.n_wrong:
-        found.append(f"{check.n_wrong} kept balances differ from their postings.")
+        found.append(Obstacle("balances", f"{check.n_wrong} kept balances differ from their postings."))
     return found
+
+
+def _not_reconciled(ends_at: datetime) -> list[Obstacle]:
+    """The latest look and the latest full one have to be clean, and begun after the end."""
+    done = ReconciliationRun.objects.filter(status=jobs.Job.Status.DONE, n_differences__isnull=False)
+    latest, full = done.first(), done.filter(is_full=True).first()
+    if latest is None or full is None:
+        return [Obstacle("looks", "It was never reconciled with Stripe.")]
+    for look, name in ((latest, "latest reconciliation"), (full, "latest full reconciliation")):
+        if look.n_differences:
+            return [Obstacle("looks", f"The {name} found {look.n_differences} differences.")]
+        if look.covers_until is None or look.covers_until < ends_at:
+            return [Obstacle("looks", f"The {name} with Stripe began before its end.")]
+    return []
 
 
 def _next_month(moment: datetime) -> datetime:

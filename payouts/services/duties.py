@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 
 from django.conf import settings
-from django.db import transaction
-from django.db.models import F, Max, Min, Q, QuerySet
+from django.db import connection, transaction
+from django.db.models import Q, QuerySet
 
-from attribution.selectors import published_results
+from attribution.models import AttributionResult
 from marketplace import clock, jobs
 from marketplace.mail import send_mail
-from marketplace.models import Citation, Membership, Party, TrainedModel
+from marketplace.models import License, Membership, Party, TrainedModel
 from marketplace.services.licenses import match_arrears
-from payouts.models import Reminder, ReportDuty, ReportSchedule, RoyaltyInvoice, RoyaltyInvoiceLine
-from payouts.services.royalties import standing_reports
+from payouts.models import Reminder, ReportDuty, RoyaltyInvoice, RoyaltyInvoiceLine
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +31,7 @@ Moment = Reminder.Moment
 ONE_DAY = timedelta(days=1)
 #: A licensee that was away for longer is asked for its latest periods only.
 MAX_PERIODS = 40
+PAGE = 500
 
 
 @dataclass(frozen=True)
@@ -52,39 +52,63 @@ def follow_up() -> None:
 
 def open_duties() -> int:
     """A duty for every period that has ended, of every license with a rate behind a measured model; returns how many are new."""
+    today = clock.today()
+    settled = {
+        "today": today,
+        "months": settings.ROYALTY_REPORT_MONTHS,
+        "days": settings.ROYALTY_REPORT_DUE_DAYS,
+        "published": AttributionResult.Status.PUBLISHED,
+    }
     n_new = 0
-    cited = (
-        Citation.objects.filter(license__offer__royalty_bps__gt=0, license__revoked_at=None)
-        .exclude(version__dataset__owner=F("disclosure__model__owner"))
-        .values("disclosure__model", "license")
-        .annotate(since=Min("disclosure__disclosed_at"))
-        .order_by("disclosure__model", "license")
-    )
-    schedules = {schedule.license_id: schedule for schedule in ReportSchedule.objects.all()}
-    last = _last_periods()
-    models: dict[int, bool] = {}
-    for row in cited.iterator():
-        model, license = row["disclosure__model"], row["license"]
-        if model not in models:
-            models[model] = published_results(TrainedModel.objects.get(pk=model)).exists()
-        if not models[model]:
-            continue  # nothing says yet what it owes to whom, so it cannot report
-        schedule = schedules.get(license)
-        months = schedule.every_months if schedule else settings.ROYALTY_REPORT_MONTHS
-        days = schedule.due_days if schedule else settings.ROYALTY_REPORT_DUE_DAYS
-        start = last[model, license] + ONE_DAY if (model, license) in last else row["since"].date()
-        duties = [
-            ReportDuty(
-                model_id=model,
-                license_id=license,
-                period_start=first,
-                period_end=end,
-                due_on=end + timedelta(days=days),
-            )
-            for first, end in periods(start, clock.today(), months=months)
-        ]
-        n_new += len(ReportDuty.objects.bulk_create(duties, ignore_conflicts=True))
+    with transaction.atomic(), connection.chunked_cursor() as cursor:
+        cursor.execute(_PERIODS_OVER, settled)
+        while rows := cursor.fetchmany(PAGE):
+            duties = [
+                ReportDuty(
+                    model_id=model,
+                    license_id=license,
+                    period_start=first,
+                    period_end=end,
+                    due_on=end + timedelta(days=days),
+                )
+                for model, license, start, months, days in rows
+                for first, end in periods(start, today, months=months)
+            ]
+            n_new += len(ReportDuty.objects.bulk_create(duties, ignore_conflicts=True, batch_size=PAGE))
     return n_new
+
+
+# Every model and license for which a period has ended that no duty asks for: where the next one begins, and how long it is. What a
+# model owes to whom nobody can say before a result is published, so until then it cannot report.
+_PERIODS_OVER = """
+SELECT model_id, license_id, start, months, days FROM (
+    SELECT cited.model_id, cited.license_id, coalesce(last.period_end + 1, cited.since) AS start,
+        coalesce(s.every_months, %(months)s) AS months, coalesce(s.due_days, %(days)s) AS days
+    FROM (
+        SELECT d.model_id, c.license_id, (min(d.disclosed_at) AT TIME ZONE 'UTC')::date AS since
+        FROM marketplace_citation c
+        JOIN marketplace_license l ON l.id = c.license_id AND l.revoked_at IS NULL
+        JOIN marketplace_offer o ON o.id = l.offer_id AND o.royalty_bps > 0
+        JOIN marketplace_disclosure d ON d.id = c.disclosure_id
+        JOIN marketplace_trainedmodel m ON m.id = d.model_id
+        JOIN marketplace_datasetversion v ON v.id = c.version_id
+        JOIN marketplace_dataset s ON s.id = v.dataset_id AND s.owner_id <> m.owner_id
+        GROUP BY d.model_id, c.license_id
+    ) cited
+    LEFT JOIN payouts_reportschedule s ON s.license_id = cited.license_id
+    LEFT JOIN LATERAL (
+        SELECT period_end FROM payouts_reportduty r WHERE r.license_id = cited.license_id AND r.model_id = cited.model_id
+        ORDER BY period_end DESC LIMIT 1
+    ) last ON true
+    WHERE EXISTS (
+        SELECT FROM attribution_attributionresult r WHERE r.model_id = cited.model_id AND r.status = %(published)s
+    )
+) next
+-- The first of the month after the calendar's period that `start` lies in: its last day is over.
+WHERE (date_trunc('month', start) + make_interval(months => months - (extract(month FROM start)::int - 1) %% months))::date
+    <= %(today)s
+ORDER BY model_id, license_id
+"""
 
 
 def periods(start: date, today: date, *, months: int) -> Iterator[tuple[date, date]]:
@@ -102,19 +126,42 @@ def periods(start: date, today: date, *, months: int) -> Iterator[tuple[date, da
 
 def match_reports(models: QuerySet[TrainedModel] | None = None) -> int:
     """Note which duties are met: every day of the period is in a report that stands; returns how many changed."""
-    duties = ReportDuty.objects.select_related("model").order_by("model", "pk")
-    if models is not None:
-        duties = duties.filter(model__in=models)
-    reported: dict[int, list[tuple[date, date]]] = {}
-    n_changed = 0
-    for duty in duties.iterator():
-        if duty.model_id not in reported:
-            spans = standing_reports(duty.model).values_list("period_start", "period_end")
-            reported[duty.model_id] = sorted(spans)
-        is_met = _covers(reported[duty.model_id], duty.period_start, duty.period_end)
-        if is_met != (duty.met_on is not None):
-            n_changed += ReportDuty.objects.filter(pk=duty.pk).update(met_on=clock.today() if is_met else None)
-    return n_changed
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _MATCH_REPORTS,
+            {
+                "models": None if models is None else list(models.values_list("pk", flat=True)),
+                "refunded": RoyaltyInvoice.Status.REFUNDED,
+                "today": clock.today(),
+            },
+        )
+        return int(cursor.rowcount)
+
+
+# A duty that is not met may be met now; one that is met stays so unless a report of its model no longer stands (it was replaced, or
+# its invoice refunded: `standing_reports`). The days of several reports together cover it, so they are added up first.
+_MATCH_REPORTS = """
+WITH open AS (
+    SELECT d.* FROM payouts_reportduty d
+    WHERE (%(models)s::bigint[] IS NULL OR d.model_id = ANY (%(models)s)) AND (d.met_on IS NULL OR d.model_id IN (
+        SELECT r.model_id FROM payouts_royaltyreport r JOIN payouts_royaltyreport later ON later.replaces_id = r.id
+        UNION SELECT r.model_id FROM payouts_royaltyreport r
+        JOIN payouts_royaltyinvoice i ON i.report_id = r.id AND i.status = %(refunded)s
+    ))
+), reported AS (
+    SELECT r.model_id, range_agg(daterange(r.period_start, r.period_end, '[]')) AS days
+    FROM payouts_royaltyreport r LEFT JOIN payouts_royaltyinvoice i ON i.report_id = r.id
+    WHERE r.model_id IN (SELECT model_id FROM open) AND i.status IS DISTINCT FROM %(refunded)s
+        AND NOT EXISTS (SELECT FROM payouts_royaltyreport later WHERE later.replaces_id = r.id)
+    GROUP BY r.model_id
+), matched AS (
+    SELECT open.id, open.met_on IS NOT NULL AS was_met,
+        coalesce(reported.days @> daterange(open.period_start, open.period_end, '[]'), false) AS is_met
+    FROM open LEFT JOIN reported USING (model_id)
+)
+UPDATE payouts_reportduty d SET met_on = CASE WHEN matched.is_met THEN %(today)s::date END
+FROM matched WHERE d.id = matched.id AND matched.was_met <> matched.is_met
+"""
 
 
 def remind() -> int:
@@ -208,46 +255,32 @@ def overdue_of(model: TrainedModel) -> list[Overdue]:
 def enforce() -> int:
     """Suspend what has been overdue for too long, and lift what was settled; returns for how many licensees that changed."""
     late = _in_arrears()
-    licensees = set(Party.objects.filter(licenses__in=[pk for pks in late.values() for pk in pks]))
-    licensees |= set(Party.objects.filter(licenses__in_arrears_at__isnull=False))
+    marked: dict[int, set[int]] = {}
+    for license, licensee in License.objects.exclude(in_arrears_at=None).values_list("pk", "licensee"):
+        marked.setdefault(licensee, set()).add(license)
+    differing = [pk for pk in late.keys() | marked.keys() if late.get(pk) != marked.get(pk)]
     return sum(
         match_arrears(licensee=party, overdue=late.get(party.pk, set()), at=clock.now())
-        for party in sorted(licensees, key=lambda party: party.pk)
+        for party in Party.objects.filter(pk__in=differing).order_by("pk")
     )
 
 
 def settle(licensee: Party) -> bool:
     """After a report or payment of theirs: what is settled is lifted at once; whether anything changed."""
     match_reports(TrainedModel.objects.filter(owner=licensee))
-    return match_arrears(licensee=licensee, overdue=_in_arrears().get(licensee.pk, set()), at=clock.now())
+    return match_arrears(licensee=licensee, overdue=_in_arrears(licensee).get(licensee.pk, set()), at=clock.now())
 
 
-def _in_arrears() -> dict[int, set[int]]:
-    """Licensee → the licenses whose report or invoice has been overdue for so long that they are suspended."""
+def _in_arrears(licensee: Party | None = None) -> dict[int, set[int]]:
+    """Licensee → the licenses whose report or invoice has been overdue for so long that they are suspended; of all, or of one."""
     since = clock.today() - timedelta(days=settings.ROYALTY_SUSPEND_DAYS)
     found: dict[int, set[int]] = {}
     duties = ReportDuty.objects.filter(met_on=None, due_on__lt=since, license__revoked_at=None)
     open_late = Q(invoice__status=RoyaltyInvoice.Status.OPEN, invoice__due_on__lt=since)
     open_late |= Q(invoice__carried_into__status=RoyaltyInvoice.Status.OPEN, invoice__carried_into__due_on__lt=since)
     lines = RoyaltyInvoiceLine.objects.filter(open_late, amount_micros__gt=0)
-    for rows in (duties, lines):
-        for license, licensee in rows.values_list("license", "license__licensee").distinct():
-            found.setdefault(licensee, set()).add(license)
+    whose = {} if licensee is None else {"license__licensee": licensee}
+    for rows in (duties.filter(**whose), lines.filter(**whose)):
+        for license, owing in rows.values_list("license", "license__licensee").distinct():
+            found.setdefault(owing, set()).add(license)
     return found
-
-
-def _covers(spans: list[tuple[date, date]], start: date, end: date) -> bool:
-    """Whether sorted spans of days, both ends included, leave no day of the period out."""
-    for first, last in spans:
-        if first > start:
-            return False
-        start = max(start, last + ONE_DAY)
-        if start > end:
-            return True
-    return start > end
-
-
-def _last_periods() -> dict[tuple[int, int], date]:
-    """(model, license) → the last day that a duty asks for."""
-    rows = ReportDuty.objects.values("model", "license").annotate(last=Max("period_end"))
-    return {(row["model"], row["license"]): row["last"] for row in rows}

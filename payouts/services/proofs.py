@@ -7,11 +7,11 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count, islice
 from typing import Any
 
 from django.db import connection, transaction
-from django.db.models import Count, Max, Q, Sum
+from django.db.models import Count, F, Max, Q, Sum
 
 from marketplace.models import OrderLine
 from marketplace.money import MINOR_DIGITS
@@ -33,6 +33,7 @@ from payouts.models import (
     PayeeCount,
     Payment,
     Payout,
+    PayoutRun,
     Posting,
     RailPayout,
     Reclaim,
@@ -55,9 +56,14 @@ class Finding:
         return f"{self.code}: {self.detail}"
 
 
+#: So many findings are told; the others are counted.
+KEPT_FINDINGS = 1_000
+
+
 @dataclass(frozen=True)
 class Books:
-    findings: list[Finding]
+    findings: list[Finding]  # the first of them
+    n_findings: int
     checked: dict[str, int]
 
 
@@ -68,10 +74,11 @@ def check_books() -> Books:
         if not is_nested:
             with connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        balances = _balances()
-        findings = [finding for check in CHECKS for finding in check(balances)]
+        found = chain.from_iterable(check() for check in CHECKS)
+        findings = list(islice(found, KEPT_FINDINGS))
         return Books(
             findings,
+            len(findings) + sum(1 for _ in found),
             {
                 "entries": JournalEntry.objects.count(),
                 "postings": Posting.objects.count(),
@@ -84,13 +91,14 @@ def check_books() -> Books:
         )
 
 
-Balances = dict[str, int]
+def _sums(prefix: str) -> dict[str, int]:
+    """Code → the sum of its postings, of the few accounts under a prefix."""
+    rows = Posting.objects.filter(account__code__startswith=prefix).values("account__code")
+    return {row["account__code"]: int(row["sum"]) for row in rows.annotate(sum=Sum("amount_micros")).order_by()}
 
 
-def _balances() -> Balances:
-    """Of the accounts that are no party's: there are as many as pools and lines, not as many as payees."""
-    rows = Posting.objects.filter(account__party=None).values("account__code").annotate(sum=Sum("amount_micros"))
-    return {row["account__code"]: int(row["sum"]) for row in rows.iterator()}
+def _sum_of(code: str) -> int:
+    return int(Posting.objects.filter(account__code=code).aggregate(sum=Sum("amount_micros", default=0))["sum"])
 
 
 def _rows(statement: str, parameters: Mapping[str, Any] | None = None) -> Iterator[tuple[Any, ...]]:
@@ -112,7 +120,7 @@ def _fetched(cursor: Any, name: str) -> list[tuple[Any, ...]]:
 _numbers = count(1)
 
 
-def _entries(balances: Balances) -> Iterator[Finding]:
+def _entries() -> Iterator[Finding]:
     """As many legs as declared, zero sum, one currency, each on an account that its code describes."""
     for key, declared, legs, total, foreign in _rows(
         """
@@ -156,11 +164,10 @@ def _entries(balances: Balances) -> Iterator[Finding]:
             yield Finding("reversal_differs", f"{reversal.key} does not undo {reversal.reverses.key}")
 
 
-def _snapshots(balances: Balances) -> Iterator[Finding]:
+def _snapshots() -> Iterator[Finding]:
     """Each snapshot is the one before it and the postings between them."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
+    for code, up_to, micros, summed in _rows(
+        """
             SELECT a.code, s.up_to, s.balance_micros, s.before + coalesce(sum(p.amount_micros), 0)
             FROM (
                 SELECT *, coalesce(lag(balance_micros) OVER earlier, 0) AS before, coalesce(lag(up_to) OVER earlier, 0) AS since
@@ -172,44 +179,51 @@ def _snapshots(balances: Balances) -> Iterator[Finding]:
             HAVING s.balance_micros <> s.before + coalesce(sum(p.amount_micros), 0)
             ORDER BY a.code, s.up_to
             """
-        )
-        for code, up_to, micros, summed in cursor.fetchall():
-            yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
+    ):
+        yield Finding("snapshot_differs", f"{code} up to posting {up_to}: {micros}, its postings sum to {summed}")
 
 
-def _by_hand() -> dict[str, int]:
+def _by_hand(prefix: str) -> dict[str, int]:
     """What manual entries moved, by account."""
-    of_entries = Posting.objects.filter(entry__kind=JournalEntry.Kind.MANUAL).values("account__code")
-    return {row["account__code"]: int(row["sum"]) for row in of_entries.annotate(sum=Sum("amount_micros"))}
+    of_entries = Posting.objects.filter(entry__kind=JournalEntry.Kind.MANUAL, account__code__startswith=prefix)
+    summed = of_entries.values("account__code").annotate(sum=Sum("amount_micros"))
+    return {row["account__code"]: int(row["sum"]) for row in summed}
 
 
-def _balances_in_range(balances: Balances) -> Iterator[Finding]:
+def _balances_in_range() -> Iterator[Finding]:
     """Nobody owes us what we owed them, and no heap of cash is below nothing."""
-    by_hand = _by_hand()
-    for code, micros in sorted(balances.items()):
-        # A refund gives tax back that an office has been handed already: the office owes it then.
-        is_ours = _is_known(code) and chart.parse(code).purpose.kind == Account.Kind.LIABILITY
-        if is_ours and micros - by_hand.get(code, 0) > 0:
-            yield Finding("liability_overdrawn", f"{code} stands at {micros}")
+    for code, micros in _rows(
+        """
+        SELECT held.code, held.micros FROM (
+            SELECT a.id, a.code, a.party_id, sum(p.amount_micros) AS micros
+            FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id
+            WHERE a.kind = 'liability' GROUP BY a.id HAVING sum(p.amount_micros) > 0
+        ) held
+        -- A refund gives tax back that an office has been handed already: the office owes it then.
+        WHERE held.party_id IS NOT NULL OR held.micros > coalesce((
+            SELECT sum(p.amount_micros) FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id
+            WHERE e.kind = 'manual' AND p.account_id = held.id
+        ), 0)
+        ORDER BY held.code
+        """
+    ):
+        yield Finding("liability_overdrawn", f"{code} stands at {micros}")
     for code, micros in _rows(
         """
         SELECT a.code, sum(p.amount_micros) FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id
-        WHERE a.party_id IS NOT NULL GROUP BY a.id
-        HAVING starts_with(a.code, 'payable:') AND sum(p.amount_micros) > 0
-            OR starts_with(a.code, 'receivable:') AND sum(p.amount_micros) < 0
+        WHERE a.party_id IS NOT NULL AND starts_with(a.code, 'receivable:') GROUP BY a.id HAVING sum(p.amount_micros) < 0
         ORDER BY a.code
         """
     ):
-        is_payable = code.startswith("payable:")
-        yield Finding("liability_overdrawn" if is_payable else "receivable_negative", f"{code} stands at {micros}")
+        yield Finding("receivable_negative", f"{code} stands at {micros}")
     # Refunds and disputes take what they take, whatever there is; without any, no heap of cash falls below nothing.
     moved = set(Movement.objects.values_list("currency", flat=True).distinct())
-    for code, micros in sorted(balances.items()):
-        if code.startswith("cash:") and micros < 0 and chart.parse(code).currency not in moved:
+    for code, micros in sorted(_sums("cash:").items()):
+        if micros < 0 and chart.currency_of(code) not in moved:
             yield Finding("cash_negative", f"{code} stands at {micros}")
 
 
-def _counts(balances: Balances) -> Iterator[Finding]:
+def _counts() -> Iterator[Finding]:
     """What was kept of each version's records by payee is what its records say."""
     for version in PayeeCount.objects.values_list("version", flat=True).distinct().order_by("version"):
         for role, party, kept, counted in _rows(
@@ -226,7 +240,7 @@ def _counts(balances: Balances) -> Iterator[Finding]:
             )
 
 
-def _divisions(balances: Balances) -> Iterator[Finding]:
+def _divisions() -> Iterator[Finding]:
     """Amount = lines = entries, to the micro; and the lines are what their weights give, computed anew."""
     divisions = Division.objects.select_related(
         "version", "result", "pool", "order_line", "invoice_line__result", "corrects__division"
@@ -277,12 +291,15 @@ def _escaped(prefix: str) -> str:
 def _divided_as_weighed(division: Division) -> Iterator[Finding]:
     """Results and counts of a published version never change, so the division must come out the same today."""
     if division.corrects is not None:
-        gained = {
-            (line.role, line.party_id): (line.weight, line.difference_micros)
-            for line in division.corrects.lines.all()
-            if line.difference_micros > 0
-        }
-        if gained != {(line.role, line.party_id): (line.weight, line.amount_micros) for line in division.lines.all()}:
+        different = """
+            SELECT FROM (
+                SELECT party_id, role, weight, after_micros - before_micros FROM payouts_correctionline
+                WHERE correction_id = %(correction)s AND after_micros > before_micros
+            ) gained FULL JOIN (
+                SELECT party_id, role, weight, amount_micros FROM payouts_divisionline WHERE division_id = %(division)s
+            ) given ON gained::text = given::text
+            WHERE gained IS NULL OR given IS NULL LIMIT 1"""
+        if list(_rows(different, {"correction": division.corrects_id, "division": division.pk})):
             yield Finding("correction_differs", f"{division.key} and what it should give")
         return
     pots = pots_of(
@@ -331,7 +348,7 @@ def _pair(weight: int | None, micros: int | None) -> tuple[int, int] | None:
     return None if weight is None or micros is None else (int(weight), int(micros))
 
 
-def _payables(balances: Balances) -> Iterator[Finding]:
+def _payables() -> Iterator[Finding]:
     """What is owed to each party, less what it owes: lines − reclaims − payouts, over other rails too, + reversals + write-offs."""
     for party, currency, booked, owed in _rows(
         """
@@ -366,25 +383,38 @@ def _payables(balances: Balances) -> Iterator[Finding]:
         yield Finding("payable_differs", f"{chart.payable(party, currency)}: {booked} booked, {owed} by lines")
 
 
-def _pools(balances: Balances) -> Iterator[Finding]:
+def _pools() -> Iterator[Finding]:
     """Every pool is what went back to buyers, what was released to one division, and what is left: nothing once released."""
-    for pool in RoyaltyPool.objects.with_left().select_related("division").order_by("pk").iterator():
-        division = getattr(pool, "division", None)
-        left = -balances.get(chart.royalty_pool(pool), 0)
-        if (pool.released_at is None) != (division is None):
-            yield Finding("pool_half_released", f"pool {pool.pk}")
-        if left != (pool.left_micros if division is None else 0):
-            yield Finding("pool_differs", f"pool {pool.pk} of {pool.amount_micros} has {left} left")
-        released = Division.objects.filter(order_line=pool.order_line_id, source=Division.Source.POOL)
-        divided = released.aggregate(sum=Sum("amount_micros", default=0))["sum"]
-        if division is not None and divided != pool.left_micros:
+    for pk, is_half, amount, left, balance, is_divided, divided in _rows(
+        """
+        SELECT * FROM (
+            SELECT r.id, (r.released_at IS NULL) <> (d.id IS NULL) AS is_half, r.amount_micros, r.amount_micros - coalesce((
+                SELECT sum(l.pool_micros) FROM payouts_clawbackline l WHERE l.order_line_id = r.order_line_id
+                    AND NOT EXISTS (SELECT FROM payouts_clawbackundo u WHERE u.clawback_id = l.clawback_id)
+            ), 0) AS left_micros, coalesce((
+                SELECT -sum(p.amount_micros) FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id
+                WHERE a.code = 'pool:' || r.id || ':' || r.currency
+            ), 0) AS balance, d.id IS NOT NULL AS is_divided, coalesce((
+                SELECT sum(o.amount_micros) FROM payouts_division o
+                WHERE o.order_line_id = r.order_line_id AND o.source = 'pool'
+            ), 0) AS divided
+            FROM payouts_royaltypool r LEFT JOIN payouts_division d ON d.pool_id = r.id
+        ) pools
+        WHERE is_half OR balance <> CASE WHEN is_divided THEN 0 ELSE left_micros END OR is_divided AND divided <> left_micros
+        ORDER BY id
+        """
+    ):
+        if is_half:
+            yield Finding("pool_half_released", f"pool {pk}")
+        if balance != (0 if is_divided else left):
+            yield Finding("pool_differs", f"pool {pk} of {amount} has {balance} left")
+        if is_divided and divided != left:
             yield Finding(
-                "pool_differs_from_division",
-                f"pool {pool.pk} of {pool.amount_micros} less {pool.amount_micros - pool.left_micros}, {divided} divided",
+                "pool_differs_from_division", f"pool {pk} of {amount} less {amount - left}, {divided} divided"
             )
 
 
-def _payments(balances: Balances) -> Iterator[Finding]:
+def _payments() -> Iterator[Finding]:
     """Each paid payment is booked once, for its whole amount, and settled if it says so; clearing accounts end at zero."""
     paid = Payment.objects.filter(status=Payment.Status.PAID).select_related("order", "invoice", "tax_rate")
     for payment in paid.order_by("pk").iterator():
@@ -411,11 +441,15 @@ def _payments(balances: Balances) -> Iterator[Finding]:
             yield Finding("paid_thing_differs", f"payment {payment.pk} and what it is for")
         if is_bank != payment.receipts.filter(status="booked", amount_micros=payment.amount_micros).exists():
             yield Finding("receipt_differs", f"payment {payment.pk} and the transfer that paid it")
-    for code, micros in sorted(balances.items()):
-        if code.startswith("clearing:") and micros:
-            yield Finding("clearing_not_empty", f"{code} has {-micros} left")
+    for code, micros in _rows(
+        """
+        SELECT a.code, sum(p.amount_micros) FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id
+        WHERE starts_with(a.code, 'clearing:') GROUP BY a.id HAVING sum(p.amount_micros) <> 0 ORDER BY a.code
+        """
+    ):
+        yield Finding("clearing_not_empty", f"{code} has {-micros} left")
     paid_invoices = [RoyaltyInvoice.Status.PAID, RoyaltyInvoice.Status.REFUNDED]
-    for invoice in RoyaltyInvoice.objects.filter(status__in=paid_invoices).order_by("pk"):
+    for invoice in RoyaltyInvoice.objects.filter(status__in=paid_invoices).order_by("pk").iterator():
         divided = {
             pk: amount
             for pk, amount in invoice.lines.values_list("pk", "division__amount_micros")
@@ -423,23 +457,23 @@ def _payments(balances: Balances) -> Iterator[Finding]:
         }
         if divided != {pk: part.micros for pk, part in parts_of(invoice).items() if part}:
             yield Finding("royalty_differs", f"invoice {invoice.pk} and its divisions")
-    for invoice in RoyaltyInvoice.objects.annotate(sum=Sum("lines__amount_micros", default=0)).order_by("pk"):
-        if invoice.sum != invoice.total_micros:
-            yield Finding("invoice_differs_from_lines", f"invoice {invoice.pk}: {invoice.total_micros}, {invoice.sum}")
+    summed = RoyaltyInvoice.objects.annotate(sum=Sum("lines__amount_micros", default=0))
+    for invoice in summed.exclude(sum=F("total_micros")).order_by("pk").iterator():
+        yield Finding("invoice_differs_from_lines", f"invoice {invoice.pk}: {invoice.total_micros}, {invoice.sum}")
 
 
-def _reports(balances: Balances) -> Iterator[Finding]:
+def _reports() -> Iterator[Finding]:
     """Reports that stand do not overlap, and together ask for no more of a license than its cap."""
     standing = RoyaltyReport.objects.filter(replaced_by=None).exclude(invoice__status=RoyaltyInvoice.Status.REFUNDED)
     last: RoyaltyReport | None = None
-    for report in standing.order_by("model", "currency", "period_start", "pk"):
+    for report in standing.order_by("model", "currency", "period_start", "pk").iterator():
         is_next = last and (last.model_id, last.currency) == (report.model_id, report.currency)
         if last and is_next and report.period_start <= last.period_end:
             yield Finding("reports_overlap", f"reports {last.pk} and {report.pk} of {report.model}")
         last = report
 
 
-def _documents(balances: Balances) -> Iterator[Finding]:
+def _documents() -> Iterator[Finding]:
     """Each series is numbered from 1 without a gap; each document says what its payment or refund does."""
     series = Document.objects.values("kind", "year").annotate(n=Count("pk"), last=Max("number"))
     for row in series.order_by("kind", "year"):
@@ -453,7 +487,7 @@ def _documents(balances: Balances) -> Iterator[Finding]:
             yield Finding("document_changed", f"{document} is not what was issued")
 
 
-def _payouts(balances: Balances) -> Iterator[Finding]:
+def _payouts() -> Iterator[Finding]:
     """in_transit is what is intended; each payout has the entries of its status, and only those."""
     for pk, amount, moved in _rows(
         """
@@ -491,14 +525,42 @@ def _payouts(balances: Balances) -> Iterator[Finding]:
         yield Finding("payout_stage_differs", f"{key} is {'missing' if is_expected else 'too many'}")
     sums = Payout.objects.filter(status=Payout.Status.INTENDED).values("currency").annotate(sum=Sum("amount_micros"))
     intended = {chart.in_transit(row["currency"]): int(row["sum"]) for row in sums}
-    for code in sorted(intended.keys() | {code for code in balances if code.startswith("in_transit:")}):
-        if intended.get(code, 0) != -balances.get(code, 0):
+    promised = _sums("in_transit:")
+    for code in sorted(intended.keys() | promised.keys()):
+        if intended.get(code, 0) != -promised.get(code, 0):
             yield Finding(
-                "in_transit_differs", f"{code}: {-balances.get(code, 0)} booked, {intended.get(code, 0)} intended"
+                "in_transit_differs", f"{code}: {-promised.get(code, 0)} booked, {intended.get(code, 0)} intended"
             )
 
 
-def _rails(balances: Balances) -> Iterator[Finding]:
+def _runs() -> Iterator[Finding]:
+    """What is above the limit that a run was planned under was approved by another person before anything was intended."""
+    beyond = PayoutRun.objects.filter(planned_micros__gt=F("approval_above_micros")).exclude(
+        state__in=[PayoutRun.State.AWAITING_APPROVAL, PayoutRun.State.REJECTED]
+    )
+    alone = Q(approved_by=None) | Q(approved_at=None) | Q(approved_by=F("started_by"))
+    for run in beyond.filter(alone).order_by("pk").iterator():
+        yield Finding("run_not_approved", f"payout run {run.pk} of {run.planned} is {run.state}")
+    sums = PayoutRun.objects.filter(planned_at__isnull=False).annotate(
+        sum=Sum("planned_payouts__amount_micros", default=0)
+    )
+    for run in sums.exclude(sum=F("planned_micros")).order_by("pk").iterator():
+        yield Finding(
+            "run_differs_from_plan", f"payout run {run.pk} of {run.planned_micros}, its plan sums to {run.sum}"
+        )
+    for pk, run_id, amount, planned in _rows(
+        """
+        SELECT o.id, o.run_id, o.amount_micros, n.amount_micros FROM payouts_payout o
+        JOIN payouts_payoutrun r ON r.id = o.run_id AND r.planned_at IS NOT NULL
+        LEFT JOIN payouts_plannedpayout n ON n.run_id = o.run_id AND n.party_id = o.party_id
+        WHERE o.amount_micros > coalesce(n.amount_micros, 0) AND r.approval_above_micros IS NOT NULL
+        ORDER BY o.id
+        """
+    ):
+        yield Finding("payout_not_planned", f"payout {pk} of {amount} in run {run_id}, which plans {planned or 0}")
+
+
+def _rails() -> Iterator[Finding]:
     """in_transit_rail is what is intended over other rails; each payout has the entries of its status, and only those."""
     for key, is_expected in _rows(
         """
@@ -524,14 +586,15 @@ def _rails(balances: Balances) -> Iterator[Finding]:
         chart.in_transit_rail(currency): int(micros)
         for currency, micros in sums.annotate(sum=Sum("amount_micros")).values_list("currency", "sum")
     }
-    for code in sorted(intended.keys() | {code for code in balances if code.startswith("in_transit_rail:")}):
-        if intended.get(code, 0) != -balances.get(code, 0):
+    promised = _sums("in_transit_rail:")
+    for code in sorted(intended.keys() | promised.keys()):
+        if intended.get(code, 0) != -promised.get(code, 0):
             yield Finding(
-                "in_transit_differs", f"{code}: {-balances.get(code, 0)} booked, {intended.get(code, 0)} intended"
+                "in_transit_differs", f"{code}: {-promised.get(code, 0)} booked, {intended.get(code, 0)} intended"
             )
 
 
-def _closings(balances: Balances) -> Iterator[Finding]:
+def _closings() -> Iterator[Finding]:
     """Each closed month's trial balance is the one before it and what was booked in the month."""
     sums: dict[tuple[str, str], tuple[int, int]] = {}
     since = books.BEGINNING
@@ -549,19 +612,46 @@ def _closings(balances: Balances) -> Iterator[Finding]:
         since = period.ends_at
 
 
-def _refunds(balances: Balances) -> Iterator[Finding]:
+def _statements() -> Iterator[Finding]:
+    """What each issued statement closes with is what was booked to the party before the month's end, and the next opens with it."""
+    for number, currency, stated, booked in _rows(
+        """
+        WITH moved AS (
+            SELECT a.party_id, a.currency, c.ends_at, -sum(p.amount_micros) AS micros
+            FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id JOIN payouts_journalentry e ON e.id = p.entry_id
+            JOIN payouts_closedperiod c ON c.starts_on = date_trunc('month', e.booked_at AT TIME ZONE 'UTC')::date
+            WHERE a.party_id IS NOT NULL GROUP BY 1, 2, 3
+        ), stated AS (
+            SELECT s.number, s.party_id, b.currency, c.ends_at, b.opening_micros, b.closing_micros,
+                lag(b.closing_micros, 1, 0) OVER (PARTITION BY s.party_id, b.currency ORDER BY c.ends_at) AS before_micros
+            FROM payouts_statementbalance b JOIN payouts_issuedstatement s ON s.id = b.statement_id
+            JOIN payouts_closedperiod c ON c.id = s.period_id
+        ), summed AS ( -- a month's movements and its statement are peers, so the sum holds both
+            SELECT *, sum(micros) OVER (PARTITION BY party_id, currency ORDER BY ends_at) AS booked_micros FROM (
+                SELECT party_id, currency, ends_at, NULL AS number, 0 AS opening_micros, 0 AS closing_micros, 0 AS before_micros, micros
+                FROM moved
+                UNION ALL
+                SELECT party_id, currency, ends_at, number, opening_micros, closing_micros, before_micros, 0 FROM stated
+            ) events
+        )
+        SELECT number, currency, ARRAY[opening_micros, closing_micros], ARRAY[before_micros, booked_micros::bigint] FROM summed
+        WHERE number IS NOT NULL AND (closing_micros <> booked_micros OR opening_micros <> before_micros) ORDER BY number
+        """
+    ):
+        yield Finding("statement_differs", f"{number} in {currency}: opens and closes with {stated}, booked {booked}")
+
+
+def _refunds() -> Iterator[Finding]:
     """Refunded ≤ paid; what is refunding is what is intended; each cause has the movements of its state."""
-    standing = (
-        Refund.objects.filter(state__in=Refund.STANDING, unapplied=None)
-        .values("payment")
-        .annotate(sum=Sum("amount_micros", default=0))
-    )
-    back = dict(standing.values_list("payment", "sum"))
-    for payment in Payment.objects.filter(pk__in=back).order_by("pk"):
-        if back[payment.pk] > payment.amount_micros or payment.status != Payment.Status.PAID:
-            yield Finding(
-                "refunded_more_than_paid", f"payment {payment.pk} of {payment.amount_micros}: {back[payment.pk]}"
-            )
+    for payment, paid, back in _rows(
+        """
+        SELECT p.id, p.amount_micros, sum(r.amount_micros) FROM payouts_refund r JOIN payouts_payment p ON p.id = r.payment_id
+        WHERE r.state = ANY(%(standing)s) AND r.unapplied_id IS NULL GROUP BY p.id HAVING sum(r.amount_micros) > p.amount_micros OR p.status <> 'paid'
+        ORDER BY p.id
+        """,
+        {"standing": [str(state) for state in Refund.STANDING]},
+    ):
+        yield Finding("refunded_more_than_paid", f"payment {payment} of {paid}: {back}")
     refunding: dict[str, int] = defaultdict(int)
     expected_movements = {
         Refund.State.INTENDED: [],
@@ -590,12 +680,13 @@ def _refunds(balances: Balances) -> Iterator[Finding]:
             yield Finding(
                 "refund_differs_from_clawback", f"{refund} is {state}, {clawback} of {clawback.amount_micros}"
             )
-    for code in sorted(refunding.keys() | {code for code in balances if code.startswith("refunding:")}):
-        if refunding[code] != -balances.get(code, 0):
-            yield Finding("refunding_differs", f"{code}: {-balances.get(code, 0)} booked, {refunding[code]} intended")
+    promised = _sums("refunding:")
+    for code in sorted(refunding.keys() | promised.keys()):
+        if refunding[code] != -promised.get(code, 0):
+            yield Finding("refunding_differs", f"{code}: {-promised.get(code, 0)} booked, {refunding[code]} intended")
 
 
-def _unapplied(balances: Balances) -> Iterator[Finding]:
+def _unapplied() -> Iterator[Finding]:
     """A surplus charge has its movement, paid nothing, and what is left of all of them is what lies in `unapplied`."""
     left: dict[str, int] = defaultdict(int)
     for charge in UnappliedCharge.objects.prefetch_related("movements", "refunds").order_by("pk").iterator(1_000):
@@ -615,63 +706,69 @@ def _unapplied(balances: Balances) -> Iterator[Finding]:
         if back > charge.amount_micros:
             yield Finding("refunded_more_than_paid", f"{charge}: {back}")
         left[chart.unapplied(charge.currency)] += charge.amount_micros - back
-    by_hand = _by_hand()
-    for code in sorted(left.keys() | {code for code in balances if code.startswith("unapplied:")}):
-        if left[code] != -(balances.get(code, 0) - by_hand.get(code, 0)):
-            yield Finding(
-                "unapplied_differs", f"{code}: {-balances.get(code, 0)} booked, {left[code]} left of its charges"
-            )
+    by_hand, booked_now = _by_hand("unapplied:"), _sums("unapplied:")
+    for code in sorted(left.keys() | booked_now.keys()):
+        held = booked_now.get(code, 0)
+        if left[code] != by_hand.get(code, 0) - held:
+            yield Finding("unapplied_differs", f"{code}: {-held} booked, {left[code]} left of its charges")
 
 
-def _clawbacks(balances: Balances) -> Iterator[Finding]:
+def _clawbacks() -> Iterator[Finding]:
     """A clawback is its lines, a line its fee, pool and reclaims, and each entry what they say; the fee is in proportion."""
-    clawbacks = Clawback.objects.select_related("payment", "undo").prefetch_related("lines")
-    for clawback in clawbacks.order_by("pk").iterator(chunk_size=1_000):
-        owed: dict[str, int] = defaultdict(int)
-        for line in clawback.lines.all():
-            reclaims = list(
-                Reclaim.objects.filter(clawback_line=line).values_list("division_line__party", "amount_micros")
-            )
-            rest = line.amount_micros - line.fee_micros - line.pool_micros - line.tax_micros
-            if sum(micros for _, micros in reclaims) != rest:
-                yield Finding("clawback_line_differs", f"{clawback}, line {line.pk}: {rest} of its payees, {reclaims}")
-            owed["fee"] += line.fee_micros
-            owed["pool"] += line.pool_micros
-            owed["tax"] += line.tax_micros
-            for party, micros in reclaims:
-                owed[f"party {party}"] += micros
-        owed["loss"] += clawback.loss_micros
-        if sum(owed.values()) != clawback.amount_micros + clawback.loss_micros:
-            yield Finding(
-                "clawback_differs_from_lines", f"{clawback} of {clawback.amount_micros}: {sum(owed.values())}"
-            )
-        for prefix, sign in (("clawback", 1), ("unclawback", -1)):
-            wanted = {name: sign * micros for name, micros in owed.items() if micros}
-            if prefix == "unclawback" and not hasattr(clawback, "undo"):
-                wanted = {}
-            booked = _booked_by_source(f"{prefix}:{clawback.key}:")
-            if booked != wanted:
-                yield Finding("clawback_differs_from_entries", f"{prefix} {clawback}: booked {booked}, is {wanted}")
+    for clawback, line, rest, reclaimed in _rows(
+        """
+        SELECT c.key, l.id, l.amount_micros - l.fee_micros - l.pool_micros - l.tax_micros, coalesce(sum(r.amount_micros), 0)
+        FROM payouts_clawbackline l JOIN payouts_clawback c ON c.id = l.clawback_id
+        LEFT JOIN payouts_reclaim r ON r.clawback_line_id = l.id GROUP BY c.id, l.id
+        HAVING coalesce(sum(r.amount_micros), 0) <> l.amount_micros - l.fee_micros - l.pool_micros - l.tax_micros ORDER BY l.id
+        """
+    ):
+        yield Finding("clawback_line_differs", f"{clawback}, line {line}: {rest} of its payees, {reclaimed}")
+    for clawback, amount, summed in _rows(
+        """
+        SELECT c.key, c.amount_micros, coalesce(sum(l.amount_micros), 0) FROM payouts_clawback c
+        LEFT JOIN payouts_clawbackline l ON l.clawback_id = c.id
+        GROUP BY c.id HAVING c.amount_micros <> coalesce(sum(l.amount_micros), 0) ORDER BY c.id
+        """
+    ):
+        yield Finding("clawback_differs_from_lines", f"{clawback} of {amount}: {summed}")
+    for clawback in Clawback.objects.select_related("undo").order_by("pk").iterator(chunk_size=1_000):
+        for prefix, sign in (("clawback", 1), ("unclawback", -1 if hasattr(clawback, "undo") else 0)):
+            given = {"clawback": clawback.pk, "sign": sign, "keys": f"{_escaped(f'{prefix}:{clawback.key}')}:%"}
+            for name, booked, wanted in _rows(_CLAWBACK_BOOKED, given):
+                yield Finding(
+                    "clawback_differs_from_entries", f"{prefix} {clawback}: of {name} {booked} booked, is {wanted}"
+                )
 
 
-def _booked_by_source(prefix: str) -> dict[str, int]:
-    """What the entries under a prefix took from whom, by the names that `_clawbacks` uses."""
-    found: dict[str, int] = defaultdict(int)
-    names = {"pool": "pool", "tax": "tax", "revenue:platform_fee": "fee", "expense:losses": "loss"}
-    postings = Posting.objects.filter(entry__key__startswith=prefix).values_list("account__code", "amount_micros")
-    for account, micros in postings:
-        code = chart.parse(account)
-        if code.party is not None:
-            found[f"party {code.party}"] += micros
-        elif code.name in names:
-            found[names[code.name]] += micros
-    return {name: micros for name, micros in found.items() if micros}
+#: What a clawback took from whom by its rows, and by its entries; the first that differs.
+_CLAWBACK_BOOKED = """
+WITH owed AS (
+    SELECT 'party ' || d.party_id AS name, sum(r.amount_micros) AS micros FROM payouts_clawbackline l
+    JOIN payouts_reclaim r ON r.clawback_line_id = l.id JOIN payouts_divisionline d ON d.id = r.division_line_id
+    WHERE l.clawback_id = %(clawback)s GROUP BY 1
+    UNION ALL
+    SELECT x.name, sum(x.micros) FROM payouts_clawbackline l,
+        LATERAL (VALUES ('fee', l.fee_micros), ('pool', l.pool_micros), ('tax', l.tax_micros)) x (name, micros)
+    WHERE l.clawback_id = %(clawback)s GROUP BY 1
+    UNION ALL
+    SELECT 'loss', loss_micros FROM payouts_clawback WHERE id = %(clawback)s
+), booked AS (
+    SELECT CASE WHEN a.party_id IS NOT NULL THEN 'party ' || a.party_id WHEN starts_with(a.code, 'pool:') THEN 'pool'
+            WHEN starts_with(a.code, 'tax:') THEN 'tax' WHEN starts_with(a.code, 'revenue:platform_fee:') THEN 'fee'
+            WHEN starts_with(a.code, 'expense:losses:') THEN 'loss' END AS name, sum(p.amount_micros) AS micros
+    FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id JOIN payouts_account a ON a.id = p.account_id
+    WHERE e.key LIKE %(keys)s GROUP BY 1
+)
+SELECT name, coalesce(booked.micros, 0), coalesce(owed.micros * %(sign)s, 0) FROM owed FULL JOIN booked USING (name)
+WHERE name IS NOT NULL AND coalesce(booked.micros, 0) <> coalesce(owed.micros * %(sign)s, 0) ORDER BY name LIMIT 1
+"""
 
 
-def _disputes(balances: Balances) -> Iterator[Finding]:
+def _disputes() -> Iterator[Finding]:
     """A decided dispute's account is empty; an open one freezes, a lost one has taken back what it was about."""
-    for dispute in Dispute.objects.order_by("pk"):
-        left = balances.get(chart.dispute(dispute), 0)
+    for dispute in Dispute.objects.order_by("pk").iterator():
+        left = _sum_of(chart.dispute(dispute))
         frozen = dispute.clawbacks.filter(kind=Clawback.Kind.FREEZE, undo=None)
         taken = dispute.clawbacks.filter(kind=Clawback.Kind.DISPUTE).first()
         moved = sum(movement.amount_micros for movement in dispute.movements.all())
@@ -686,12 +783,12 @@ def _disputes(balances: Balances) -> Iterator[Finding]:
             yield Finding("dispute_not_taken_back", f"{dispute}")
 
 
-def _frozen(balances: Balances) -> Iterator[Finding]:
+def _frozen() -> Iterator[Finding]:
     """While a dispute is open, its payment's pools are empty and no payee is owed anything of it that was not sent."""
     disputed = Payment.objects.filter(pk__in=Dispute.objects.filter(status__in=Dispute.OPEN).values("payment"))
     order_lines = OrderLine.objects.filter(order__payment__in=disputed)
-    for pool in RoyaltyPool.objects.filter(order_line__in=order_lines, released_at=None).order_by("pk"):
-        if left := -balances.get(chart.royalty_pool(pool), 0):
+    for pool in RoyaltyPool.objects.filter(order_line__in=order_lines, released_at=None).order_by("pk").iterator():
+        if left := -_sum_of(chart.royalty_pool(pool)):
             yield Finding("disputed_not_frozen", f"pool {pool.pk} has {left} left while its payment is disputed")
     # A royalty's division names the order line of its license as well, but divides the invoice's payment.
     is_royalty = Q(division__invoice_line__isnull=False) | Q(division__corrects__division__invoice_line__isnull=False)
@@ -700,8 +797,8 @@ def _frozen(balances: Balances) -> Iterator[Finding]:
         is_disputed |= Q(**{f"{line}__invoice__payment__in": disputed})
         is_disputed |= Q(**{f"{line}__invoice__carried_into__payment__in": disputed})
     lines = DivisionLine.objects.filter(is_disputed)
-    parties = set(lines.values_list("party", "division__currency"))
-    for party, currency in sorted(parties):
+    parties = lines.order_by("party", "division__currency").values_list("party", "division__currency").distinct()
+    for party, currency in parties.iterator():
         # What falls due first is sent first, so what a payee is still owed is at most what the undisputed lines give.
         free = DivisionLine.objects.filter(party=party, division__currency=currency).exclude(pk__in=lines)
         given = free.aggregate(sum=Sum("amount_micros", default=0))["sum"]
@@ -712,7 +809,7 @@ def _frozen(balances: Balances) -> Iterator[Finding]:
             yield Finding("disputed_not_frozen", f"party {party} is owed {owed} {currency}, at most {most} undisputed")
 
 
-def _movements(balances: Balances) -> Iterator[Finding]:
+def _movements() -> Iterator[Finding]:
     """Each of Stripe's movements is booked once, for its net, and settled if it says so."""
     for movement in Movement.objects.order_by("pk").iterator():
         cash = (
@@ -742,7 +839,7 @@ def _is_known(code: str) -> bool:
     return True
 
 
-CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
+CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _entries,
     _snapshots,
     _balances_in_range,
@@ -754,8 +851,10 @@ CHECKS: list[Callable[[Balances], Iterator[Finding]]] = [
     _reports,
     _documents,
     _payouts,
+    _runs,
     _rails,
     _closings,
+    _statements,
     _refunds,
     _unapplied,
     _clawbacks,

@@ -8,6 +8,11 @@ Work goes on meanwhile, and must not look like a difference:
 - Cash is read here, at Stripe and here again; what is on its way explains its part of a difference.
 
 Memory does not grow with the books: what was seen is a temporary table, and the rest is streamed.
+
+A full look reads all that Stripe has. The looks between two of them read what came since an anchor: a clean look, some days before
+the last clean one and no earlier than the oldest funds that are still pending. Until then a full look has proved both sides, since
+then both are compared again: what Stripe made, and what we booked (the journal is numbered, so the anchor knows where it ended).
+What was booked lately and made long ago is asked of Stripe by its id; if that is much, the look becomes a full one.
 """
 
 import logging
@@ -15,11 +20,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any
 
 from django.db import connection, transaction
-from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
+from django.db.models import Exists, F, Max, OuterRef, Q, QuerySet, Sum
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 
@@ -44,7 +49,7 @@ from payouts.models import (
     TransferReversal,
     UnappliedCharge,
 )
-from payouts.services import movements
+from payouts.services import movements, pacing
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +60,11 @@ GRACE = timedelta(minutes=15)
 #: Money on another rail takes days.
 RAIL_LIMIT = timedelta(days=7)
 PAGE = 500
+LISTED_AT_ONCE = 100  # of Stripe's, in one answer
+#: What a look reads again of what an earlier one has proved: late bookings, clocks that differ, transactions that took hours.
+OVERLAP = timedelta(days=3)
+#: A full look that found something is repeated so soon once nothing new is wrong.
+FULL_LOOK_AGAIN = timedelta(hours=1)
 CASH_READINGS = 3
 #: Rows that Stripe is asked about one by one; beyond it, something larger is wrong than a race.
 ASKED_ONE_BY_ONE = 200
@@ -85,6 +95,7 @@ CAUSES = {
     "refund_failed_without_return": "Stripe says that it failed and did not give the money back: ask Stripe.",
     "dispute_not_written_down": "It is about a charge that we do not know, or cannot be booked; the message says why.",
     "reversal_not_booked": "A transfer was reversed in Stripe's dashboard.",
+    "movement_differs": "It was booked wrongly, or changed after it was booked.",
     "movement_not_at_stripe": "It was booked without Stripe's word, or the key is of another Stripe account.",
     "manual_not_at_stripe": "A manual entry names a balance transaction that Stripe does not have.",
     "manual_differs": "A manual entry books another amount than the balance transaction that it names.",
@@ -147,6 +158,9 @@ class Reconciliation:
     n_transactions: int  # of Stripe's, compared one by one
     n_on_their_way: int
     last_transaction_id: str
+    since: datetime | None = None  # by Stripe's clock; None: a full look
+    newest_at: datetime | None = None
+    last_entry_id: int = 0
 
     @property
     def agrees(self) -> bool:
@@ -158,6 +172,9 @@ class _Look:
     """What one look has seen so far."""
 
     grace: timedelta
+    since: datetime | None = None
+    after_entry: int = 0  # what was booked before is proved already
+    newest_at: datetime | None = None
     n_transactions: int = 0
     last_id: str = ""
     n_on_their_way: int = 0
@@ -177,32 +194,48 @@ def settle_funds() -> int:
     n_settled = 0
     unsettled = Payment.objects.filter(status=Payment.Status.PAID, settled_at=None)
     for currency in unsettled.values_list("currency", flat=True).distinct().order_by("currency"):
-        for payment in unsettled.filter(currency=currency).order_by("available_on", "pk"):
+        for payment in unsettled.filter(currency=currency).order_by("available_on", "pk").iterator(chunk_size=PAGE):
             assert payment.balance_transaction_id is not None  # a paid payment knows it (a database check)
-            if not gateway.get_balance_transaction(payment.balance_transaction_id).is_available:
+            if not _is_available(payment.balance_transaction_id):
                 break
             n_settled += _settle(payment)
-    for movement in Movement.objects.filter(settled_at=None).order_by("currency", "available_on", "pk"):
-        if gateway.get_balance_transaction(movement.balance_transaction_id).is_available:
+    moved = Movement.objects.filter(settled_at=None)
+    for currency in moved.values_list("currency", flat=True).distinct().order_by("currency"):
+        for movement in moved.filter(currency=currency).order_by("available_on", "pk").iterator(chunk_size=PAGE):
+            if not _is_available(movement.balance_transaction_id):
+                break
             n_settled += movements.settle(movement, at=clock.now())
     return n_settled
 
 
-def reconcile(*, also: Sequence[Difference] = (), grace: timedelta = timedelta(0)) -> Reconciliation:
+def _is_available(balance_transaction: str) -> bool:
+    pacing.wait_for_turn()
+    return gateway.get_balance_transaction(balance_transaction).is_available
+
+
+def reconcile(
+    *, also: Sequence[Difference] = (), grace: timedelta = timedelta(0), is_full: bool = True
+) -> Reconciliation:
     """Compare balances and every balance transaction with the ledger, both ways; nothing is changed.
 
     Args:
         also: what was found before, by the sweeps; it is told with the rest.
         grace: what Stripe made so lately is not missed yet; zero at a quiet moment.
+        is_full: whether all of Stripe's history is read, or what no clean look has proved yet, if there was one.
 
     Raises:
         gateway.StripeRefused, gateway.StripeUncertain: Stripe did not tell.
     """
-    look = _Look(grace=grace)
-    with connection.cursor() as cursor:
-        cursor.execute("CREATE TEMPORARY TABLE IF NOT EXISTS reconciliation_seen (id text PRIMARY KEY)")
-        cursor.execute("TRUNCATE reconciliation_seen")
-    of_transactions = list(_compare_transactions(look))
+    last_entry_id = JournalEntry.objects.aggregate(last=Max("pk"))["last"] or 0
+    look = _Look(grace)
+    if not is_full and (anchor := _find_anchor()) is not None:
+        look = _Look(grace, *anchor)
+    try:
+        of_transactions = _compare_transactions(look)
+    except _TooMuchToAsk:
+        logger.warning("Reconciliation reads all: too much was booked late since=%s", look.since)
+        look = _Look(grace)
+        of_transactions = _compare_transactions(look)
     cash = _compare_cash(look)
     differences = list(also)
     differences += [
@@ -220,18 +253,86 @@ def reconcile(*, also: Sequence[Difference] = (), grace: timedelta = timedelta(0
     differences += _waiting_too_long()
     for difference in differences:
         logger.error("Reconciliation found %s", difference)
-    return Reconciliation(differences, cash, look.n_transactions, look.n_on_their_way, look.last_id)
+    return Reconciliation(
+        differences,
+        cash,
+        look.n_transactions,
+        look.n_on_their_way,
+        look.last_id,
+        look.since,
+        look.newest_at,
+        last_entry_id,
+    )
+
+
+class _TooMuchToAsk(Exception):
+    """More of ours was made at Stripe before the look's beginning than is asked about one by one."""
+
+
+def clean_looks() -> QuerySet[ReconciliationRun]:
+    """Those that ended and found nothing, the newest first."""
+    return ReconciliationRun.objects.filter(status=Job.Status.DONE, n_differences=0)
+
+
+def _find_anchor() -> tuple[datetime, int] | None:
+    """From when on, by Stripe's clock, and after which of our entries both sides have to be compared again; None: all of them.
+
+    Raises:
+        gateway.StripeRefused, gateway.StripeUncertain: Stripe did not tell.
+    """
+    last = clean_looks().first()
+    proved = clean_looks().filter(is_full=True, newest_at__isnull=False)
+    if last is None or last.compared_until is None or not proved.exists():
+        return None
+    looks = clean_looks().filter(newest_at__isnull=False, compared_until__lte=last.compared_until - OVERLAP)
+    anchor = looks.filter(pk__gte=proved.order_by("pk")[:1].values("pk")).first()
+    if anchor is None or anchor.newest_at is None or anchor.last_entry_id is None:
+        return None  # the first days: there is not much
+    since = anchor.newest_at
+    # What is still pending here may have become available there, whenever it was made.
+    pending = Payment.objects.filter(status=Payment.Status.PAID, settled_at=None).order_by("pk")
+    moved = Movement.objects.filter(settled_at=None).order_by("pk")
+    for rows in (pending, moved):
+        oldest = rows.values_list("balance_transaction_id", flat=True).first()
+        if oldest is None:
+            continue
+        pacing.wait_for_turn()
+        theirs = gateway.find_balance_transaction(oldest)
+        if theirs is None:
+            return None
+        since = min(since, theirs.created_at)
+    return since - OVERLAP, anchor.last_entry_id
 
 
 @transaction.atomic
-def request_reconciliation(*, key: str, user: User | None = None) -> ReconciliationRun:
+def request_reconciliation(*, key: str, user: User | None = None, is_full: bool = False) -> ReconciliationRun:
     """Ask for a look; the same key asks once."""
-    run, is_new = ReconciliationRun.objects.get_or_create(key=key, defaults={"requested_by": user})
+    defaults = {"requested_by": user, "is_full": is_full}
+    run, is_new = ReconciliationRun.objects.get_or_create(key=key, defaults=defaults)
     if is_new:
         jobs.wake(run)
         if user is not None:
-            audit.record(actor=user, action="reconciliation.requested", target=f"reconciliation:{run.pk}")
+            audit.record(actor=user, action="reconciliation.requested", target=f"reconciliation:{run.pk}", full=is_full)
     return run
+
+
+def request_by_the_clock() -> ReconciliationRun:
+    """A look every time that beat calls: a full one each business day, and soon again where the last of them found something."""
+    today = f"day:{clock.today()}"
+    if not ReconciliationRun.objects.filter(key=today).exists():
+        return request_reconciliation(key=today, is_full=True)
+    wall = timezone.now()
+    ended = ReconciliationRun.objects.filter(n_differences__isnull=False)
+    latest, full = ended.first(), ended.filter(is_full=True).first()
+    is_to_be_cleared = (
+        latest is not None
+        and full is not None
+        and bool(full.n_differences)
+        and not latest.n_differences
+        and full.finished_at is not None
+        and full.finished_at < wall - FULL_LOOK_AGAIN
+    )
+    return request_reconciliation(key=f"clock:{wall.isoformat()}", is_full=is_to_be_cleared)
 
 
 def execute_reconciliation(run: ReconciliationRun, *, also: Sequence[Difference] = ()) -> Reconciliation:
@@ -241,8 +342,8 @@ def execute_reconciliation(run: ReconciliationRun, *, also: Sequence[Difference]
         LostLease: another worker has taken it over; nothing was kept.
         gateway.StripeRefused, gateway.StripeUncertain: Stripe did not tell; the job comes back.
     """
-    began_at = timezone.now()
-    found = reconcile(also=also, grace=GRACE)
+    began_at, covers_until = timezone.now(), clock.now()
+    found = reconcile(also=also, grace=GRACE, is_full=run.is_full)
     before = ReconciliationRun.objects.filter(status=Job.Status.DONE, pk__lt=run.pk).first()
     known = (
         {(one.code, one.subject): one.first_seen_at for one in before.differences.iterator()}
@@ -270,6 +371,11 @@ def execute_reconciliation(run: ReconciliationRun, *, also: Sequence[Difference]
         )
         run.write(
             compared_until=began_at,
+            covers_until=covers_until,
+            is_full=found.since is None,
+            since=found.since,
+            newest_at=found.newest_at,
+            last_entry_id=found.last_entry_id,
             last_transaction_id=found.last_transaction_id,
             n_transactions=found.n_transactions,
             n_on_their_way=found.n_on_their_way,
@@ -312,6 +418,7 @@ def _compare_cash(look: _Look) -> list[Cash]:
     found: list[Cash] = []
     for reading in range(CASH_READINGS):
         before = ledger.balances(prefix="cash")
+        pacing.wait_for_turn()
         theirs = gateway.balance()
         coming = _coming(look)
         after = ledger.balances(prefix="cash")
@@ -326,7 +433,7 @@ def _compare_cash(look: _Look) -> list[Cash]:
 
 def _look_at_newer(look: _Look) -> None:
     """What Stripe made since the reading began explains a part of its balance; whether it is booked is the next look's."""
-    newer = list(takewhile(lambda theirs: theirs.id != look.last_id, gateway.newest_balance_transactions()))
+    newer = list(takewhile(lambda theirs: theirs.id != look.last_id, _listed(look.since)))
     for _ in _compare_page(look, newer):
         pass
     if newer:
@@ -365,19 +472,40 @@ def _cash(ours: dict[str, int], theirs: dict[str, tuple[int, int]], coming: Coun
     ]
 
 
-def _compare_transactions(look: _Look) -> Iterator[Difference]:
-    """Each of Stripe's has one of ours with its net; each of ours has one of Stripe's."""
-    listed = gateway.newest_balance_transactions()
+def _listed(since: datetime | None) -> Iterator[gateway.BalanceTransaction]:
+    """Stripe's list, newest first, each of its pages at the rate that payouts keep to as well."""
+    listed = gateway.newest_balance_transactions() if since is None else gateway.newest_balance_transactions(since)
+    while True:
+        pacing.wait_for_turn()
+        page = list(islice(listed, LISTED_AT_ONCE))
+        yield from page
+        if len(page) < LISTED_AT_ONCE:
+            return
+
+
+def _compare_transactions(look: _Look) -> list[Difference]:
+    """Each of Stripe's has one of ours with its net; each of ours has one of Stripe's.
+
+    Raises:
+        _TooMuchToAsk: the look has to be a full one.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE TEMPORARY TABLE IF NOT EXISTS reconciliation_seen (id text PRIMARY KEY)")
+        cursor.execute("TRUNCATE reconciliation_seen")
+    return list(chain(_compare_listed(look), _not_seen(look)))
+
+
+def _compare_listed(look: _Look) -> Iterator[Difference]:
+    listed = _listed(look.since)
     while page := list(islice(listed, PAGE)):
         if not look.last_id:
-            look.last_id = page[0].id
+            look.last_id, look.newest_at = page[0].id, page[0].created_at
         look.n_transactions += len(page)
         yield from _compare_page(look, page)
         with connection.cursor() as cursor:
             # A transfer is known here by its own id, everything else by its balance transaction's.
             ids = [(theirs.source or theirs.id) if theirs.kind == "transfer" else theirs.id for theirs in page]
             cursor.execute("INSERT INTO reconciliation_seen SELECT unnest(%s::text[]) ON CONFLICT DO NOTHING", [ids])
-    yield from _not_seen(look)
 
 
 def _compare_page(look: _Look, page: list[gateway.BalanceTransaction]) -> Iterator[Difference]:
@@ -499,46 +627,82 @@ def _is_on_its_way(look: _Look, theirs: gateway.BalanceTransaction, net: Money, 
     return abs(timezone.now() - theirs.created_at) < look.grace
 
 
-#: What must be at Stripe: id, net in micros, currency and when it was booked, of what the reading did not see.
+#: What must be at Stripe, of what the reading did not see: id, net in micros, currency and when it was booked. A look that is not
+#: full asks for what was booked since its anchor, by the entries that did it.
 _UNSEEN = {
     "charge": """
-        SELECT r.balance_transaction_id, r.amount_micros - r.fee_micros, r.currency, r.paid_at FROM payouts_payment r
-        WHERE r.status = 'paid' AND r.method = 'stripe'
+        SELECT r.balance_transaction_id, r.amount_micros - r.fee_micros, r.currency, r.paid_at FROM {since} payouts_payment r
+        WHERE r.status = 'paid' AND r.method = 'stripe' {booked}
             AND NOT EXISTS (SELECT FROM reconciliation_seen s WHERE s.id = r.balance_transaction_id) ORDER BY r.id""",
     "transfer": """
-        SELECT r.transfer_id, -r.amount_micros, r.currency, r.sent_at FROM payouts_payout r
-        WHERE r.transfer_id IS NOT NULL
+        SELECT r.transfer_id, -r.amount_micros, r.currency, r.sent_at FROM {since} payouts_payout r
+        WHERE r.transfer_id IS NOT NULL {booked}
             AND NOT EXISTS (SELECT FROM reconciliation_seen s WHERE s.id = r.transfer_id) ORDER BY r.id""",
     "movement": """
-        SELECT r.balance_transaction_id, r.amount_micros - r.fee_micros, r.currency, r.booked_at FROM payouts_movement r
-        WHERE NOT EXISTS (SELECT FROM reconciliation_seen s WHERE s.id = r.balance_transaction_id) ORDER BY r.id""",
+        SELECT r.balance_transaction_id, r.amount_micros - r.fee_micros, r.currency, r.booked_at FROM {since} payouts_movement r
+        WHERE NOT EXISTS (SELECT FROM reconciliation_seen s WHERE s.id = r.balance_transaction_id) {booked} ORDER BY r.id""",
+}
+#: The key of the entry that booked it, and which row that names.
+_BOOKED_BY = {
+    "charge": ("substring(key FROM '^(?:sale|royalty):payment:([0-9]+)$')::bigint", "r.id"),
+    "transfer": ("substring(key FROM '^payout:([0-9]+):sent$')::bigint", "r.id"),
+    "movement": ("substring(key FROM '^movement:(.+)$')", "r.balance_transaction_id"),
 }
 
 
+def _asked_for(name: str, identifier: str) -> Money | None:
+    """What moved at Stripe under an id of ours; None where it has none."""
+    pacing.wait_for_turn()
+    if name == "transfer":
+        transfer = gateway.get_transfer(identifier)
+        return None if transfer is None else -Money.from_minor(transfer.amount_minor, transfer.currency)
+    theirs = gateway.find_balance_transaction(identifier)
+    return None if theirs is None else Money.from_minor(theirs.net_minor, theirs.currency)
+
+
+def _unseen(name: str, look: _Look) -> tuple[str, dict[str, Any]]:
+    if look.since is None:
+        return _UNSEEN[name].format(since="", booked=""), {}
+    named, row = _BOOKED_BY[name]
+    since = f"(SELECT {named} AS named FROM payouts_journalentry WHERE id > %(after)s) e,"  # noqa: S608
+    return _UNSEEN[name].format(since=since, booked=f"AND e.named = {row}"), {"after": look.after_entry}
+
+
 def _not_seen(look: _Look) -> Iterator[Difference]:
-    """Ours that the list does not hold; Stripe is asked for each, since it may have been made while the list was read."""
+    """Ours that the list does not hold; Stripe is asked for each, since it may have been made while the list was read, or before it.
+
+    Raises:
+        _TooMuchToAsk: of a look that is not full.
+    """
     n_asked = 0
-    for name, sql in _UNSEEN.items():
+    for name in _UNSEEN:
+        statement, parameters = _unseen(name, look)
         with transaction.atomic(), connection.chunked_cursor() as cursor:
-            cursor.execute(sql)
+            cursor.execute(statement, parameters)
             while found := cursor.fetchmany(PAGE):
                 for identifier, amount, currency, happened_at in found:
                     n_asked += 1
-                    is_there = n_asked <= ASKED_ONE_BY_ONE and (
-                        gateway.get_transfer(identifier)
-                        if name == "transfer"
-                        else gateway.find_balance_transaction(identifier)
-                    )
-                    if is_there:
-                        continue
+                    if look.since is not None and n_asked > ASKED_ONE_BY_ONE:
+                        raise _TooMuchToAsk
                     booked = Money(int(amount), currency)
-                    yield Difference(
-                        f"{name}_not_at_stripe",
-                        f"{identifier} of {booked} is booked, and Stripe does not have it",
-                        subject=identifier,
-                        happened_at=happened_at,
-                        amount=booked,
-                    )
+                    theirs = _asked_for(name, identifier) if n_asked <= ASKED_ONE_BY_ONE else None
+                    if theirs == booked:
+                        continue
+                    given: dict[str, Any] = {"subject": identifier, "happened_at": happened_at}
+                    if theirs is None:
+                        yield Difference(
+                            f"{name}_not_at_stripe",
+                            f"{identifier} of {booked} is booked, and Stripe does not have it",
+                            amount=booked,
+                            **given,
+                        )
+                    else:
+                        yield Difference(
+                            f"{name}_differs",
+                            f"Stripe's {name} {identifier} is {theirs}, the ledger has {booked}",
+                            amount=theirs,
+                            **given,
+                        )
     by_hand = _by_hand()  # there are few
     with connection.cursor() as cursor:
         cursor.execute("SELECT id FROM reconciliation_seen WHERE id = ANY(%s)", [list(by_hand)])

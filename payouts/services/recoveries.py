@@ -18,7 +18,7 @@ from marketplace.models import AuditEvent, Party, User
 from marketplace.money import Money
 from payouts import chart, gateway, ledger
 from payouts.errors import NothingOwed
-from payouts.models import Account, Clawback, JournalEntry, Movement, Payout, TransferReversal, WriteOff
+from payouts.models import Clawback, JournalEntry, Movement, Payout, TransferReversal, WriteOff
 from payouts.services import attempts, movements
 
 logger = logging.getLogger(__name__)
@@ -52,26 +52,42 @@ def net(*, parties: Collection[int], currency: str) -> None:
 
 def owing(parties: Iterable[int] | None = None) -> dict[tuple[int, str], Money]:
     """(party, currency) → what it owes; of everybody, or of some."""
-    accounts = Account.objects.filter(code__startswith="receivable:")
-    if parties is not None:
-        accounts = accounts.filter(party__in=parties)
-    sums = accounts.annotate(sum=Sum("postings__amount_micros")).filter(sum__gt=0)
-    return {
-        (account.party_id, account.currency): Money(int(account.sum), account.currency)  # type: ignore[misc]
-        for account in sums.order_by("party", "currency")
-    }
+    statement = f"SELECT party_id, currency, micros FROM ({_OWING}) owing"  # noqa: S608
+    given = None if parties is None else list(parties)
+    if given is not None:
+        statement += " WHERE party_id = ANY(%(parties)s)"
+    with connection.cursor() as cursor:
+        cursor.execute(f"{statement} ORDER BY party_id, currency", {"parties": given})
+        return {(party, currency): Money(int(micros), currency) for party, currency, micros in cursor.fetchall()}
+
+
+# By the latest snapshot and what came after it, so that it costs the same however long somebody has been earning and owing.
+_BALANCE = """coalesce(s.balance_micros, 0) + coalesce((
+    SELECT sum(p.amount_micros) FROM payouts_posting p WHERE p.account_id = a.id AND p.id > coalesce(s.up_to, 0)
+), 0)"""
+_LATEST = """LEFT JOIN LATERAL (
+    SELECT up_to, balance_micros FROM payouts_balancesnapshot WHERE account_id = a.id ORDER BY up_to DESC LIMIT 1
+) s ON true"""
+_OWING = f"""SELECT * FROM (
+    SELECT a.party_id, a.currency, {_BALANCE} AS micros FROM payouts_account a {_LATEST} WHERE a.code ~ '^receivable:'
+) held WHERE micros > 0"""  # noqa: S608
+_OWING_AND_OWED = f"""
+SELECT owing.party_id, owing.currency FROM ({_OWING}) owing
+JOIN payouts_account a ON a.code = 'payable:' || owing.party_id || ':' || owing.currency {_LATEST}
+WHERE {_BALANCE} < 0 ORDER BY owing.party_id, owing.currency
+"""  # noqa: S608
 
 
 def net_what_became_payable() -> int:
     """Net every party that owes something and is owed something; returns how many. Divisions wait for nobody, so this looks."""
-    n_netted = 0
-    for party, currency in owing():
+    with connection.cursor() as cursor:
+        cursor.execute(_OWING_AND_OWED)
+        both = cursor.fetchall()
+    for party, currency in both:
         with transaction.atomic():
             lock(currency)
-            if ledger.balance(chart.payable(party, currency)) < 0:
-                net(parties=[party], currency=currency)
-                n_netted += 1
-    return n_netted
+            net(parties=[party], currency=currency)
+    return len(both)
 
 
 def lock(currency: str) -> None:

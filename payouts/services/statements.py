@@ -21,7 +21,7 @@ from marketplace.errors import InvalidInput
 from marketplace.models import Party
 from marketplace.money import MICROS, Money
 from payouts.books import EARNING_KINDS, PAYING_KINDS
-from payouts.models import Division, DivisionLine, JournalEntry, Posting
+from payouts.models import Division, DivisionLine, IssuedStatement, JournalEntry, Posting
 from payouts.services.gross import Gross, gross_of
 
 CHUNK = 2_000
@@ -509,13 +509,25 @@ def _amount(amount: Money) -> str:
 
 
 def _payable(party: Party, *, before: datetime) -> dict[str, int]:
-    """What the ledger owed the party less what it owed the ledger, by currency."""
-    sums = (
-        Posting.objects.filter(account__party=party, entry__booked_at__lt=before)
-        .values("account__currency")
-        .annotate(sum=Sum("amount_micros"))
+    """What the ledger owed the party less what it owed the ledger, by currency.
+
+    A month's statement is issued once nothing is booked into it any more, so what it closes with stands (`check_ledger` proves each
+    of them); of the postings, those count that came after the last one.
+    """
+    postings = Posting.objects.filter(account__party=party, entry__booked_at__lt=before)
+    last = (
+        IssuedStatement.objects.filter(party=party, period__ends_at__lte=before, period__postings_after__isnull=False)
+        .select_related("period")
+        .order_by("-period__ends_at")
+        .first()
     )
-    return {row["account__currency"]: -int(row["sum"]) for row in sums}
+    found: dict[str, int] = defaultdict(int)
+    if last is not None:
+        found |= dict(last.balances.values_list("currency", "closing_micros"))
+        postings = postings.filter(pk__gt=last.period.postings_after, entry__booked_at__gte=last.period.ends_at)
+    for row in postings.values("account__currency").annotate(sum=Sum("amount_micros")).order_by():
+        found[row["account__currency"]] -= int(row["sum"])
+    return dict(found)
 
 
 def _lines_between(party: Party, starts_at: datetime, ends_at: datetime) -> "QuerySet[DivisionLine]":

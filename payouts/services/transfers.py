@@ -518,13 +518,34 @@ def _intent_of(payout: Payout, *, key: str) -> ledger.Draft:
 
 
 def _book_late_transfers(run: PayoutRun) -> None:
-    """Look again for transfers of payouts that were lately refused, before the same money is intended anew."""
+    """Look again for transfers of payouts that were lately refused, before the same money is intended anew.
+
+    That is for whoever is about to be planned, several side by side; nobody else's money moves.
+    """
     lately = timezone.now() - LATE
     refused = Payout.objects.filter(currency=run.currency, status=Payout.Status.REFUSED, first_tried_at__gt=lately)
-    for payout in refused.order_by("pk"):
-        pacing.wait_for_turn()
-        if found := gateway.find_transfer(group_of(payout)):
-            _book_sent(payout, found, run)
+    pks = list(refused.order_by("pk").values_list("pk", flat=True))
+    for start in range(0, len(pks), AT_ONCE):
+        batch = list(Payout.objects.filter(pk__in=pks[start : start + AT_ONCE]).order_by("pk"))
+        parties = {payout.party_id for payout in batch}
+        due = plans.due_of(parties, currency=run.currency, until=run.due_until)
+        least = plans.minimums(parties, run.currency)
+        ready = set(
+            PayeeAccount.objects.filter(party__in=parties, transfers_active=True).values_list("party", flat=True)
+        )
+        asked = [
+            payout for payout in batch if payout.party_id in ready and due[payout.party_id] >= least[payout.party_id]
+        ]
+        side_by_side = map if settings.STRIPE_CONNECTIONS == 1 else _callers(settings.STRIPE_CONNECTIONS).map
+        for payout, found in zip(asked, side_by_side(_found_late, asked), strict=True):
+            if found is not None:
+                _book_sent(payout, found, run)
+
+
+def _found_late(payout: Payout) -> gateway.Transfer | None:
+    """What Stripe made of a payout that it had refused. No database is touched here."""
+    pacing.wait_for_turn()
+    return gateway.find_transfer(group_of(payout))
 
 
 # --- effect -----------------------------------------------------------------------------------------------------------

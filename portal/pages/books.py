@@ -19,11 +19,13 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from marketplace import clock
 from marketplace.csv_cells import cell_text, written
 from marketplace.errors import DomainError
+from marketplace.jobs import Job
 from marketplace.models import AuditEvent
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import books
 from payouts.models import (
     BalanceCheck,
+    BooksProof,
     ClosedPeriod,
     JournalEntry,
     ManualEntry,
@@ -32,12 +34,24 @@ from payouts.models import (
     ReconciliationRun,
     RoyaltyPool,
 )
-from payouts.services import closing, manual_entries, other_rails, reconciliation
+from payouts.services import closing, manual_entries, other_rails, proving, reconciliation
 from portal.pages.forms import AuditFilterForm, CloseForm, ManualEntryForm, ReferenceForm
 from portal.second_factor import StaffRequest, staff_only
 
 PER_PAGE = 50
 N_ACCOUNTS = 200
+
+
+#: Where an obstacle to closing a month is settled, by what it is about: the page, and what it is called.
+SETTLED_AT = {
+    "looks": ("desk-reconciliation", "Reconciliation"),
+    "proof": ("desk-reconciliation", "Proof of the books"),
+    "balances": ("desk-reconciliation", "Kept balances"),
+    "events": ("desk-reconciliation", "Each with what went wrong"),
+    "manual": ("desk-manual-list", "Manual entries"),
+    "receipts": ("desk-invoices", "Invoices and transfers"),
+    "rails": ("desk-rails", "Other rails"),
+}
 
 
 # --- trial balance, closing -------------------------------------------------------------------------------------------
@@ -64,6 +78,7 @@ def trial_balance(request: StaffRequest) -> HttpResponseBase:
         "asked": asked,
         "trials": books.trial_balance(as_of=as_of),
         "coming": coming,
+        "obstacles": [(one.text, *SETTLED_AT[one.about]) for one in coming.obstacles] if coming else [],
         "form": form if coming and coming.is_over else None,
         "periods": ClosedPeriod.objects.select_related("closed_by", "statement_run")[:24],
         "years": range(clock.today().year, clock.today().year - 3, -1),
@@ -329,19 +344,34 @@ def manual(request: StaffRequest, manual_id: int) -> HttpResponseBase:
 @staff_only
 @require_http_methods(["GET", "POST"])
 def reconciliation_list(request: StaffRequest) -> HttpResponseBase:
-    """The latest look, what it found, and the ones before; and a button for another."""
+    """The latest look, what it found, and the ones before; the latest proof of the books; and buttons for others."""
     if request.method == "POST":
+        act, minute = request.POST.get("act"), f"{timezone.now():%Y-%m-%dT%H:%M}"
+        key = f"desk:{request.user.pk}:{minute}"
+        if act == "prove":
+            proving.request_proof(key=key, user=request.user)
+            messages.success(request, "Asked for; it reads every row, which takes minutes where there are many.")
+            return redirect("desk-reconciliation")
+        is_full = act == "full"
         run = reconciliation.request_reconciliation(
-            key=f"desk:{request.user.pk}:{timezone.now():%Y-%m-%dT%H:%M}", user=request.user
+            key=f"{key}:full" if is_full else key, user=request.user, is_full=is_full
         )
         messages.success(request, "Asked for; it takes seconds to minutes.")
         return redirect("desk-reconciliation-run", run_id=run.pk)
     page = Paginator(ReconciliationRun.objects.select_related("requested_by"), PER_PAGE).get_page(
         request.GET.get("page")
     )
-    latest = ReconciliationRun.objects.filter(n_differences__isnull=False).first()
-    check = BalanceCheck.objects.first()
-    context = {"tab": "reconciliation", "page": page, "check": check} | _look_context(latest)
+    ended = ReconciliationRun.objects.filter(n_differences__isnull=False)
+    proof = proving.latest_proof()
+    context = {
+        "tab": "reconciliation",
+        "page": page,
+        "check": BalanceCheck.objects.first(),
+        "full": ended.filter(is_full=True).first(),
+        "proof": proof,
+        "findings": proof.findings.all()[:PER_PAGE] if proof is not None else [],
+        "next_proof": BooksProof.objects.exclude(status__in=[Job.Status.DONE, Job.Status.FAILED]).first(),
+    } | _look_context(ended.first())
     return render(request, "portal/desk_reconciliation.html", context)
 
 

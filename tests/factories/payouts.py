@@ -9,8 +9,8 @@ import factory
 from marketplace import clock
 from marketplace.models import Order, Party
 from marketplace.money import Money
-from payouts import gateway
-from payouts.models import PayeeAccount, Payment, RoyaltyInvoice, RoyaltyPool
+from payouts import chart, gateway, ledger
+from payouts.models import JournalEntry, PayeeAccount, Payment, Payout, PayoutRun, RoyaltyInvoice, RoyaltyPool
 from payouts.services import royalties, sales
 from payouts.services.checkouts import reference_of
 from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
@@ -57,6 +57,40 @@ def collect(invoice: RoyaltyInvoice, **changes: Any) -> Payment:
         invoice=invoice, defaults={"currency": invoice.currency, "amount_micros": invoice.total_micros}
     )
     return royalties.book_payment(payment=payment, checkout=paid_checkout(payment, **changes))
+
+
+def pay_out(
+    party: Party,
+    amount: Money,
+    *,
+    run: PayoutRun | None = None,
+    status: str = "intended",
+    is_owed: bool = True,
+    **fields: Any,
+) -> Payout:
+    """A payout with the entries of its status, in a run of its own.
+
+    Args:
+        is_owed: whether the party is owed that much already; otherwise it is credited to it here.
+        fields: of the payout.
+    """
+    currency = amount.currency
+    run = run or PayoutRun.objects.create(currency=currency, due_until=clock.now(), key=f"run {next(_numbers)}")
+    given = {"destination": "acct_1", "currency": currency, "intended_at": clock.now()} | fields
+    payout = Payout.objects.create(run=run, party=party, amount_micros=amount.micros, **given)
+    payable, promised = chart.payable(party, currency), chart.in_transit(currency)
+    if not is_owed:
+        owed = {payable: -amount.micros, chart.platform_fee(currency): amount.micros}
+        ledger.post(key=f"owed for payout {payout.pk}", kind=JournalEntry.Kind.SALE, postings=owed)
+    intent = {payable: amount.micros, promised: -amount.micros}
+    ledger.post(key=f"payout:{payout.pk}:intent", kind=JournalEntry.Kind.PAYOUT_INTENT, postings=intent)
+    if status != "intended":
+        sent = {promised: amount.micros, chart.cash_available(currency): -amount.micros}
+        ledger.post(key=f"payout:{payout.pk}:sent", kind=JournalEntry.Kind.PAYOUT_SENT, postings=sent)
+        for reached in ("sent", "paid")[: 1 + (status == "paid")]:
+            Payout.objects.filter(pk=payout.pk).update(status=reached, transfer_id=f"tr_{payout.pk}")
+        payout.refresh_from_db()
+    return payout
 
 
 class PoolFactory(factory.Factory):

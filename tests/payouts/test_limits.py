@@ -25,7 +25,7 @@ from payouts.models import (
 )
 from payouts.services import refunds
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory
-from tests.factories.payouts import PoolFactory, sell
+from tests.factories.payouts import PoolFactory, pay_out, sell
 
 DOLLAR = 1_000_000
 
@@ -84,11 +84,7 @@ def test_a_refund_that_stands_is_not_given_back(refund: Refund) -> None:
 
 
 def test_nothing_is_asked_back_from_whoever_owes_nothing(db: Any, alice: Any) -> None:
-    run = PayoutRun.objects.create(currency="USD", due_until=clock.now(), key="one")
-    payout = Payout.objects.create(
-        run=run, party=alice, destination="acct_1", amount_micros=DOLLAR, currency="USD", intended_at=clock.now()
-    )
-    Payout.objects.update(status="sent", transfer_id="tr_1")
+    payout = pay_out(alice, Money(DOLLAR, "USD"), status="sent", is_owed=False)
 
     with refused("party .* owes 0"):
         TransferReversal.objects.create(payout=payout, amount_micros=10_000, currency="USD", intended_at=clock.now())
@@ -130,7 +126,7 @@ def test_a_pool_is_at_most_its_price_and_is_released_once(db: Any) -> None:
 def test_a_payout_keeps_what_it_is_about_and_only_goes_forward(db: Any, alice: Any) -> None:
     run = PayoutRun.objects.create(currency="USD", due_until=clock.now(), key="one")
     given = {"run": run, "party": alice, "destination": "acct_1", "currency": "USD", "intended_at": clock.now()}
-    Payout.objects.create(**given, amount_micros=DOLLAR)
+    pay_out(alice, Money(DOLLAR, "USD"), run=run, is_owed=False)
 
     for changes in ({"amount_micros": 1}, {"destination": "acct_2"}):
         with refused("keeps what it is about"):

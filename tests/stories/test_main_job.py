@@ -13,7 +13,7 @@ pytestmark = pytest.mark.story
 #: Rows that a person's visit adds, whatever they do: sessions, and when a key was last used is a column.
 VISITS = {"django_session", "account_emailaddress"}
 #: Rows that beat adds each minute or quarter of an hour, whoever does what: each is a look at the books.
-LOOKS = {"payouts_balancecheck", "payouts_reconciliationrun"}
+LOOKS = {"payouts_balancecheck", "payouts_reconciliationrun", "payouts_booksproof"}
 
 
 def _rows() -> dict[str, int]:

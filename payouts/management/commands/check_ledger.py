@@ -16,6 +16,6 @@ class Command(BaseCommand):
         for finding in books.findings:
             self.stdout.write(f"FINDING {finding}")
         counted = ", ".join(f"{n} {name}" for name, n in books.checked.items())
-        self.stdout.write(f"{counted} checked, {len(books.findings)} findings")
-        if books.findings:
+        self.stdout.write(f"{counted} checked, {books.n_findings} findings")
+        if books.n_findings:
             sys.exit(1)

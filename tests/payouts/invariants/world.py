@@ -21,6 +21,7 @@ from marketplace.jobs import Job
 from marketplace.models import User
 from payouts import gateway, tasks
 from payouts.models import (
+    BooksProof,
     DisputeAnswer,
     EventSweep,
     Payout,
@@ -58,6 +59,7 @@ WORK: dict[type[Job], Callable[[int], None]] = {
     DisputeAnswer: tasks.send_dispute_answer,
     Reminder: tasks.send_reminder,
     ReconciliationRun: tasks.execute_reconciliation,
+    BooksProof: tasks.execute_proof,
     StatementRun: tasks.issue_statements,
     StatementNotice: tasks.send_statement_notice,
 }

@@ -208,5 +208,5 @@ def test_the_command_counts_what_it_checked_and_exits_1_on_a_finding(books: None
 
 
 def test_every_check_runs_alone_on_empty_books(db: Any) -> None:
-    assert [finding for check in CHECKS for finding in check({})] == []
+    assert [finding for check in CHECKS for finding in check()] == []
     assert tasks.divide_what_is_ready() is None

@@ -10,10 +10,20 @@ from marketplace import clock
 from marketplace.models import AuditEvent, User
 from payouts import ledger
 from payouts.errors import NotClosable, PeriodClosed
-from payouts.models import ClosedBalance, ClosedPeriod, JournalEntry, ReconciliationRun, StatementRun
+from payouts.models import (
+    BankReceipt,
+    BooksProof,
+    ClosedBalance,
+    ClosedPeriod,
+    JournalEntry,
+    Payment,
+    RailExport,
+    ReconciliationRun,
+    StatementRun,
+)
 from payouts.services.closing import close_period, close_what_is_over, find_next_period
 from payouts.services.proofs import check_books
-from tests.factories.marketplace import UserFactory
+from tests.factories.marketplace import OrderFactory, UserFactory
 
 MARCH, APRIL = date(2028, 3, 1), date(2028, 4, 1)
 
@@ -23,8 +33,27 @@ def book(key: str, *, at: datetime | None = None, micros: int = 5) -> JournalEnt
     return ledger.post(key=key, kind=JournalEntry.Kind.SALE, postings=legs, booked_at=at)
 
 
+def looked(n_differences: int = 0, *, is_full: bool = True, at: datetime | None = None) -> None:
+    """A look at Stripe's books that ended."""
+    ReconciliationRun.objects.create(
+        key=f"look {ReconciliationRun.objects.count()}",
+        status="done",
+        n_differences=n_differences,
+        is_full=is_full,
+        covers_until=at or clock.now(),
+    )
+
+
+def proved(n_findings: int = 0, *, at: datetime | None = None) -> None:
+    BooksProof.objects.create(
+        key=f"proof {BooksProof.objects.count()}", status="done", n_findings=n_findings, covers_until=at or clock.now()
+    )
+
+
 def reconciled() -> None:
-    ReconciliationRun.objects.create(key=f"look {ReconciliationRun.objects.count()}", status="done", n_differences=0)
+    """Both, just now."""
+    looked()
+    proved()
 
 
 @pytest.fixture
@@ -90,7 +119,7 @@ def test_months_are_closed_one_after_the_other_and_only_when_over(april: None, s
 
 
 def test_a_month_that_is_not_clean_needs_a_reason_which_is_kept(april: None, staff: User) -> None:
-    ReconciliationRun.objects.create(key="bad", status="done", n_differences=2)
+    looked(2)
 
     with pytest.raises(NotClosable, match="found 2 differences") as refused:
         close_period(starts_on=MARCH, by=staff)
@@ -106,9 +135,68 @@ def test_what_is_clean_is_closed_by_itself_three_days_after_its_end(april: None)
     assert [str(period) for period in close_what_is_over()] == ["2028-03"]
     assert close_what_is_over() == []
     clock.advance(timedelta(days=70))
-    ReconciliationRun.objects.create(key="bad", status="done", n_differences=1)
+    reconciled()
+    looked(1)
     assert close_what_is_over() == []  # waits for a person
     assert (coming := find_next_period()) is not None and coming.month == "2028-04" and coming.is_over
+
+
+def obstacles() -> list[tuple[str, str]]:
+    coming = find_next_period()
+    assert coming is not None
+    return [(one.about, one.text) for one in coming.obstacles]
+
+
+def test_a_month_is_not_closed_on_evidence_that_is_older_than_its_end(april: None, staff: User) -> None:
+    """Whoever looked on 20 March saw nothing of what was booked on the 31st."""
+    early = datetime(2028, 3, 20, tzinfo=UTC)
+    assert obstacles() == []
+    proved(at=early)
+    assert obstacles() == [("proof", "The books were not proved from their rows since its end.")]
+    proved()
+    looked(at=early)
+    assert obstacles() == [("looks", "The latest reconciliation with Stripe began before its end.")]
+    looked(is_full=False)
+    assert obstacles() == [("looks", "The latest full reconciliation with Stripe began before its end.")]
+    with pytest.raises(NotClosable, match="began before its end"):
+        close_period(starts_on=MARCH, by=staff)
+    looked()
+    assert obstacles() == []
+
+
+def test_a_full_look_that_found_something_stands_until_a_full_one_finds_nothing(april: None) -> None:
+    looked(2)
+    looked(is_full=False)
+    assert obstacles() == [("looks", "The latest full reconciliation found 2 differences.")]
+    looked()
+    assert obstacles() == []
+
+
+def test_a_proof_that_found_something_and_none_at_all_are_obstacles(april: None) -> None:
+    proved(3)
+    assert obstacles() == [("proof", "The latest proof of the books found 3 things wrong.")]
+    BooksProof.objects.all().delete()
+    assert obstacles() == [("proof", "The books were not proved from their rows since its end.")]
+
+
+def test_what_waits_for_its_second_person_is_an_obstacle_of_its_month_and_later_ones(april: None, staff: User) -> None:
+    order = OrderFactory()
+    payment = Payment.objects.create(order=order, currency="USD", amount_micros=order.total_micros)
+    given = {"payment": payment, "amount_micros": order.total_micros, "currency": "USD", "recorded_by": staff}
+    march, april_2 = datetime(2028, 3, 31, 23, tzinfo=UTC), clock.now()
+    receipt = BankReceipt.objects.create(reference="B1", received_on=march, recorded_at=march, **given)
+    for key, at in (("of march", march), ("of april", april_2)):
+        RailExport.objects.create(key=key, currency="USD", proposed_by=staff, proposed_at=at)
+
+    assert obstacles() == [
+        ("receipts", "1 bank transfer of it waits for a second person."),
+        ("rails", "1 export over another rail of it waits for a second person."),
+    ]
+
+    BankReceipt.objects.filter(pk=receipt.pk).update(
+        status="rejected", decided_by=UserFactory(is_staff=True), decided_at=clock.now()
+    )
+    assert [about for about, _ in obstacles()] == ["rails"]
 
 
 INSERT = "INSERT INTO payouts_closedperiod (starts_on, ends_at, closed_at, note) VALUES ('{}', '{} 00:00Z', now(), '')"

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 from django.core import mail
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
 from marketplace import clock, jobs
 from marketplace.models import License
@@ -183,3 +185,59 @@ def test_nothing_is_asked_of_a_model_that_was_not_measured_or_owes_nobody(carol:
     duties.follow_up()
 
     assert ReportDuty.objects.count() == 0
+
+
+def test_a_duty_that_was_met_is_open_again_once_its_report_does_not_stand(model: Any) -> None:
+    travel(date(clock.today().year, 4, 10))
+    start = ReportDuty.objects.get()
+    invoice = report(model, start.period_start, start.period_end)
+    duties.match_reports()
+    assert ReportDuty.objects.get().met_on == clock.today()
+    assert duties.match_reports() == 0
+
+    collect(invoice)
+    RoyaltyInvoice.objects.filter(pk=invoice.pk).update(status=RoyaltyInvoice.Status.REFUNDED)
+
+    assert duties.match_reports() == 1
+    assert ReportDuty.objects.get().met_on is None
+
+
+def test_several_reports_together_meet_a_duty_and_a_day_left_out_does_not(model: Any) -> None:
+    travel(date(clock.today().year, 4, 10))
+    duty = ReportDuty.objects.get()
+    middle = duty.period_start + 10 * DAY
+    report(model, duty.period_start, middle)
+    report(model, middle + 2 * DAY, duty.period_end)
+    duties.match_reports()
+    assert ReportDuty.objects.get().met_on is None
+
+    report(model, middle + DAY, middle + DAY)
+    duties.match_reports()
+    assert ReportDuty.objects.get().met_on == clock.today()
+
+
+def test_a_round_costs_the_same_queries_however_many_duties_there_are(model: Any, carol: Any, alice: Any) -> None:
+    def cost() -> int:
+        duties.follow_up()
+        with CaptureQueriesContext(connection) as captured:
+            duties.follow_up()
+        return len(captured)
+
+    year = clock.today().year
+    travel(date(year, 4, 10))
+    one = cost()
+    licenses = [
+        LicenseFactory(
+            licensee=carol,
+            offer=OfferFactory(
+                version=PublishedVersionFactory(contributions={alice: 1}), royalty_bps=500, term_days=3_000
+            ),
+        )
+        for _ in range(3)
+    ]
+    disclosure = DisclosureFactory(model=ModelFactory(owner=carol), licenses=licenses)
+    PublishedResultFactory(version=licenses[0].version, disclosure=disclosure, shares={alice: 1})
+    travel(date(year + 1, 4, 10))
+    assert ReportDuty.objects.count() > 10
+
+    assert cost() == one

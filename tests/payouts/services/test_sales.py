@@ -21,7 +21,7 @@ from payouts.services.proofs import check_books
 from payouts.services.reconciliation import reconcile
 from payouts.tasks import apply_stripe_event
 from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
-from tests.factories.payouts import paid_checkout, sell
+from tests.factories.payouts import paid_checkout, pay_out, sell
 
 BACK = {"success_url": "http://shop.test/done", "cancel_url": "http://shop.test/order"}
 
@@ -127,16 +127,10 @@ def test_money_falls_due_after_the_hold_of_buyer_and_payee_and_not_before_the_fu
 
 
 def test_known_buyers_and_known_payees_wait_seven_days(db: Any, alice: Any, bob: Any, carol: Any) -> None:
-    from payouts.models import Payout, PayoutRun
-
     version = PublishedVersionFactory(contributions={alice: 4, bob: 4})
     earlier = sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
     Payment.objects.filter(pk=earlier.pk).update(settled_at=clock.now())
-    run = PayoutRun.objects.create(currency="USD", due_until=clock.now(), key="earlier")
-    Payout.objects.create(
-        run=run, party=alice, destination="acct_1", amount_micros=10_000, currency="USD",
-        status="paid", transfer_id="tr_1", intended_at=clock.now(),
-    )  # fmt: skip
+    pay_out(alice, Money(10_000, "USD"), status="paid")
     clock.advance(timedelta(days=31))
 
     sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))

@@ -6,11 +6,12 @@ import pytest
 
 from marketplace import clock
 from marketplace.models import Party
+from marketplace.money import Money
 from payouts import chart, ledger
-from payouts.models import DivisionLine, JournalEntry, Payout, PayoutRun
+from payouts.models import DivisionLine
 from portal.demo import checks
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory
-from tests.factories.payouts import sell
+from tests.factories.payouts import pay_out, sell
 
 
 @pytest.fixture
@@ -21,16 +22,8 @@ def pay(alice: Any, bob: Any, carol: Any) -> Callable[..., None]:
     clock.advance(DivisionLine.objects.latest("due_at").due_at - clock.now() + timedelta(seconds=2))
 
     def pay(party: Party, micros: int) -> None:
-        run = PayoutRun.objects.create(currency="USD", due_until=clock.now(), key=f"run{PayoutRun.objects.count()}")
-        Payout.objects.create(
-            run=run, party=party, destination="acct_1", amount_micros=micros, currency="USD", status="paid",
-            transfer_id=f"tr_{run.pk}", intended_at=clock.now(),
-        )  # fmt: skip
-        ledger.post(
-            key=f"payout:{run.pk}",
-            kind=JournalEntry.Kind.PAYOUT_SENT,
-            postings={chart.payable(party, "USD"): micros, chart.cash_available("USD"): -micros},
-        )
+        is_owed = -ledger.balance(chart.payable(party, "USD")) >= micros
+        pay_out(party, Money(micros, "USD"), status="paid", is_owed=is_owed)
 
     return pay
 

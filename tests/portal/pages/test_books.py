@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 from django.test import Client
+from django.utils import timezone
 
 from marketplace import clock
 from marketplace.models import AuditEvent, User
 from payouts import ledger
 from payouts.models import (
     BalanceCheck,
+    BooksProof,
     ClosedPeriod,
     JournalEntry,
     ManualEntry,
+    ProofFinding,
     RailExport,
     ReconciliationDifference,
     ReconciliationRun,
@@ -162,6 +165,52 @@ def test_reconciliation_shows_each_difference_with_its_cause_and_the_kept_balanc
     assert b"&lt;b&gt;by five" in desk.get(f"/desk/reconciliation/{run.pk}/").content
 
 
+def test_the_proof_of_the_books_is_shown_and_asked_for_and_so_is_a_full_look(desk: Client) -> None:
+    assert "They were not proved yet" in assert_page(desk.get("/desk/reconciliation/"))
+    for _ in range(2):
+        assert desk.post("/desk/reconciliation/", {"act": "prove"}).url == "/desk/reconciliation/"
+    proof = BooksProof.objects.get()
+    assert "A proof is queued" in assert_page(desk.get("/desk/reconciliation/"))
+    BooksProof.objects.filter(pk=proof.pk).update(
+        status="done", n_findings=1, checked={"entries": 7}, finished_at=clock.now()
+    )
+    ProofFinding.objects.create(proof=proof, code="pool_differs", detail="<b>pool 3</b>")
+
+    text = assert_page(desk.get("/desk/reconciliation/"))
+    assert "1 finding" in text and "7 entries" in text and "pool_differs" in text
+    assert b"&lt;b&gt;pool 3" in desk.get("/desk/reconciliation/").content
+
+    for act in ("", "full"):
+        desk.post("/desk/reconciliation/", {"act": act})
+    assert sorted(ReconciliationRun.objects.values_list("is_full", flat=True)) == [False, True]
+
+
+def test_the_page_says_which_look_it_was_and_until_when_a_full_one_proved_it(desk: Client) -> None:
+    ended = {"status": "done", "n_differences": 0, "n_transactions": 900, "compared_until": clock.now()}
+    ReconciliationRun.objects.create(key="full", is_full=True, **ended)
+    assert "A full look: 900 transactions compared, all that there are" in assert_page(
+        desk.get("/desk/reconciliation/")
+    )
+    ReconciliationRun.objects.create(key="new", is_full=False, since=clock.now(), **ended)
+    text = assert_page(desk.get("/desk/reconciliation/"))
+    assert "A look at what is new: 900 transactions since" in text
+    assert "The latest full look proved everything until" in text
+    bad = ReconciliationRun.objects.create(key="bad", is_full=True, **ended | {"n_differences": 2})
+    ReconciliationRun.objects.create(key="newer", is_full=False, since=clock.now(), **ended)
+    text = assert_page(desk.get("/desk/reconciliation/"))
+    assert "2 differences at the latest full look" in text and f"/desk/reconciliation/{bad.pk}/" in str(
+        desk.get("/desk/reconciliation/").content
+    )
+
+
+def test_each_obstacle_to_closing_links_to_where_it_is_settled(spring: None, desk: Client, ann: User) -> None:
+    RailExport.objects.create(key="k", currency="USD", proposed_by=ann, proposed_at=clock.now() - timedelta(days=3))
+    page = desk.get("/desk/trial-balance/").content.decode()
+    assert "1 export over another rail of it waits for a second person." in page
+    assert '<a href="/desk/rails/">Other rails</a>' in page
+    assert '<a href="/desk/reconciliation/">Proof of the books</a>' in page
+
+
 def test_the_watcher_is_told_when_the_books_are_wrong_or_nobody_looked(db: Any, client: Client) -> None:
     assert client.get("/booksz").status_code == 200
     BalanceCheck.objects.create(after_account=0, up_to_account=0, n_checked=1, n_wrong=1)
@@ -172,6 +221,28 @@ def test_the_watcher_is_told_when_the_books_are_wrong_or_nobody_looked(db: Any, 
         key="k", status="done", n_differences=0, finished_at=clock.now() - timedelta(days=2)
     )
     assert list(client.get("/booksz").json()["wrong"]) == ["reconciliation"]
+    for is_full, n_differences in ((True, 2), (False, 0)):
+        ReconciliationRun.objects.create(
+            key=f"full {is_full}", status="done", n_differences=n_differences, is_full=is_full, finished_at=clock.now()
+        )
+    assert client.get("/booksz").json()["wrong"] == {"reconciliation": "2 differences at the latest full look"}
+    ReconciliationRun.objects.create(key="clean", status="done", n_differences=0, finished_at=clock.now())
+    proof = BooksProof.objects.create(key="p", status="done", n_findings=3, finished_at=clock.now())
+    assert client.get("/booksz").json()["wrong"] == {"proof": "3 findings"}
+    BooksProof.objects.filter(pk=proof.pk).update(n_findings=0)
+    assert client.get("/booksz").status_code == 200
+    BooksProof.objects.filter(pk=proof.pk).update(finished_at=clock.now() - timedelta(days=3))
+    assert list(client.get("/booksz").json()["wrong"]) == ["proof"]
+
+
+def test_old_books_that_nobody_ever_looked_at_are_told(spring: None, client: Client, monkeypatch: Any) -> None:
+    assert client.get("/booksz").status_code == 200
+    monkeypatch.setattr(timezone, "now", lambda now=timezone.now: now() + timedelta(days=3))
+    assert client.get("/booksz").json()["wrong"] == {
+        "balances": "never looked at",
+        "reconciliation": "never looked at",
+        "proof": "never proved",
+    }
 
 
 def test_an_export_over_another_rail_goes_through_the_pages(

@@ -2,27 +2,17 @@ from django.test import Client, RequestFactory
 from django.urls import get_resolver
 
 from attribution.models import AttributionResult
-from marketplace import clock
-from payouts.models import Payout, PayoutRun
+from marketplace.money import Money
 from tests.factories.attribution import PublishedResultFactory
 from tests.factories.marketplace import LicenseFactory, OfferFactory
+from tests.factories.payouts import pay_out
 from tests.pages import assert_page
 
 
 def test_home_counts_the_live_system(client, alice, carol):
     offer = OfferFactory()
     PublishedResultFactory(license=LicenseFactory(licensee=carol, offer=offer), shares={offer.dataset.owner: 1})
-    run = PayoutRun.objects.create(currency="USD", due_until=clock.now(), key="run", status="done")
-    Payout.objects.create(
-        run=run,
-        party=alice,
-        destination="acct_1",
-        amount_micros=12_340_000,
-        currency="USD",
-        status="paid",
-        transfer_id="tr_1",
-        intended_at=clock.now(),
-    )
+    pay_out(alice, Money(12_340_000, "USD"), status="paid", is_owed=False)
 
     text = assert_page(client.get("/"))
 
