@@ -235,13 +235,14 @@ def balance_before(account: Account, posting_id: int) -> int:
         cursor.execute(
             f"""
             SELECT coalesce(s.balance_micros, 0) + coalesce((
-                SELECT sum(amount_micros) FROM {ledger.postings_between("%(account)s", "coalesce(s.up_to, 0)", "%(before)s - 1")}
+                SELECT sum(amount_micros) FROM {ledger.postings_between("a.id", "coalesce(s.up_to, 0)", "%(before)s - 1")}
             ), 0)
-            FROM (VALUES (1)) one
+            FROM payouts_account a
             LEFT JOIN LATERAL (
                 SELECT up_to, balance_micros FROM payouts_balancesnapshot
-                WHERE account_id = %(account)s AND up_to < %(before)s ORDER BY up_to DESC LIMIT 1
+                WHERE account_id = a.id AND up_to < %(before)s ORDER BY up_to DESC LIMIT 1
             ) s ON true
+            WHERE a.id = %(account)s
             """,  # noqa: S608
             {"account": account.pk, "before": posting_id},
         )

@@ -354,11 +354,11 @@ def balances(*, prefix: str = "") -> dict[str, int]:
 
 
 def postings_between(account: str, after: str, until: str = str(2**63 - 1)) -> str:
-    """A table expression, in SQL: an account's postings behind one id up to another, each an expression.
+    """A table expression, in SQL: an account's postings behind one id up to another, each an expression over other tables' rows.
 
-    However many there are elsewhere, what is read is these. Only the index of an account's postings can find a pair, and has
-    them in this order: with two plain conditions PostgreSQL, which does not know how few they are, once chose the primary key and read
-    what all accounts were posted since, and once the whole table.
+    However many there are elsewhere, what is read is these. PostgreSQL cannot know how few come after a snapshot: with two plain
+    conditions it chose the primary key and read what all accounts were posted since. Only the index of an account's postings finds
+    pairs, and has them in this order. (That it need not look into the table, either, is vacuum's work: migration `0020_vacuum_postings`.)
     """
     return (
         f"(SELECT id, amount_micros FROM payouts_posting WHERE (account_id, id) > ({account}, {after})"  # noqa: S608
