@@ -49,11 +49,6 @@ class Migration(migrations.Migration):
             name='since',
             field=models.DateTimeField(null=True),
         ),
-        migrations.AlterField(
-            model_name='divisionline',
-            name='division',
-            field=models.ForeignKey(db_constraint=False, db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='lines', to='payouts.division'),
-        ),
         migrations.CreateModel(
             name='ApprovalLimit',
             fields=[

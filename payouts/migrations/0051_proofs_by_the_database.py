@@ -164,15 +164,13 @@ LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     wrong record;
 BEGIN
-    SELECT n.division_id, d.id, d.key, d.amount_micros, n.micros INTO wrong
+    SELECT d.key, d.amount_micros, n.micros INTO wrong
         FROM (
             SELECT l.division_id, sum(l.amount_micros) AS micros FROM payouts_divisionline l
             WHERE l.division_id = ANY (ARRAY(SELECT DISTINCT division_id FROM new_lines)) GROUP BY l.division_id
-        ) n LEFT JOIN payouts_division d ON d.id = n.division_id
-        WHERE d.id IS NULL OR n.micros > d.amount_micros LIMIT 1;
-    IF FOUND AND wrong.id IS NULL THEN
-        RAISE EXCEPTION 'line refused: there is no division %', wrong.division_id USING ERRCODE = 'foreign_key_violation';
-    ELSIF FOUND THEN
+        ) n JOIN payouts_division d ON d.id = n.division_id
+        WHERE n.micros > d.amount_micros LIMIT 1;
+    IF FOUND THEN
         RAISE EXCEPTION 'line refused: division % would give %, more than the % that it divides', wrong.key, wrong.micros,
             wrong.amount_micros USING ERRCODE = 'check_violation';
     END IF;

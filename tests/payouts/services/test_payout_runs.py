@@ -40,7 +40,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Stripe:
     monkeypatch.setattr(gateway, "create_transfer", stripe.create_transfer)
     monkeypatch.setattr(gateway, "find_transfer", stripe.find_transfer)
     monkeypatch.setattr(attempts.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(pacing, "wait_for_turn", lambda: 0.0)
+    monkeypatch.setattr(pacing.Turns, "wait", lambda self: 0.0)
     return stripe
 
 
@@ -205,7 +205,7 @@ def test_a_run_above_the_limit_waits_for_a_second_person(told: Stripe, db: Any, 
     with pytest.raises(NotAllowed, match="Only staff"):
         transfers.approve_payout_run(run=run, by=User.objects.create_user("eve@example.org", "x"))
     with pytest.raises(IntegrityError, match="awaiting_approval"), transaction.atomic():
-        transfers._intend(run, PayeeAccount.objects.get(party=first))
+        transfers._intend(run, [first.pk])
     execute(run)
     assert (run.state, told.keys) == (State.AWAITING_APPROVAL, [])
 
