@@ -34,7 +34,7 @@ PURPOSES = {
     "payable": Purpose(Account.Kind.LIABILITY, "owed to a party", True),
     "in_transit": Purpose(Account.Kind.LIABILITY, "promised to a payee, and Stripe has not yet answered"),
     "refunding": Purpose(Account.Kind.LIABILITY, "promised to a buyer, and Stripe has not yet answered"),
-    "unapplied": Purpose(Account.Kind.LIABILITY, "charged, and for nothing that we sell, until it is refunded"),
+    "surplus": Purpose(Account.Kind.LIABILITY, "charged, and for nothing that we sell, until it is refunded"),
     "dispute": Purpose(Account.Kind.ASSET, "taken by Stripe for a dispute, less what is frozen for it", True),
     "receivable": Purpose(Account.Kind.ASSET, "paid to a party for what went back since; from later earnings", True),
     "expense:dispute_fees": Purpose(Account.Kind.EXPENSE, "what Stripe keeps for disputes"),
@@ -137,8 +137,8 @@ def refunding(currency: str) -> str:
     return f"refunding:{currency}"
 
 
-def unapplied(currency: str) -> str:
-    return f"unapplied:{currency}"
+def surplus(currency: str) -> str:
+    return f"surplus:{currency}"
 
 
 def dispute(of: Dispute) -> str:

@@ -332,7 +332,7 @@ def taken_back_of(party: Party) -> list[TakenBack]:
 
 def refunds_of(order: Order) -> QuerySet[Refund]:
     """An order's refunds, newest first; whoever may see the order may see them."""
-    is_of_order = Q(payment__order=order) | Q(unapplied__payment__order=order)
+    is_of_order = Q(payment__order=order) | Q(surplus__payment__order=order)
     return Refund.objects.filter(is_of_order).order_by("-pk")
 
 
@@ -394,7 +394,7 @@ def unfinished_refunds() -> QuerySet[Refund]:
     """On their way, refused or failed; newest first."""
     return (
         Refund.objects.exclude(state=Refund.State.SENT)
-        .select_related("payment__order__buyer", "unapplied")
+        .select_related("payment__order__buyer", "surplus")
         .order_by("-pk")
     )
 

@@ -12,7 +12,7 @@ from payouts.models.payments import (
     EventSweep,
     Payment,
     StripeEvent,
-    UnappliedCharge,
+    SurplusCharge,
 )
 from payouts.models.pools import Division, DivisionLine, PayeeCount, RoyaltyPool
 from payouts.models.rails import RailExport, RailPayout, ServedCountries
@@ -97,8 +97,8 @@ __all__ = [
     "StatementRun",
     "StatementTotal",
     "StripeEvent",
+    "SurplusCharge",
     "TaxRate",
     "TransferReversal",
-    "UnappliedCharge",
     "WriteOff",
 ]

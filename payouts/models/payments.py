@@ -239,25 +239,25 @@ class EventSettlement(models.Model):
         return None if self.amount_micros is None else Money(self.amount_micros, self.currency)
 
 
-class UnappliedCharge(models.Model):
+class SurplusCharge(models.Model):
     """A charge that succeeded and is for nothing that we sell: a second payment of one order, one of a cancelled order.
 
-    Its money lies in `unapplied` until it is refunded; its balance transaction is a `Movement`.
+    Its money lies in `surplus` until it is refunded; its balance transaction is a `Movement`.
     """
 
     charge_id = models.CharField(max_length=255, unique=True)
-    payment = models.ForeignKey(Payment, models.PROTECT, null=True, related_name="unapplied_charges")  # that it names
-    event = models.ForeignKey(StripeEvent, models.PROTECT, related_name="unapplied_charges")  # that told of it
+    payment = models.ForeignKey(Payment, models.PROTECT, null=True, related_name="surplus_charges")  # that it names
+    event = models.ForeignKey(StripeEvent, models.PROTECT, related_name="surplus_charges")  # that told of it
     amount_micros = models.BigIntegerField()
     currency = models.CharField(max_length=3)
     booked_at = models.DateTimeField()  # business time
 
     class Meta:
         ordering = ["-pk"]
-        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="unapplied_charge_positive")]
+        constraints = [models.CheckConstraint(condition=Q(amount_micros__gt=0), name="surplus_charge_positive")]
 
     def __str__(self) -> str:
-        return f"Unapplied charge {self.charge_id}: {self.amount}"
+        return f"Surplus charge {self.charge_id}: {self.amount}"
 
     @property
     def amount(self) -> Money:

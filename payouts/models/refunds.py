@@ -49,7 +49,7 @@ class Refund(Job):
     task_name: ClassVar[str] = "payouts.tasks.execute_refund"
 
     payment = models.ForeignKey("payouts.Payment", models.PROTECT, null=True, related_name="refunds")
-    unapplied = models.ForeignKey("payouts.UnappliedCharge", models.PROTECT, null=True, related_name="refunds")
+    surplus = models.ForeignKey("payouts.SurplusCharge", models.PROTECT, null=True, related_name="refunds")
     amount_micros = models.BigIntegerField()  # whole minor units
     currency = models.CharField(max_length=3)
     reason = models.CharField(max_length=11, choices=Reason)
@@ -72,9 +72,9 @@ class Refund(Job):
         constraints = [
             *Job.Meta.constraints,
             models.UniqueConstraint(fields=["payment", "key"], name="one_refund_per_payment_and_key"),
-            models.UniqueConstraint(fields=["unapplied", "key"], name="one_refund_per_unapplied_charge_and_key"),
+            models.UniqueConstraint(fields=["surplus", "key"], name="one_refund_per_surplus_charge_and_key"),
             models.CheckConstraint(
-                condition=Q(payment__isnull=False, unapplied=None) | Q(payment=None, unapplied__isnull=False),
+                condition=Q(payment__isnull=False, surplus=None) | Q(payment=None, surplus__isnull=False),
                 name="refund_is_of_one_charge",
             ),
             models.CheckConstraint(condition=Q(amount_micros__gt=0), name="refund_positive"),
@@ -93,7 +93,7 @@ class Refund(Job):
 
     @property
     def charge_id(self) -> str:
-        charge: str | None = self.payment.charge_id if self.payment is not None else self.unapplied.charge_id  # type: ignore[union-attr]
+        charge: str | None = self.payment.charge_id if self.payment is not None else self.surplus.charge_id  # type: ignore[union-attr]
         assert charge is not None  # a paid payment has its charge (a database check)
         return charge
 
@@ -354,7 +354,7 @@ class Movement(models.Model):
     refund = models.ForeignKey(Refund, models.PROTECT, null=True, related_name="movements")
     dispute = models.ForeignKey(Dispute, models.PROTECT, null=True, related_name="movements")
     reversal = models.ForeignKey(TransferReversal, models.PROTECT, null=True, related_name="movements")
-    unapplied = models.ForeignKey("payouts.UnappliedCharge", models.PROTECT, null=True, related_name="movements")
+    surplus = models.ForeignKey("payouts.SurplusCharge", models.PROTECT, null=True, related_name="movements")
     amount_micros = models.BigIntegerField()  # signed, as Stripe says it
     fee_micros = models.BigIntegerField()  # signed: what Stripe keeps on top
     currency = models.CharField(max_length=3)
@@ -371,11 +371,11 @@ class Movement(models.Model):
                     refund__isnull=False,
                     dispute=None,
                     reversal=None,
-                    unapplied=None,
+                    surplus=None,
                 )
-                | Q(kind="dispute", refund=None, dispute__isnull=False, reversal=None, unapplied=None)
-                | Q(kind="reversal", refund=None, dispute=None, reversal__isnull=False, unapplied=None)
-                | Q(kind="surplus", refund=None, dispute=None, reversal=None, unapplied__isnull=False),
+                | Q(kind="dispute", refund=None, dispute__isnull=False, reversal=None, surplus=None)
+                | Q(kind="reversal", refund=None, dispute=None, reversal__isnull=False, surplus=None)
+                | Q(kind="surplus", refund=None, dispute=None, reversal=None, surplus__isnull=False),
                 name="movement_has_its_cause",
             ),
             models.CheckConstraint(condition=~Q(amount_micros=0), name="movement_not_zero"),

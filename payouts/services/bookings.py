@@ -1,6 +1,6 @@
 """What a paid checkout was for, booked: a sale or a royalty."""
 
-from payouts.models import Payment, UnappliedCharge
+from payouts.models import Payment, SurplusCharge
 from payouts.services import checkouts, duties, royalties, sales
 
 
@@ -12,7 +12,7 @@ def book_checkout(session_id: str) -> Payment | None:
         checkouts.NotBookedByStripe, gateway.StripeRefused, gateway.StripeUncertain: ask again.
     """
     checkout = checkouts.fetch_checkout(session_id)
-    if checkout is None or UnappliedCharge.objects.filter(charge_id=checkout.charge).exists():
+    if checkout is None or SurplusCharge.objects.filter(charge_id=checkout.charge).exists():
         return None  # staff have decided that it is for nothing: its money has a place
     payment = checkouts.find_payment(checkout)
     if payment.order_id is not None:

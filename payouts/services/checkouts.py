@@ -22,7 +22,7 @@ from payouts.errors import (
     PaymentUnderWay,
     StripeUnavailable,
 )
-from payouts.models import Payment, UnappliedCharge
+from payouts.models import Payment, SurplusCharge
 from payouts.services.refusals import declined
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _is_over(known: gateway.PaidCheckout) -> bool:
     """Whether nothing comes of the page any more: expired, its debit refused, or its money booked as being for nothing."""
     if known.status != "complete":
         return known.status == "expired"
-    return known.has_failed or UnappliedCharge.objects.filter(charge_id=known.charge).exists()
+    return known.has_failed or SurplusCharge.objects.filter(charge_id=known.charge).exists()
 
 
 def why_taken(payment: Payment) -> DomainError:
@@ -255,7 +255,7 @@ def take_payment(*, payment: Payment, checkout: gateway.PaidCheckout) -> Payment
         PaymentMismatch: amount, currency or purpose is not ours, or another session has paid already.
     """
     payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
-    if UnappliedCharge.objects.filter(charge_id=checkout.charge).exists():
+    if SurplusCharge.objects.filter(charge_id=checkout.charge).exists():
         return None  # decided while we waited for the row
     if payment.status == Payment.Status.PAID:
         if payment.charge_id == checkout.charge:

@@ -26,7 +26,7 @@ CASH = ("cash:pending", "cash:available")
 BY_HAND = (
     *CASH,
     "bank",
-    "unapplied",  # returned to its buyer by bank transfer
+    "surplus",  # returned to its buyer by bank transfer
     "tax",  # handed to its office
     "equity:owners",
     "revenue:platform_fee",

@@ -9,7 +9,7 @@ from django.db import transaction
 from marketplace import clock
 from marketplace.money import Money
 from payouts import chart, gateway, ledger
-from payouts.models import Dispute, JournalEntry, Movement, Refund, TransferReversal, UnappliedCharge
+from payouts.models import Dispute, JournalEntry, Movement, Refund, SurplusCharge, TransferReversal
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def record(
     refund: Refund | None = None,
     dispute: Dispute | None = None,
     reversal: TransferReversal | None = None,
-    unapplied: UnappliedCharge | None = None,
+    surplus: SurplusCharge | None = None,
 ) -> bool:
     """Inside the transaction that holds its cause: book one of Stripe's movements, once.
 
@@ -46,7 +46,7 @@ def record(
         refund=refund,
         dispute=dispute,
         reversal=reversal,
-        unapplied=unapplied,
+        surplus=surplus,
         amount_micros=amount,
         fee_micros=fee,
         currency=theirs.currency,

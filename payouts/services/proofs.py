@@ -41,7 +41,7 @@ from payouts.models import (
     RoyaltyInvoice,
     RoyaltyPool,
     RoyaltyReport,
-    UnappliedCharge,
+    SurplusCharge,
 )
 from payouts.services.divisions import ENTRY_KINDS, allocated, divided_by, pots_of, source_account
 from payouts.services.royalties import parts_of
@@ -646,7 +646,7 @@ def _refunds() -> Iterator[Finding]:
     for payment, paid, back in _rows(
         """
         SELECT p.id, p.amount_micros, sum(r.amount_micros) FROM payouts_refund r JOIN payouts_payment p ON p.id = r.payment_id
-        WHERE r.state = ANY(%(standing)s) AND r.unapplied_id IS NULL GROUP BY p.id HAVING sum(r.amount_micros) > p.amount_micros OR p.status <> 'paid'
+        WHERE r.state = ANY(%(standing)s) AND r.surplus_id IS NULL GROUP BY p.id HAVING sum(r.amount_micros) > p.amount_micros OR p.status <> 'paid'
         ORDER BY p.id
         """,
         {"standing": [str(state) for state in Refund.STANDING]},
@@ -673,7 +673,7 @@ def _refunds() -> Iterator[Finding]:
         if moved != wanted:
             yield Finding("refund_movements_differ", f"{refund} is {state}: {moved}")
         if refund.payment is None:
-            continue  # see `_unapplied`
+            continue  # see `_surplus`
         clawback = refund.clawback
         is_undone = hasattr(clawback, "undo")
         if clawback.amount_micros != refund.amount_micros or is_undone == (state in Refund.STANDING):
@@ -686,31 +686,31 @@ def _refunds() -> Iterator[Finding]:
             yield Finding("refunding_differs", f"{code}: {-promised.get(code, 0)} booked, {refunding[code]} intended")
 
 
-def _unapplied() -> Iterator[Finding]:
-    """A surplus charge has its movement, paid nothing, and what is left of all of them is what lies in `unapplied`."""
+def _surplus() -> Iterator[Finding]:
+    """A surplus charge has its movement, paid nothing, and what is left of all of them is what lies in `surplus`."""
     left: dict[str, int] = defaultdict(int)
-    for charge in UnappliedCharge.objects.prefetch_related("movements", "refunds").order_by("pk").iterator(1_000):
+    for charge in SurplusCharge.objects.prefetch_related("movements", "refunds").order_by("pk").iterator(1_000):
         moved = [(movement.kind, movement.amount_micros) for movement in charge.movements.all()]
         if moved != [(Movement.Kind.SURPLUS, charge.amount_micros)]:
-            yield Finding("unapplied_movements_differ", f"{charge}: {moved}")
+            yield Finding("surplus_movements_differ", f"{charge}: {moved}")
         if Payment.objects.filter(charge_id=charge.charge_id).exists():
-            yield Finding("unapplied_paid_something", f"{charge}")
+            yield Finding("surplus_paid_something", f"{charge}")
         back = 0
         for refund in charge.refunds.all():
             is_standing = refund.state in Refund.STANDING
             back += refund.amount_micros if is_standing else 0
-            code = chart.unapplied(charge.currency)
+            code = chart.surplus(charge.currency)
             booked = [_postings(f"surplus:refund:{refund.pk}:{stage}").get(code, 0) for stage in ("intent", "back")]
             if booked != [refund.amount_micros, 0 if is_standing else -refund.amount_micros]:
                 yield Finding("refund_differs_from_surplus", f"{refund} is {refund.state}, booked {booked}")
         if back > charge.amount_micros:
             yield Finding("refunded_more_than_paid", f"{charge}: {back}")
-        left[chart.unapplied(charge.currency)] += charge.amount_micros - back
-    by_hand, booked_now = _by_hand("unapplied:"), _sums("unapplied:")
+        left[chart.surplus(charge.currency)] += charge.amount_micros - back
+    by_hand, booked_now = _by_hand("surplus:"), _sums("surplus:")
     for code in sorted(left.keys() | booked_now.keys()):
         held = booked_now.get(code, 0)
         if left[code] != by_hand.get(code, 0) - held:
-            yield Finding("unapplied_differs", f"{code}: {-held} booked, {left[code]} left of its charges")
+            yield Finding("surplus_differs", f"{code}: {-held} booked, {left[code]} left of its charges")
 
 
 def _clawbacks() -> Iterator[Finding]:
@@ -856,7 +856,7 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _closings,
     _statements,
     _refunds,
-    _unapplied,
+    _surplus,
     _clawbacks,
     _disputes,
     _frozen,

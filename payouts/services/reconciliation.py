@@ -46,8 +46,8 @@ from payouts.models import (
     ReconciliationRun,
     Refund,
     StripeEvent,
+    SurplusCharge,
     TransferReversal,
-    UnappliedCharge,
 )
 from payouts.services import movements, pacing
 
@@ -91,7 +91,7 @@ CAUSES = {
     "refund_failure_not_booked": "The card's bank sent a refund back and its event was lost; the sweep books it.",
     "dispute_not_booked": "The event of the dispute was lost; the sweep books it.",
     "refund_not_written_down": "It was made in Stripe's dashboard of what we cannot take back; the message says why.",
-    "unapplied_money": "Its refund was refused or came back: propose it again, or settle its event otherwise, at the desk.",
+    "surplus_money": "Its refund was refused or came back: propose it again, or settle its event otherwise, at the desk.",
     "refund_failed_without_return": "Stripe says that it failed and did not give the money back: ask Stripe.",
     "dispute_not_written_down": "It is about a charge that we do not know, or cannot be booked; the message says why.",
     "reversal_not_booked": "A transfer was reversed in Stripe's dashboard.",
@@ -714,12 +714,12 @@ def _not_seen(look: _Look) -> Iterator[Difference]:
             )
 
 
-def _unapplied_money() -> Iterator[Difference]:
+def _surplus_money() -> Iterator[Difference]:
     """What surplus charges took and is on no way back to the buyer; unless two of the staff have settled it otherwise."""
     standing = Q(refunds__state__in=Refund.STANDING)
-    charges = UnappliedCharge.objects.annotate(back=Coalesce(Sum("refunds__amount_micros", filter=standing), 0))
+    charges = SurplusCharge.objects.annotate(back=Coalesce(Sum("refunds__amount_micros", filter=standing), 0))
     settled = EventSettlement.objects.filter(
-        event__unapplied_charges=OuterRef("pk"),
+        event__surplus_charges=OuterRef("pk"),
         act=EventSettlement.Act.EXPLAINED,
         status=EventSettlement.Status.CONFIRMED,
     )
@@ -727,7 +727,7 @@ def _unapplied_money() -> Iterator[Difference]:
     for charge in left.order_by("pk").iterator(chunk_size=PAGE):
         rest = Money(charge.amount_micros - charge.back, charge.currency)
         yield Difference(
-            "unapplied_money",
+            "surplus_money",
             f"{rest} of charge {charge.charge_id} is for nothing that we sell, and on no way back",
             subject=charge.charge_id,
             happened_at=charge.booked_at,
@@ -759,7 +759,7 @@ def _waiting_too_long() -> Iterator[Difference]:
                 happened_at=intent.intended_at,
                 amount=intent.amount,
             )
-    yield from _unapplied_money()
+    yield from _surplus_money()
     rails = RailPayout.objects.filter(status=RailPayout.Status.INTENDED, intended_at__lt=clock.now() - RAIL_LIMIT)
     for rail in rails.order_by("pk").iterator(chunk_size=PAGE):
         assert rail.intended_at is not None

@@ -32,8 +32,8 @@ from payouts.models import (
     Movement,
     Payment,
     Refund,
+    SurplusCharge,
     TransferReversal,
-    UnappliedCharge,
 )
 from payouts.services import attempts, clawbacks, documents, movements
 from payouts.services.reconciliation import Difference
@@ -248,9 +248,9 @@ def _intend(
     return refund
 
 
-def refund_unapplied(
+def refund_surplus(
     *,
-    unapplied: UnappliedCharge,
+    surplus: SurplusCharge,
     amount: Money,
     note: str,
     user: User | None,
@@ -265,7 +265,7 @@ def refund_unapplied(
     Raises:
         NotRefundable: less of it is left.
     """
-    held = UnappliedCharge.objects.select_for_update(of=("self",)).get(pk=unapplied.pk)
+    held = SurplusCharge.objects.select_for_update(of=("self",)).get(pk=surplus.pk)
     if known := held.refunds.filter(key=key).first():
         return known
     if amount > left_of(held):
@@ -274,7 +274,7 @@ def refund_unapplied(
     refund = Refund.objects.create(
         status=jobs.Job.Status.QUEUED if made_at_stripe is None else jobs.Job.Status.DONE,
         refund_id=made_at_stripe,
-        unapplied=held,
+        surplus=held,
         amount_micros=amount.micros,
         currency=amount.currency,
         reason=Refund.Reason.SURPLUS if made_at_stripe is None else Refund.Reason.AT_STRIPE,
@@ -287,7 +287,7 @@ def refund_unapplied(
         key=f"surplus:refund:{refund.pk}:intent",
         kind=JournalEntry.Kind.REFUND_INTENT,
         postings={
-            chart.unapplied(amount.currency): amount.micros,
+            chart.surplus(amount.currency): amount.micros,
             chart.refunding(amount.currency): -amount.micros,
         },
         booked_at=now,
@@ -298,10 +298,10 @@ def refund_unapplied(
     return refund
 
 
-def left_of(unapplied: UnappliedCharge) -> Money:
+def left_of(surplus: SurplusCharge) -> Money:
     """What of a surplus charge is on no way back to the card."""
-    standing = unapplied.refunds.filter(state__in=Refund.STANDING).aggregate(sum=Sum("amount_micros", default=0))
-    return unapplied.amount - Money(int(standing["sum"]), unapplied.currency)
+    standing = surplus.refunds.filter(state__in=Refund.STANDING).aggregate(sum=Sum("amount_micros", default=0))
+    return surplus.amount - Money(int(standing["sum"]), surplus.currency)
 
 
 # --- effect -----------------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def _hold_source(refund: Refund) -> None:
     if refund.payment_id is not None:
         Payment.objects.select_for_update(of=("self",)).get(pk=refund.payment_id)
     else:
-        UnappliedCharge.objects.select_for_update(of=("self",)).get(refunds=refund)
+        SurplusCharge.objects.select_for_update(of=("self",)).get(refunds=refund)
 
 
 def _book_back(held: Refund, state: Refund.State, code: str, message: str) -> None:
@@ -432,7 +432,7 @@ def _book_back(held: Refund, state: Refund.State, code: str, message: str) -> No
             kind=JournalEntry.Kind.REFUND_UNDONE,
             postings={
                 chart.refunding(held.currency): held.amount_micros,
-                chart.unapplied(held.currency): -held.amount_micros,
+                chart.surplus(held.currency): -held.amount_micros,
             },
             booked_at=clock.now(),
         )
@@ -467,9 +467,9 @@ def refresh_refunds_of(charge: str) -> list[Refund]:
 @transaction.atomic
 def write_down(answer: gateway.Refund) -> Refund | None:
     """The same of what Stripe has said; see `refresh_refund`."""
-    source: Payment | UnappliedCharge | None = (
+    source: Payment | SurplusCharge | None = (
         Payment.objects.filter(charge_id=answer.charge).first()
-        or UnappliedCharge.objects.filter(charge_id=answer.charge).first()
+        or SurplusCharge.objects.filter(charge_id=answer.charge).first()
     )
     if source is None:
         return None
@@ -486,11 +486,11 @@ def write_down(answer: gateway.Refund) -> Refund | None:
     return book_answer((ours or _adopt(source, answer)).pk, answer)
 
 
-def _adopt(source: Payment | UnappliedCharge, answer: gateway.Refund) -> Refund:
+def _adopt(source: Payment | SurplusCharge, answer: gateway.Refund) -> Refund:
     """Inside the transaction that books it: a refund that somebody made in Stripe's dashboard: take it from where ours are taken from."""
-    if isinstance(source, UnappliedCharge):
-        return refund_unapplied(
-            unapplied=source,
+    if isinstance(source, SurplusCharge):
+        return refund_surplus(
+            surplus=source,
             amount=Money.from_minor(answer.amount_minor, answer.currency),
             note=f"Refunded at Stripe as {answer.id}.",
             user=None,

@@ -2,7 +2,7 @@
 
     failed → tried again (the cause has passed) → done, or failed again
            → explained: it was settled otherwise, the reason says how; nothing names it any more
-           → its charge is for nothing that we sell: booked to `unapplied`, refunded, and the event applied
+           → its charge is for nothing that we sell: booked to `surplus`, refunded, and the event applied
 
 A surplus charge is a second payment of one order, one of a cancelled order or of a void invoice, or of another amount than was
 asked for. What it is, Stripe is asked, when it is proposed and again when it is confirmed.
@@ -23,7 +23,7 @@ from marketplace.money import Money
 from marketplace.services import audit
 from payouts import chart, gateway
 from payouts.errors import AlreadyDecided, FourEyes, SettlementNotPossible
-from payouts.models import EventSettlement, JournalEntry, Movement, Payment, StripeEvent, UnappliedCharge
+from payouts.models import EventSettlement, JournalEntry, Movement, Payment, StripeEvent, SurplusCharge
 from payouts.services import movements, refunds
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def find_surplus(event: StripeEvent) -> Surplus | None:
     charge = gateway.get_charge(charge_id)
     if not charge.is_paid:
         return None
-    known = UnappliedCharge.objects.filter(charge_id=charge_id).first()
+    known = SurplusCharge.objects.filter(charge_id=charge_id).first()
     left = refunds.left_of(known) if known else Money.from_minor(charge.amount_minor, charge.currency)
     if not left:
         return None
@@ -166,12 +166,12 @@ def confirm(*, settlement: EventSettlement, user: User, note: str = "") -> Event
     given_back = [one for one in gateway.refunds_of(surplus.charge.id) if not one.has_failed]
     with transaction.atomic():
         decided = _decide(settlement, user, Status.CONFIRMED, note)
-        unapplied = _book(surplus, settlement.event)
+        row = _book(surplus, settlement.event)
         for answer in reversed(given_back):
             refunds.write_down(answer)  # by somebody in Stripe's dashboard
-        if left := refunds.left_of(unapplied):
-            refunds.refund_unapplied(
-                unapplied=unapplied, amount=left, note=settlement.reason, user=user, key=f"settlement:{settlement.pk}"
+        if left := refunds.left_of(row):
+            refunds.refund_surplus(
+                surplus=row, amount=left, note=settlement.reason, user=user, key=f"settlement:{settlement.pk}"
             )
         # Whatever was told of the charge and could not be booked has its place now.
         told = Q(payload__contains=surplus.charge.id) | Q(payload__contains=surplus.charge.payment_intent)
@@ -215,18 +215,18 @@ def _decide(settlement: EventSettlement, user: User, status: EventSettlement.Sta
     return held
 
 
-def _book(surplus: Surplus, event: StripeEvent) -> UnappliedCharge:
+def _book(surplus: Surplus, event: StripeEvent) -> SurplusCharge:
     """Inside a transaction: the charge's place in the books, once."""
     if surplus.payment is not None:
         # Whoever books a paid page holds this row: a charge pays for something, or it is surplus.
         Payment.objects.select_for_update(of=("self",)).get(pk=surplus.payment.pk)
     if Payment.objects.filter(charge_id=surplus.charge.id).exists():
         raise SettlementNotPossible("The charge has been booked meanwhile; reject this.")
-    if known := UnappliedCharge.objects.filter(charge_id=surplus.charge.id).first():
+    if known := SurplusCharge.objects.filter(charge_id=surplus.charge.id).first():
         return known
     assert surplus.charge.booked is not None
     amount = Money.from_minor(surplus.charge.amount_minor, surplus.charge.currency)
-    unapplied = UnappliedCharge.objects.create(
+    row = SurplusCharge.objects.create(
         charge_id=surplus.charge.id,
         payment=surplus.payment,
         event=event,
@@ -238,18 +238,18 @@ def _book(surplus: Surplus, event: StripeEvent) -> UnappliedCharge:
         surplus.charge.booked,
         kind=Movement.Kind.SURPLUS,
         entry_kind=JournalEntry.Kind.SURPLUS,
-        against=chart.unapplied(amount.currency),
+        against=chart.surplus(amount.currency),
         fees_to=chart.stripe_fees(amount.currency),
-        unapplied=unapplied,
+        surplus=row,
     )
-    return unapplied
+    return row
 
 
 def _is_open(event: StripeEvent) -> bool:
     """It failed and nobody has settled it, or the refund of its surplus charge did not go through."""
     if StripeEvent.unsettled().filter(pk=event.pk).exists():
         return True
-    return any(refunds.left_of(charge) for charge in event.unapplied_charges.all())
+    return any(refunds.left_of(charge) for charge in event.surplus_charges.all())
 
 
 def _note(

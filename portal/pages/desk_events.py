@@ -42,9 +42,9 @@ def event(request: StaffRequest, event_id: int) -> HttpResponseBase:
     """One event: what it says, what it concerns, and the acts on one that failed."""
     found = get_object_or_404(StripeEvent, pk=event_id)
     problem, surplus, why_not = "", None, ""
-    unapplied = found.unapplied_charges.first()
+    booked = found.surplus_charges.first()
     is_open = StripeEvent.unsettled().filter(pk=found.pk).exists()
-    may_be_settled = is_open or (unapplied is not None and bool(refunds.left_of(unapplied)))
+    may_be_settled = is_open or (booked is not None and bool(refunds.left_of(booked)))
     proposal = found.settlements.filter(status=EventSettlement.Status.PROPOSED).select_related("proposed_by").first()
     if may_be_settled and proposal is None:
         try:
@@ -69,9 +69,9 @@ def event(request: StaffRequest, event_id: int) -> HttpResponseBase:
         "payload": json.dumps(json.loads(found.payload), indent=2, ensure_ascii=False, sort_keys=True),
         "concerned": payouts.concerned_by(found),
         "settlements": found.settlements.select_related("proposed_by", "decided_by"),
-        "unapplied": unapplied,
-        "left": refunds.left_of(unapplied) if unapplied else None,
-        "refunds": unapplied.refunds.order_by("pk") if unapplied else [],
+        "booked": booked,
+        "left": refunds.left_of(booked) if booked else None,
+        "refunds": booked.refunds.order_by("pk") if booked else [],
         "proposal": proposal,
         "may_confirm": proposal is not None and proposal.proposed_by_id != request.user.pk,
         "may_retry": is_open,

@@ -19,7 +19,7 @@ from payouts.models import (
     ReconciliationRun,
     Refund,
     StripeEvent,
-    UnappliedCharge,
+    SurplusCharge,
 )
 from payouts.services import closing, manual_entries, refunds, sales, settlements
 from payouts.services.bookings import book_checkout
@@ -102,7 +102,7 @@ def test_money_that_is_for_nothing_is_booked_and_goes_back_when_two_have_said_so
         ben,
         "It was paid twice.",
     )
-    assert ledger.balance("refunding:USD") == -100_000_000 and ledger.balance("unapplied:USD") == 0
+    assert ledger.balance("refunding:USD") == -100_000_000 and ledger.balance("surplus:USD") == 0
     assert check_books().findings == []
     assert run(refund).state == Refund.State.SENT
     hear_all()
@@ -181,7 +181,7 @@ def test_four_eyes_see_every_settlement(stripe: Any, carol: Any, ann: User, ben:
         EventSettlement.objects.update(status="confirmed", decided_by=ann, decided_at=clock.now())
     with pytest.raises(DatabaseError, match="keeps what was proposed"), transaction.atomic():
         EventSettlement.objects.update(amount_micros=1)
-    assert not UnappliedCharge.objects.exists() and not Refund.objects.exists()
+    assert not SurplusCharge.objects.exists() and not Refund.objects.exists()
 
     with pytest.raises(InvalidInput, match="why it is rejected"):
         settlements.reject(settlement=proposal, user=ben, note="")
@@ -228,12 +228,12 @@ def test_what_was_refunded_in_stripes_dashboard_is_not_refunded_again(
 
     clean()
     with pytest.raises(NotRefundable), transaction.atomic():
-        refunds.refund_unapplied(
-            unapplied=UnappliedCharge.objects.get(), amount=Money(10_000, "USD"), note="", user=ann, key="more"
+        refunds.refund_surplus(
+            surplus=SurplusCharge.objects.get(), amount=Money(10_000, "USD"), note="", user=ann, key="more"
         )
     with pytest.raises(DatabaseError, match="too much"), transaction.atomic():
         Refund.objects.create(
-            unapplied=UnappliedCharge.objects.get(),
+            surplus=SurplusCharge.objects.get(),
             amount_micros=10_000,
             currency="USD",
             reason="surplus",
@@ -251,10 +251,10 @@ def test_a_refund_that_comes_back_waits_for_another_decision(stripe: Any, carol:
     settle_funds()
 
     assert Refund.objects.get().state == Refund.State.FAILED
-    assert ledger.balance("unapplied:USD") == -100_000_000
+    assert ledger.balance("surplus:USD") == -100_000_000
     assert check_books().findings == []
-    assert [one.code for one in reconcile().differences] == ["unapplied_money"]
-    event = UnappliedCharge.objects.get().event
+    assert [one.code for one in reconcile().differences] == ["surplus_money"]
+    event = SurplusCharge.objects.get().event
     again = settlements.propose(event=event, act=REFUND, reason="Once more.", user=ben)
     settlements.confirm(settlement=again, user=ann)
     assert Refund.objects.filter(state="intended").count() == 1 and reconcile().differences == []
@@ -267,7 +267,7 @@ def test_a_refund_that_comes_back_waits_for_another_decision(stripe: Any, carol:
     settlements.confirm(
         settlement=settlements.propose(event=event, act=EXPLAINED, reason="By transfer 17.", user=ann), user=ben
     )
-    legs = {"unapplied:USD": 100_000_000, "bank:USD": -100_000_000}
+    legs = {"surplus:USD": 100_000_000, "bank:USD": -100_000_000}
     entry = manual_entries.propose(user=ann, key="k", legs=legs, reason="Transfer 17")
     manual_entries.approve(manual=entry, user=ben)
     assert reconcile().differences == []
@@ -283,9 +283,9 @@ def test_a_charge_is_never_both_paid_and_surplus(stripe: Any, carol: Any, ann: U
 
     with pytest.raises(SettlementNotPossible, match="not what it was"):
         settlements.confirm(settlement=proposal, user=ben)
-    assert not UnappliedCharge.objects.exists()
+    assert not SurplusCharge.objects.exists()
     with pytest.raises(DatabaseError, match="paid something"), transaction.atomic():
-        UnappliedCharge.objects.create(
+        SurplusCharge.objects.create(
             charge_id=Payment.objects.get().charge_id,
             event=StripeEvent.objects.first(),
             amount_micros=1,

@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0030_counted_pots")]
+    dependencies = [("payouts", "0023_counted_pots")]
 
     operations = [
         migrations.AddField(

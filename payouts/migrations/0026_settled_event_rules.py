@@ -17,7 +17,7 @@ DECLARE
 BEGIN
     IF NEW.payment_id IS NULL THEN
         SELECT amount_micros, currency, 'paid' INTO paid, currency_paid, payment_status
-            FROM payouts_unappliedcharge WHERE id = NEW.unapplied_id FOR UPDATE;
+            FROM payouts_surpluscharge WHERE id = NEW.surplus_id FOR UPDATE;
     ELSE
         SELECT amount_micros, currency, status INTO paid, currency_paid, payment_status
             FROM payouts_payment WHERE id = NEW.payment_id FOR UPDATE;
@@ -31,31 +31,31 @@ BEGIN
     END IF;
     IF NEW.state IN ('intended', 'pending', 'sent') THEN
         SELECT coalesce(sum(amount_micros), 0) INTO refunded FROM payouts_refund
-            WHERE (payment_id = NEW.payment_id OR unapplied_id = NEW.unapplied_id) AND id <> NEW.id
+            WHERE (payment_id = NEW.payment_id OR surplus_id = NEW.surplus_id) AND id <> NEW.id
                 AND state IN ('intended', 'pending', 'sent');
         IF refunded + NEW.amount_micros > paid THEN
             RAISE EXCEPTION 'refund refused: % of % of payment % are refunded, % more is too much',
-                refunded, paid, coalesce(NEW.payment_id, NEW.unapplied_id), NEW.amount_micros
+                refunded, paid, coalesce(NEW.payment_id, NEW.surplus_id), NEW.amount_micros
                 USING ERRCODE = 'check_violation';
         END IF;
     END IF;
     RETURN NEW;
 END $$;
 
-CREATE FUNCTION payouts_keep_refund_unapplied() RETURNS trigger
+CREATE FUNCTION payouts_keep_refund_surplus() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
-    IF NEW.unapplied_id IS DISTINCT FROM OLD.unapplied_id THEN
+    IF NEW.surplus_id IS DISTINCT FROM OLD.surplus_id THEN
         RAISE EXCEPTION 'refund % keeps what it is about; make another one', OLD.id USING ERRCODE = 'restrict_violation';
     END IF;
     RETURN NEW;
 END $$;
-CREATE TRIGGER keep_refund_unapplied BEFORE UPDATE ON payouts_refund
-    FOR EACH ROW EXECUTE FUNCTION payouts_keep_refund_unapplied();
-ALTER TABLE payouts_refund ENABLE ALWAYS TRIGGER keep_refund_unapplied;
+CREATE TRIGGER keep_refund_surplus BEFORE UPDATE ON payouts_refund
+    FOR EACH ROW EXECUTE FUNCTION payouts_keep_refund_surplus();
+ALTER TABLE payouts_refund ENABLE ALWAYS TRIGGER keep_refund_surplus;
 
 -- A charge is what a payment was paid by, or it is for nothing: never both. Both sides hold the payment's row.
-CREATE FUNCTION payouts_check_unapplied() RETURNS trigger
+CREATE FUNCTION payouts_check_surplus() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
     PERFORM 1 FROM payouts_payment WHERE id = NEW.payment_id FOR UPDATE;
@@ -64,19 +64,19 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
-CREATE TRIGGER unapplied_paid_nothing BEFORE INSERT ON payouts_unappliedcharge
-    FOR EACH ROW EXECUTE FUNCTION payouts_check_unapplied();
+CREATE TRIGGER surplus_paid_nothing BEFORE INSERT ON payouts_surpluscharge
+    FOR EACH ROW EXECUTE FUNCTION payouts_check_surplus();
 CREATE FUNCTION payouts_check_charge() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
-    IF EXISTS (SELECT FROM payouts_unappliedcharge WHERE charge_id = NEW.charge_id) THEN
+    IF EXISTS (SELECT FROM payouts_surpluscharge WHERE charge_id = NEW.charge_id) THEN
         RAISE EXCEPTION 'charge % is booked as being for nothing', NEW.charge_id USING ERRCODE = 'restrict_violation';
     END IF;
     RETURN NEW;
 END $$;
 CREATE TRIGGER charge_is_for_something BEFORE INSERT OR UPDATE OF charge_id ON payouts_payment
     FOR EACH ROW WHEN (NEW.charge_id IS NOT NULL) EXECUTE FUNCTION payouts_check_charge();
-ALTER TABLE payouts_unappliedcharge ENABLE ALWAYS TRIGGER unapplied_paid_nothing;
+ALTER TABLE payouts_surpluscharge ENABLE ALWAYS TRIGGER surplus_paid_nothing;
 ALTER TABLE payouts_payment ENABLE ALWAYS TRIGGER charge_is_for_something;
 
 -- What was proposed stays as it was proposed, and is decided once, by somebody of the staff.
@@ -109,10 +109,10 @@ DROP TRIGGER keep_settlement ON payouts_eventsettlement;
 DROP FUNCTION payouts_keep_settlement();
 DROP TRIGGER charge_is_for_something ON payouts_payment;
 DROP FUNCTION payouts_check_charge();
-DROP TRIGGER unapplied_paid_nothing ON payouts_unappliedcharge;
-DROP FUNCTION payouts_check_unapplied();
-DROP TRIGGER keep_refund_unapplied ON payouts_refund;
-DROP FUNCTION payouts_keep_refund_unapplied();
+DROP TRIGGER surplus_paid_nothing ON payouts_surpluscharge;
+DROP FUNCTION payouts_check_surplus();
+DROP TRIGGER keep_refund_surplus ON payouts_refund;
+DROP FUNCTION payouts_keep_refund_surplus();
 CREATE OR REPLACE FUNCTION payouts_check_refund() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
@@ -157,10 +157,10 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER never_truncated;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0040_settled_events")]
+    dependencies = [("payouts", "0025_settled_events")]
 
     operations = [
         migrations.RunSQL(RULES, UNDO_RULES),
-        _refused("payouts_unappliedcharge", "UPDATE OR DELETE"),
+        _refused("payouts_surpluscharge", "UPDATE OR DELETE"),
         _refused("payouts_eventsettlement", "DELETE"),
     ]

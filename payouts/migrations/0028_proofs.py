@@ -9,7 +9,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('payouts', '0019_event_sweeps'),
+        ('payouts', '0027_event_lists_read_again'),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 

@@ -7,7 +7,7 @@ class Migration(migrations.Migration):
     dependencies = [
         ("attribution", "0006_influence_index"),
         ("marketplace", "0009_licenses_in_arrears"),
-        ("payouts", "0019_event_sweeps"),
+        ("payouts", "0022_currencies_by_statement"),
     ]
 
     operations = [

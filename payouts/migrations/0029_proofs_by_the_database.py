@@ -268,7 +268,7 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER never_truncated;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0050_proofs")]
+    dependencies = [("payouts", "0028_proofs")]
 
     operations = [
         migrations.RunSQL(RULES),

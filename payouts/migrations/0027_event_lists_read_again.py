@@ -8,6 +8,6 @@ def read_again(apps, schema_editor):
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0041_settled_event_rules")]
+    dependencies = [("payouts", "0026_settled_event_rules")]
 
     operations = [migrations.RunPython(read_again, migrations.RunPython.noop)]

@@ -9,7 +9,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('payouts', '0019_event_sweeps'),
+        ('payouts', '0024_statement_formats'),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
@@ -34,7 +34,7 @@ class Migration(migrations.Migration):
             },
         ),
         migrations.CreateModel(
-            name='UnappliedCharge',
+            name='SurplusCharge',
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('charge_id', models.CharField(max_length=255, unique=True)),
@@ -106,36 +106,36 @@ class Migration(migrations.Migration):
             field=models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='+', to=settings.AUTH_USER_MODEL),
         ),
         migrations.AddField(
-            model_name='unappliedcharge',
+            model_name='surpluscharge',
             name='event',
-            field=models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='unapplied_charges', to='payouts.stripeevent'),
+            field=models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='surplus_charges', to='payouts.stripeevent'),
         ),
         migrations.AddField(
-            model_name='unappliedcharge',
+            model_name='surpluscharge',
             name='payment',
-            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='unapplied_charges', to='payouts.payment'),
+            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='surplus_charges', to='payouts.payment'),
         ),
         migrations.AddField(
             model_name='movement',
-            name='unapplied',
-            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='movements', to='payouts.unappliedcharge'),
+            name='surplus',
+            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='movements', to='payouts.surpluscharge'),
         ),
         migrations.AddField(
             model_name='refund',
-            name='unapplied',
-            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='refunds', to='payouts.unappliedcharge'),
+            name='surplus',
+            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='refunds', to='payouts.surpluscharge'),
         ),
         migrations.AddConstraint(
             model_name='movement',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('dispute', None), ('kind__in', ['refund', 'refund_failure']), ('refund__isnull', False), ('reversal', None), ('unapplied', None)), models.Q(('dispute__isnull', False), ('kind', 'dispute'), ('refund', None), ('reversal', None), ('unapplied', None)), models.Q(('dispute', None), ('kind', 'reversal'), ('refund', None), ('reversal__isnull', False), ('unapplied', None)), models.Q(('dispute', None), ('kind', 'surplus'), ('refund', None), ('reversal', None), ('unapplied__isnull', False)), _connector='OR'), name='movement_has_its_cause'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('dispute', None), ('kind__in', ['refund', 'refund_failure']), ('refund__isnull', False), ('reversal', None), ('surplus', None)), models.Q(('dispute__isnull', False), ('kind', 'dispute'), ('refund', None), ('reversal', None), ('surplus', None)), models.Q(('dispute', None), ('kind', 'reversal'), ('refund', None), ('reversal__isnull', False), ('surplus', None)), models.Q(('dispute', None), ('kind', 'surplus'), ('refund', None), ('reversal', None), ('surplus__isnull', False)), _connector='OR'), name='movement_has_its_cause'),
         ),
         migrations.AddConstraint(
             model_name='refund',
-            constraint=models.UniqueConstraint(fields=('unapplied', 'key'), name='one_refund_per_unapplied_charge_and_key'),
+            constraint=models.UniqueConstraint(fields=('surplus', 'key'), name='one_refund_per_surplus_charge_and_key'),
         ),
         migrations.AddConstraint(
             model_name='refund',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('payment__isnull', False), ('unapplied', None)), models.Q(('payment', None), ('unapplied__isnull', False)), _connector='OR'), name='refund_is_of_one_charge'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('payment__isnull', False), ('surplus', None)), models.Q(('payment', None), ('surplus__isnull', False)), _connector='OR'), name='refund_is_of_one_charge'),
         ),
         migrations.AddConstraint(
             model_name='eventsettlement',
@@ -154,7 +154,7 @@ class Migration(migrations.Migration):
             constraint=models.CheckConstraint(condition=models.Q(models.Q(('act', 'explained'), ('amount_micros', None), ('charge_id', '')), models.Q(('act', 'refund'), ('amount_micros__gt', 0), models.Q(('charge_id', ''), _negated=True)), _connector='OR'), name='surplus_settlement_names_its_charge'),
         ),
         migrations.AddConstraint(
-            model_name='unappliedcharge',
-            constraint=models.CheckConstraint(condition=models.Q(('amount_micros__gt', 0)), name='unapplied_charge_positive'),
+            model_name='surpluscharge',
+            constraint=models.CheckConstraint(condition=models.Q(('amount_micros__gt', 0)), name='surplus_charge_positive'),
         ),
     ]
