@@ -114,6 +114,12 @@ class ReceiptNotPossible(DomainError):
     code = "receipt_not_possible"
 
 
+class TransferNotPossible(DomainError):
+    """It is not ours to send, or was sent, or less is left; nothing was written."""
+
+    code = "transfer_not_possible"
+
+
 class PeriodClosed(DomainError):
     """The month is closed; a correction is booked in an open one."""
 

@@ -1,5 +1,6 @@
 """Who is owed what, and what has been paid."""
 
+from payouts.models.bank import OutgoingTransfer, ReceiptApplication, ReceiptUse
 from payouts.models.billing import BillingProfile, Document, DocumentSeries, TaxRate
 from payouts.models.closing import BalanceCheck, ClosedBalance, ClosedPeriod, ManualDecision, ManualEntry, ManualLeg
 from payouts.models.corrections import CorrectionLine, DivisionCorrection
@@ -58,6 +59,7 @@ __all__ = [
     "ManualEntry",
     "ManualLeg",
     "Movement",
+    "OutgoingTransfer",
     "PayeeAccount",
     "PayeeCount",
     "Payment",
@@ -69,6 +71,8 @@ __all__ = [
     "Posting",
     "RailExport",
     "RailPayout",
+    "ReceiptApplication",
+    "ReceiptUse",
     "Reclaim",
     "ReconciliationDifference",
     "ReconciliationRun",

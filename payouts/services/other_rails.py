@@ -133,7 +133,9 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
             },
         )
         promised += amount.micros
-    held = ledger.balance(chart.bank(export.currency)) + ledger.balance(chart.in_transit_rail(export.currency))
+    # Liabilities stand below zero: what is promised to buyers, or held for payers, pays no payee.
+    promised_to = (chart.in_transit_rail, chart.refunding_bank, chart.unapplied)
+    held = sum(ledger.balances_of([of(export.currency) for of in (chart.bank, *promised_to)]).values())
     if held < 0:
         short = Money(-held, export.currency)
         raise NothingOwed(

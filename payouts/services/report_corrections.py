@@ -1,7 +1,7 @@
 """A revenue report that was wrong: another takes its place, and only the difference is asked for or given back.
 
 Not paid yet: the invoice is void, and the corrected report's is in its place. Paid: more revenue gives an invoice of what is
-missing, less gives back what was too much, to the card that paid it, as a refund is; the payees give back their parts of it.
+missing, less gives back what was too much, the way it was paid, as a refund is; the payees give back their parts of it.
 The corrected revenue is divided by the result of the report that it replaces: a newer one changes later periods only.
 """
 
@@ -157,7 +157,7 @@ def _set_aside(invoice: RoyaltyInvoice) -> None:
         case Status.OPEN:
             payment = Payment.objects.filter(invoice=invoice).first()
             if payment is not None:
-                if payment.receipts.filter(status="recorded").exists() or not checkouts.close_checkout(payment):
+                if payment.is_on_its_way or not checkouts.close_checkout(payment):
                     raise ReportNotCorrectable(
                         "The invoice has just been paid, and its confirmation is on its way; correct the report after it."
                     )
@@ -217,10 +217,6 @@ def _give_back(corrected: RoyaltyReport, standing: dict[int, dict[int, int]], le
         if payment.disputes.filter(status__in=Dispute.OPEN).exists():
             raise ReportNotCorrectable(
                 "The invoice's payment is disputed at the card's bank; correct the report once that is decided."
-            )
-        if payment.method == Payment.Method.BANK:
-            raise ReportNotCorrectable(
-                "The invoice was paid by bank transfer: write to us, finance returns it by transfer."
             )
         mine = {part.line.pk: part for part in clawbacks.parts_left(payment) if of_lines.get(part.line.pk)}
         gross = {
