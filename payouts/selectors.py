@@ -329,7 +329,7 @@ def taken_back_of(party: Party) -> list[TakenBack]:
 
 def refunds_of(order: Order) -> QuerySet[Refund]:
     """An order's refunds, newest first; whoever may see the order may see them."""
-    return Refund.objects.filter(payment__order=order).order_by("-pk")
+    return Refund.objects.filter(payment__order=order).prefetch_related("transfers").order_by("-pk")
 
 
 def refundable_of_right(order: Order) -> Money | None:
@@ -388,7 +388,8 @@ def open_disputes() -> QuerySet[Dispute]:
 
 def unfinished_refunds() -> QuerySet[Refund]:
     """On their way, refused or failed; newest first."""
-    return Refund.objects.exclude(state=Refund.State.SENT).select_related("payment__order__buyer").order_by("-pk")
+    unfinished = Refund.objects.exclude(state=Refund.State.SENT).select_related("payment__order__buyer")
+    return unfinished.prefetch_related("transfers").order_by("-pk")
 
 
 def debts() -> list[Debt]:
@@ -665,10 +666,16 @@ def corrections_waiting() -> QuerySet[DivisionCorrection]:
 
 def receipts_waiting() -> QuerySet[BankReceipt]:
     return (
-        BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED)
+        BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED, payment__isnull=False)
         .select_related("payment", "recorded_by")
         .order_by("pk")
     )
+
+
+def unmatched_receipts_waiting() -> QuerySet[BankReceipt]:
+    """Money that fits no invoice, seen by one person only."""
+    waiting = BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED, payment=None)
+    return waiting.select_related("recorded_by").order_by("pk")
 
 
 def unpaid_invoices() -> QuerySet[Document]:
@@ -678,3 +685,12 @@ def unpaid_invoices() -> QuerySet[Document]:
         .select_related("buyer", "payment")
         .order_by("due_on", "pk")
     )
+
+
+def references_paid_by(payment: Payment) -> list[str]:
+    """The bank statement's numbers of the transfers that paid it; none where Stripe took it."""
+    booked = BankReceipt.objects.filter(
+        Q(payment=payment) | Q(uses__application__payment=payment, uses__application__status="booked"),
+        status=BankReceipt.Status.BOOKED,
+    )
+    return list(booked.order_by("received_on", "pk").values_list("reference", flat=True))

@@ -385,7 +385,10 @@ class EarningsOutput(serializers.Serializer):
 
 
 class RefundOutput(serializers.ModelSerializer):
-    """One refund of an order: intended, then pending at the card's bank or sent; or refused or failed, and booked back."""
+    """One refund of an order: intended, then pending at the card's bank or sent; or refused or failed, and booked back.
+
+    What was paid by bank transfer goes back by transfer, which a person sends.
+    """
 
     amount = MoneyField()
     reason = serializers.CharField(
@@ -393,10 +396,12 @@ class RefundOutput(serializers.ModelSerializer):
     )
     state = serializers.ChoiceField(choices=Refund.State.choices)
     message = serializers.CharField(source="refusal_message", help_text="Why it was refused or failed.")
+    method = serializers.ChoiceField(choices=["stripe", "bank"], help_text="To the card, or by bank transfer.")
+    sentence = serializers.CharField(help_text="How it stands and what it waits for, for a person.")
 
     class Meta:
         model = Refund
-        fields = ["id", "amount", "reason", "state", "message", "intended_at", "made_at"]
+        fields = ["id", "amount", "reason", "state", "method", "message", "sentence", "intended_at", "made_at"]
 
 
 def _text(micros: int) -> str:

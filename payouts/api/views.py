@@ -104,7 +104,7 @@ class RoyaltyReportViewSet(ListModelMixin, GenericViewSet):
     @extend_schema(
         summary="Correct a report",
         description="Another report takes its place. Unpaid, its invoice is void and a new one asks for all; paid, the difference "
-        "is invoiced, or goes back to the card.",
+        "is invoiced, or goes back the way it was paid.",
         parameters=[IDEMPOTENCY_KEY],
         request=RoyaltyReportCorrectionInput,
         responses={201: RoyaltyReportOutput},

@@ -99,7 +99,7 @@ class Refund(Job):
     @property
     def transfer(self) -> "OutgoingTransfer | None":
         """Of one by bank: the transfer that carries it, as recorded, booked or come back."""
-        return self.transfers.exclude(status="rejected").first()
+        return next((one for one in self.transfers.all() if one.status != "rejected"), None)
 
     @property
     def sentence(self) -> str:

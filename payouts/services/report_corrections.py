@@ -235,4 +235,4 @@ def _give_back(corrected: RoyaltyReport, standing: dict[int, dict[int, int]], le
 
 def refunds_of(report: RoyaltyReport) -> list[Refund]:
     """What a correction gave back."""
-    return list(Refund.objects.filter(key=f"correction:{report.pk}").order_by("pk"))
+    return list(Refund.objects.filter(key=f"correction:{report.pk}").prefetch_related("transfers").order_by("pk"))

@@ -177,11 +177,11 @@ def unapplied() -> list[Unapplied]:
     """What is booked and not used up, the oldest first."""
     booked = BankReceipt.objects.filter(payment=None, status=BankReceipt.Status.BOOKED)
     today = clock.today()
-    found = []
-    for receipt in booked.prefetch_related("uses__application", "returns").order_by("received_on", "pk"):
-        if left := receipt.left:
-            found.append(Unapplied(receipt, left, (today - receipt.received_on).days))
-    return found
+    return [
+        Unapplied(receipt, left, (today - receipt.received_on).days)
+        for receipt in booked.prefetch_related("uses__application", "returns").order_by("received_on", "pk")
+        if (left := receipt.left)
+    ]
 
 
 def applications_waiting() -> QuerySet[ReceiptApplication]:

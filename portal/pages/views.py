@@ -224,7 +224,7 @@ def refund(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
         made = refunds.refund_of_right(order=found, user=request.user)
     except DomainError as error:
         return refusal(request, error)
-    messages.success(request, f"{made.amount} goes back to your card; banks take five to ten days to show it.")
+    messages.success(request, f"{made.amount} goes back. {made.sentence}")
     return redirect("order", order_id=found.public_id)
 
 

@@ -7,12 +7,12 @@ import pytest
 from django.db import DatabaseError, connection, transaction
 
 from marketplace import clock
-from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, License, Order, User
 from marketplace.money import Money
 from payouts import ledger
 from payouts.errors import AlreadyDecided, FourEyes, NotRefundable
-from payouts.models import Document, Payment, Refund, TaxRate
+from payouts.models import Document, Payment, Refund
 from payouts.selectors import earnings_of, refundable_of_right
 from payouts.services import billing, outgoing, receipts, refunds, sales
 from payouts.services.plans import free_micros

@@ -17,7 +17,6 @@ from payouts.services import billing, outgoing, receipts, refunds, sales, unappl
 from payouts.services.proofs import check_books
 from payouts.services.reconciliation import reconcile
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
-from tests.factories.payouts import sell
 
 DOLLAR = 1_000_000
 ADDRESS = {"legal_name": "Carol GmbH", "address": "1 Road\n10115 Berlin", "country": "DE"}
