@@ -9,6 +9,7 @@ from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
 from payouts.models import (
+    BankDetailsNotice,
     DisputeAnswer,
     PayoutRun,
     PayoutShard,
@@ -22,12 +23,13 @@ from payouts.models import (
 )
 from payouts.services import (
     balance_checks,
+    bank_details,
     closing,
     disputes,
     duties,
     events,
     issuing,
-    other_rails,
+    reach,
     reconciliation,
     recoveries,
     refunds,
@@ -161,6 +163,14 @@ def execute_reconciliation(run_id: int) -> None:
         reconciliation.execute_reconciliation(run, also=found)
 
 
+@shared_task(acks_late=True)
+def send_bank_details_notice(notice_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash; a worker that dies right after the mail went out sends it again."""
+    with jobs.claimed(BankDetailsNotice, notice_id) as notice:
+        if notice:
+            bank_details.send_notice(notice)
+
+
 @shared_task
 def check_balances() -> None:
     balance_checks.check_balances()
@@ -168,7 +178,7 @@ def check_balances() -> None:
 
 @shared_task
 def ask_served_countries() -> None:
-    other_rails.ask_served_countries()
+    reach.ask_served_countries()
 
 
 @shared_task

@@ -43,6 +43,7 @@ APPEND_ONLY = frozenset(
         "payouts_reclaim",
         "payouts_writeoff",
         "payouts_receiptuse",
+        "payouts_bankdetails",
         "payouts_document",
         "payouts_correctionline",
         "payouts_closedperiod",

@@ -338,19 +338,22 @@ class StandingOutput(serializers.Serializer):
     until = serializers.DateTimeField(allow_null=True)
 
 
-class PayoutOutput(serializers.ModelSerializer):
-    """One payment to your bank: intended, sent (at Stripe), paid (in the bank); or refused, and kept for you."""
+class PayoutOutput(serializers.Serializer):
+    """One payment to your bank: intended, sent (at Stripe), paid (in the bank); or refused, and kept for you.
 
+    Where Stripe does not reach, `rail` is `bank`: intended, sent by our bank under `reference`, or returned and kept for you.
+    """
+
+    id = serializers.IntegerField(help_text="One per rail.")
+    rail = serializers.ChoiceField(choices=["stripe", "bank"])
     amount = MoneyField()
-    status = serializers.ChoiceField(choices=Payout.Status.choices)
-    refusal = serializers.CharField(source="refusal_message", help_text="Why Stripe refused it.")
-    bank_failure = serializers.CharField(
-        source="bank_failure_code", help_text="Stripe's code of a bank that sent it back: the money is at Stripe."
-    )
-
-    class Meta:
-        model = Payout
-        fields = ["id", "amount", "status", "refusal", "bank_failure", "intended_at", "sent_at", "paid_at"]
+    status = serializers.ChoiceField(choices=[*Payout.Status.choices, ("returned", "Returned")])
+    refusal = serializers.CharField(help_text="Why Stripe refused it.")
+    bank_failure = serializers.CharField(help_text="Stripe's code of a bank that sent it back: the money is at Stripe.")
+    reference = serializers.CharField(help_text="Our bank's, of a transfer.")
+    intended_at = serializers.DateTimeField()
+    sent_at = serializers.DateTimeField(allow_null=True)
+    paid_at = serializers.DateTimeField(allow_null=True)
 
 
 class MinimumInput(serializers.Serializer):

@@ -23,6 +23,25 @@ class CountryForm(Form):
     country = country_field("Country of your bank account")
 
 
+class BankDetailsForm(Form):
+    """Where a payee whom Stripe does not reach is paid."""
+
+    account_holder = forms.CharField(max_length=140, label="Account holder", help_text="As the bank names them.")
+    account = forms.CharField(max_length=60, label="IBAN, or account number")
+    bic = forms.CharField(
+        max_length=14, required=False, label="BIC (SWIFT)", help_text="With an account number; an IBAN needs none."
+    )
+    bank = forms.CharField(
+        max_length=140, required=False, label="Bank", help_text="Its name and place, where it has no BIC."
+    )
+    address = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}),
+        max_length=500,
+        label="Holder’s address",
+        help_text="Street, postcode, town and country.",
+    )
+
+
 class DateInput(forms.DateInput):
     input_type = "date"
 

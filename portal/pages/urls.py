@@ -1,6 +1,17 @@
 from django.urls import path, re_path
 
-from portal.pages import billing, books, desk, desk_bank, desk_billing, desk_runs, influence, statements, views
+from portal.pages import (
+    billing,
+    books,
+    desk,
+    desk_bank,
+    desk_billing,
+    desk_runs,
+    influence,
+    payee_bank,
+    statements,
+    views,
+)
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -43,6 +54,7 @@ urlpatterns = [
     path("desk/taxes/<int:rate_id>/end/", desk_billing.end_tax, name="desk-tax-end"),
     path("earnings/", views.earnings, name="earnings"),
     path("earnings/onboarding/", views.onboarding, name="onboarding"),
+    path("earnings/bank/", payee_bank.payee_bank, name="payee-bank"),
     path("earnings/minimum/<str:currency>/", views.payout_minimum, name="payout-minimum"),
     path("desk/", desk.desk, name="desk"),
     path("desk/payout-runs/", desk_runs.payout_runs, name="desk-payout-runs"),
