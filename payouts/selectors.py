@@ -711,7 +711,8 @@ def months_of(party: Party) -> list[tuple[int, int]]:
     rails = RailPayout.objects.filter(party=party, intended_at__isnull=False)
     for intended_at, status, confirmed_at in rails.values_list("intended_at", "status", "confirmed_at"):
         # What came back was booked when it did.
-        moved += [intended_at, confirmed_at] if status == RailPayout.Status.RETURNED else [intended_at]
+        times = (intended_at, confirmed_at) if status == RailPayout.Status.RETURNED else (intended_at,)
+        moved += [moment for moment in times if moment is not None]
     months |= {(moment.year, moment.month) for moment in moved}
     return sorted(months, reverse=True)
 

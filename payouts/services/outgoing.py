@@ -253,8 +253,8 @@ def _held_with_cause(transfer: OutgoingTransfer) -> tuple[Payment | None, Refund
     refund: Refund | None = None
     if transfer.refund is not None:
         payment, refund = _hold(transfer.refund)
-    else:
-        BankReceipt.objects.select_for_update(of=("self",)).get(pk=transfer.receipt_id)
+    elif transfer.receipt is not None:
+        BankReceipt.objects.select_for_update(of=("self",)).get(pk=transfer.receipt.pk)
     return payment, refund, OutgoingTransfer.objects.select_for_update(of=("self",)).get(pk=transfer.pk)
 
 

@@ -571,17 +571,18 @@ def _waiting_too_long() -> Iterator[Difference]:
             happened_at=payout.intended_at,
             amount=payout.amount,
         )
-    tried: list[type[Refund] | type[TransferReversal]] = [Refund, TransferReversal]
-    for model in tried:
-        old = model._default_manager.filter(state="intended", created_at__lt=wall - IN_TRANSIT_LIMIT)
-        if model is Refund:
-            old = old.filter(method=Payment.Method.STRIPE)
+    tried: dict[str, QuerySet[Any]] = {
+        "refund": Refund.objects.filter(method=Payment.Method.STRIPE),
+        "transferreversal": TransferReversal.objects.all(),
+    }
+    for name, intents in tried.items():
+        old = intents.filter(state="intended", created_at__lt=wall - IN_TRANSIT_LIMIT)
         for intent in old.order_by("pk").iterator(chunk_size=PAGE):
             minutes = int((wall - intent.created_at).total_seconds() // 60)
             yield Difference(
-                f"{model.__name__.lower()}_too_long",
+                f"{name}_too_long",
                 f"{intent} for {minutes} minutes",
-                subject=f"{model.__name__.lower()}:{intent.pk}",
+                subject=f"{name}:{intent.pk}",
                 happened_at=intent.intended_at,
                 amount=intent.amount,
             )
