@@ -288,6 +288,7 @@ SPECTACULAR_SETTINGS = {
     "ENUM_NAME_OVERRIDES": {
         "OrderStatus": "marketplace.models.orders.Order.Status",
         "JobStatus": "marketplace.jobs.Job.Status",
+        "PaymentMethod": "payouts.models.payments.Payment.Method",
     },
 }
 

@@ -11,6 +11,7 @@ from payouts.models import (
     BillingProfile,
     Document,
     IssuedStatement,
+    Payment,
     Payout,
     Refund,
     ReportDuty,
@@ -345,7 +346,7 @@ class PayoutOutput(serializers.Serializer):
     """
 
     id = serializers.IntegerField(help_text="One per rail.")
-    rail = serializers.ChoiceField(choices=["stripe", "bank"])
+    rail = serializers.ChoiceField(choices=Payment.Method.choices)
     amount = MoneyField()
     status = serializers.ChoiceField(choices=[*Payout.Status.choices, ("returned", "Returned")])
     refusal = serializers.CharField(help_text="Why Stripe refused it.")
@@ -399,7 +400,7 @@ class RefundOutput(serializers.ModelSerializer):
     )
     state = serializers.ChoiceField(choices=Refund.State.choices)
     message = serializers.CharField(source="refusal_message", help_text="Why it was refused or failed.")
-    method = serializers.ChoiceField(choices=["stripe", "bank"], help_text="To the card, or by bank transfer.")
+    method = serializers.ChoiceField(choices=Payment.Method.choices, help_text="To the card, or by bank transfer.")
     sentence = serializers.CharField(help_text="How it stands and what it waits for, for a person.")
 
     class Meta:
