@@ -46,6 +46,12 @@ PURPOSES = {
         Account.Kind.ASSET, "in our own bank account: buyers' transfers come to it, other rails are paid from it"
     ),
     "in_transit_rail": Purpose(Account.Kind.LIABILITY, "promised to a payee over another rail, not yet confirmed"),
+    "refunding_bank": Purpose(
+        Account.Kind.LIABILITY, "promised to a buyer by bank transfer, not yet confirmed as sent"
+    ),
+    "unapplied": Purpose(
+        Account.Kind.LIABILITY, "arrived, and fits no invoice: its payer’s until it is applied or returned"
+    ),
 }
 
 
@@ -163,3 +169,11 @@ def bank(currency: str) -> str:
 
 def in_transit_rail(currency: str) -> str:
     return f"in_transit_rail:{currency}"
+
+
+def refunding_bank(currency: str) -> str:
+    return f"refunding_bank:{currency}"
+
+
+def unapplied(currency: str) -> str:
+    return f"unapplied:{currency}"

@@ -126,6 +126,18 @@ class ReceiptNotPossible(DomainError):
     code = "receipt_not_possible"
 
 
+class PaidByStripe(DomainError):
+    """Stripe reaches the payee; no bank account is kept here."""
+
+    code = "paid_by_stripe"
+
+
+class TransferNotPossible(DomainError):
+    """It is not ours to send, or was sent, or less is left; nothing was written."""
+
+    code = "transfer_not_possible"
+
+
 class PeriodClosed(DomainError):
     """The month is closed; a correction is booked in an open one."""
 

@@ -41,8 +41,9 @@ from payouts.models import (
     TransferReversal,
     WriteOff,
 )
-from payouts.services import clawbacks, recoveries
+from payouts.services import bank_details, clawbacks, other_rails, recoveries
 from payouts.services.plans import minimum_of
+from payouts.services.reach import is_served
 
 #: An intent that Stripe has not answered for so long is shown among a run's failures.
 UNANSWERED = timedelta(minutes=15)
@@ -86,6 +87,31 @@ class Earnings:
     paid: Money  # in the bank
     waits: list[Wait]
     reason: str  # what the due money waits for, in words
+    is_over_a_rail: bool  # Stripe does not reach the party: our bank pays it
+    rail_on_its_way: Money  # of what was sent: our bank has it, not Stripe
+    rail_sent: Money  # of what was paid: by our bank, not by Stripe
+
+    @property
+    def on_its_way_in_words(self) -> str:
+        """Who has what is on its way."""
+        if self.in_transit:
+            return "Handed to Stripe; waiting for its answer."
+        by_stripe = self.sent - self.rail_on_its_way
+        if self.rail_on_its_way and by_stripe:
+            return f"{money(by_stripe)} at Stripe, {money(self.rail_on_its_way)} with our bank, on their way to yours."
+        if self.rail_on_its_way:
+            return "With our bank, on its way to yours."
+        return "At Stripe, on its way to your bank." if by_stripe else "Nothing is on its way."
+
+    @property
+    def paid_in_words(self) -> str:
+        """Who says that what was paid is in the bank."""
+        by_stripe = self.paid - self.rail_sent
+        if self.rail_sent and by_stripe:
+            return f"{money(by_stripe)} confirmed by Stripe, {money(self.rail_sent)} sent by our bank."
+        if self.rail_sent:
+            return "Sent to your bank by ours."
+        return "Confirmed by Stripe." if by_stripe else "Nothing has arrived yet."
 
     @property
     def kept(self) -> Money:
@@ -146,8 +172,124 @@ def lines_of(party: Party, shown: str = "") -> QuerySet[DivisionLine]:
 
 
 def payouts_of(party: Party) -> QuerySet[Payout]:
-    """Newest first."""
+    """Stripe's, newest first."""
     return Payout.objects.filter(party=party).order_by("-pk")
+
+
+@dataclass(frozen=True)
+class PaidOut:
+    """One payment to a party's bank, by Stripe or over another rail, as the party is told of it."""
+
+    id: int
+    rail: str  # "stripe" or "bank"
+    amount: Money
+    status: str  # intended, sent, paid, refused; over another rail intended, sent, returned
+    refusal: str
+    bank_failure: str
+    reference: str  # of our bank's transfer
+    intended_at: datetime
+    sent_at: datetime | None
+    paid_at: datetime | None
+    created_at: datetime
+
+    @property
+    def words(self) -> str:
+        """Where it is, in a few words."""
+        if self.rail == "bank":
+            return {
+                "intended": "to be sent by our bank",
+                "sent": f"sent by bank transfer, {self.reference}",
+                "returned": "came back from your bank, kept for you",
+            }[self.status]
+        if self.status == Payout.Status.SENT and self.bank_failure:
+            return "refused by your bank, kept at Stripe"
+        return {
+            "intended": "on its way to Stripe",
+            "sent": "sent",
+            "paid": "in your bank",
+            "refused": "refused by Stripe, kept for you",
+        }[self.status]
+
+    @property
+    def badge(self) -> str:
+        """The badge's look."""
+        if self.status in ("refused", "returned") or self.bank_failure:
+            return "bad"
+        if self.status == "intended":
+            return "wait"
+        return "good" if self.status == "paid" or self.rail == "bank" else "accent"
+
+
+def paid_out_of(party: Party) -> "PaidOutList":
+    """Every payment to the party's bank, newest first, by Stripe and over other rails alike."""
+    return PaidOutList(
+        Payout.objects.filter(party=party),
+        RailPayout.objects.filter(party=party).exclude(status__in=["proposed", "dropped"]),
+    )
+
+
+class PaidOutList:
+    """Two tables as one list, by when each was made; it knows what a cursor's page asks of a queryset."""
+
+    def __init__(self, payouts: QuerySet[Payout], rails: QuerySet[RailPayout], *, is_reversed: bool = True) -> None:
+        self.payouts, self.rails, self.is_reversed = payouts, rails, is_reversed
+
+    def order_by(self, ordering: str) -> "PaidOutList":
+        assert ordering.lstrip("-") == "created_at", ordering
+        return PaidOutList(self.payouts, self.rails, is_reversed=ordering.startswith("-"))
+
+    def filter(self, *given: Any, **named: Any) -> "PaidOutList":
+        return PaidOutList(
+            self.payouts.filter(*given, **named), self.rails.filter(*given, **named), is_reversed=self.is_reversed
+        )
+
+    def find(self, *, rail: str, id: int) -> PaidOut | None:
+        if rail == "bank":
+            over_a_rail = self.rails.filter(pk=id).first()
+            return _over_a_rail(over_a_rail) if over_a_rail else None
+        by_stripe = self.payouts.filter(pk=id).first()
+        return _by_stripe(by_stripe) if by_stripe else None
+
+    def __getitem__(self, wanted: slice) -> list[PaidOut]:
+        order = ("-created_at", "-pk") if self.is_reversed else ("created_at", "pk")
+        found = [_by_stripe(one) for one in self.payouts.order_by(*order)[: wanted.stop]]
+        found += [_over_a_rail(one) for one in self.rails.order_by(*order)[: wanted.stop]]
+        found.sort(key=lambda one: (one.created_at, one.rail, one.id), reverse=self.is_reversed)
+        return found[wanted.start : wanted.stop]
+
+
+def _by_stripe(payout: Payout) -> PaidOut:
+    return PaidOut(
+        id=payout.pk,
+        rail="stripe",
+        amount=payout.amount,
+        status=payout.status,
+        refusal=payout.refusal_message,
+        bank_failure=payout.bank_failure_code if payout.bank_failed_at else "",
+        reference="",
+        intended_at=payout.intended_at,
+        sent_at=payout.sent_at,
+        paid_at=payout.paid_at,
+        created_at=payout.created_at,
+    )
+
+
+def _over_a_rail(payout: RailPayout) -> PaidOut:
+    assert payout.intended_at is not None  # what is only proposed is left out
+    is_sent = payout.status == RailPayout.Status.SENT
+    return PaidOut(
+        id=payout.pk,
+        rail="bank",
+        amount=payout.amount,
+        status=payout.status,
+        refusal="",
+        bank_failure="",
+        reference=payout.reference,
+        intended_at=payout.intended_at,
+        sent_at=payout.confirmed_at if is_sent else None,
+        paid_at=None,
+        created_at=payout.created_at,
+    )
 
 
 def payee_of(party: Party) -> PayeeAccount | None:
@@ -253,10 +395,12 @@ def earnings_of(party: Party) -> list[Earnings]:
     }
     # Another rail's payouts count where Stripe's do: on their way, then in the bank.
     as_stripe = {RailPayout.Status.INTENDED: Payout.Status.SENT, RailPayout.Status.SENT: Payout.Status.PAID}
-    other_rails = RailPayout.objects.filter(party=party, status__in=RailPayout.STANDING)
-    for row in other_rails.values("currency", "status").annotate(sum=Sum("amount_micros")):
+    rails = RailPayout.objects.filter(party=party, status__in=RailPayout.STANDING)
+    over_rails: dict[tuple[str, str], int] = {}
+    for row in rails.values("currency", "status").annotate(sum=Sum("amount_micros")):
         key = (row["currency"], as_stripe[RailPayout.Status(row["status"])].value)
         payouts[key] = payouts.get(key, 0) + int(row["sum"])
+        over_rails[key] = int(row["sum"])
     for reversed_of in fetched_back.values("currency", "payout__status").annotate(sum=Sum("amount_micros")):
         payouts[reversed_of["currency"], reversed_of["payout__status"]] -= int(reversed_of["sum"])
     waits: dict[str, list[Wait]] = {}
@@ -279,6 +423,7 @@ def earnings_of(party: Party) -> list[Earnings]:
         if left:
             waits.setdefault(currency, []).append(Wait(day["due_at"], left, day["n_lines"]))
     payee = payee_of(party)
+    rail = rail_of(party, payee)
     return [
         _earnings(
             row["division__currency"],
@@ -287,11 +432,21 @@ def earnings_of(party: Party) -> list[Earnings]:
             {name: int(back.get(row["division__currency"], {}).get(name, 0)) for name in ("all", "matured", "frozen")},
             forgiven.get(row["division__currency"], 0),
             payouts,
+            over_rails,
             waits,
+            party,
             payee,
+            rail,
         )
         for row in lines
     ]
+
+
+def rail_of(party: Party, payee: PayeeAccount | None) -> str:
+    """What a party that Stripe does not reach waits for, in words; empty where Stripe pays it."""
+    if (payee is not None and payee.is_ready) or is_served(party.country) is not False:
+        return ""
+    return other_rails.waits_for(bank_details.latest_of(party), "your")
 
 
 def taken_back_of(party: Party) -> list[TakenBack]:
@@ -333,7 +488,7 @@ def taken_back_of(party: Party) -> list[TakenBack]:
 def refunds_of(order: Order) -> QuerySet[Refund]:
     """An order's refunds, newest first; whoever may see the order may see them."""
     is_of_order = Q(payment__order=order) | Q(surplus__payment__order=order)
-    return Refund.objects.filter(is_of_order).order_by("-pk")
+    return Refund.objects.filter(is_of_order).prefetch_related("transfers").order_by("-pk")
 
 
 def refundable_of_right(order: Order) -> Money | None:
@@ -395,6 +550,7 @@ def unfinished_refunds() -> QuerySet[Refund]:
     return (
         Refund.objects.exclude(state=Refund.State.SENT)
         .select_related("payment__order__buyer", "surplus")
+        .prefetch_related("transfers")
         .order_by("-pk")
     )
 
@@ -614,7 +770,14 @@ def months_of(party: Party) -> list[tuple[int, int]]:
     months = {
         (moment.year, moment.month)
         for moment in DivisionLine.objects.filter(party=party).datetimes("division__divided_at", "month")
-    } | {(moment.year, moment.month) for moment in Payout.objects.filter(party=party).datetimes("intended_at", "month")}
+    }
+    moved = list(Payout.objects.filter(party=party).datetimes("intended_at", "month"))
+    rails = RailPayout.objects.filter(party=party, intended_at__isnull=False)
+    for intended_at, status, confirmed_at in rails.values_list("intended_at", "status", "confirmed_at"):
+        # What came back was booked when it did.
+        times = (intended_at, confirmed_at) if status == RailPayout.Status.RETURNED else (intended_at,)
+        moved += [moment for moment in times if moment is not None]
+    months |= {(moment.year, moment.month) for moment in moved}
     return sorted(months, reverse=True)
 
 
@@ -633,8 +796,11 @@ def _earnings(
     back: dict[str, int],
     forgiven: int,
     payouts: dict[tuple[str, str], int],
+    over_rails: dict[tuple[str, str], int],
     waits: dict[str, list[Wait]],
+    party: Party,
     payee: PayeeAccount | None,
+    rail: str,
 ) -> Earnings:
     def paid_out(*statuses: Payout.Status) -> int:
         return sum(payouts.get((currency, status), 0) for status in statuses)
@@ -643,14 +809,18 @@ def _earnings(
     due = Money(matured - back["matured"] + forgiven - taken, currency)
     if due.micros < 0:
         reason = "More went back to buyers than you were still owed: what you earn next pays it first."
+    elif rail:
+        reason = (
+            rail if due.floor_to_minor() else "Less than the smallest coin is kept until there is more." if due else ""
+        )
     elif payee is None:
         reason = "Set up payouts with Stripe to be paid; until then it is kept."
     elif not payee.is_ready:
         reason = "Stripe still needs something from you before it can pay."
     elif not due.floor_to_minor():
         reason = "Less than the smallest coin is kept until there is more." if due else ""
-    elif due.micros < minimum_of(payee.party_id, currency).micros:
-        reason = f"Below your threshold of {money(minimum_of(payee.party_id, currency))}: it waits until there is more."
+    elif due.micros < minimum_of(party, currency).micros:
+        reason = f"Below your threshold of {money(minimum_of(party, currency))}: it waits until there is more."
     else:
         reason = "Goes out with the next payout run, as soon as Stripe has made the funds available."
     return Earnings(
@@ -665,6 +835,9 @@ def _earnings(
         paid=Money(paid_out(Payout.Status.PAID), currency),
         waits=waits.get(currency, []),
         reason=reason,
+        is_over_a_rail=bool(rail),
+        rail_on_its_way=Money(over_rails.get((currency, Payout.Status.SENT), 0), currency),
+        rail_sent=Money(over_rails.get((currency, Payout.Status.PAID), 0), currency),
     )
 
 
@@ -729,10 +902,16 @@ def corrections_waiting() -> QuerySet[DivisionCorrection]:
 
 def receipts_waiting() -> QuerySet[BankReceipt]:
     return (
-        BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED)
+        BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED, payment__isnull=False)
         .select_related("payment", "recorded_by")
         .order_by("pk")
     )
+
+
+def unmatched_receipts_waiting() -> QuerySet[BankReceipt]:
+    """Money that fits no invoice, seen by one person only."""
+    waiting = BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED, payment=None)
+    return waiting.select_related("recorded_by").order_by("pk")
 
 
 def unpaid_invoices() -> QuerySet[Document]:
@@ -742,3 +921,12 @@ def unpaid_invoices() -> QuerySet[Document]:
         .select_related("buyer", "payment")
         .order_by("due_on", "pk")
     )
+
+
+def references_paid_by(payment: Payment) -> list[str]:
+    """The bank statement's numbers of the transfers that paid it; none where Stripe took it."""
+    booked = BankReceipt.objects.filter(
+        Q(payment=payment) | Q(uses__application__payment=payment, uses__application__status="booked"),
+        status=BankReceipt.Status.BOOKED,
+    )
+    return list(booked.order_by("received_on", "pk").values_list("reference", flat=True))

@@ -9,8 +9,9 @@ from marketplace import clock
 from marketplace.models import Party
 from marketplace.money import Money
 from marketplace.templatetags.residual import money
-from payouts.models import DivisionLine, PayeeAccount, Payout, PayoutRun, PlannedPayout
+from payouts.models import DivisionLine, PayeeAccount, Payout, PayoutRun, PlannedPayout, RailPayout
 from payouts.selectors import Earnings, earnings_of, payee_of
+from payouts.services import bank_details, other_rails
 from payouts.services.plans import minimum_of
 
 #: Stripe's names of what it asks a payee, from the most specific beginning on: https://docs.stripe.com/api/accounts/object
@@ -70,6 +71,11 @@ class Code(StrEnum):
     AWAITING_FUNDS = "awaiting_funds"
     NEXT_RUN = "next_run"
     ON_HOLD = "on_hold"
+    BANK_DETAILS_NEEDED = "bank_details_needed"  # of whoever is paid over another rail than Stripe
+    BANK_DETAILS_HELD = "bank_details_held"  # they were changed, and are not used yet
+    NEXT_TRANSFERS = "next_transfers"
+    TRANSFER_UNDER_WAY = "transfer_under_way"
+    TRANSFER_RETURNED = "transfer_returned"
 
 
 #: What the payee mends on Stripe's pages.
@@ -87,7 +93,7 @@ class Standing:
 
     @property
     def is_for_payee(self) -> bool:
-        return self.code in AT_STRIPE
+        return self.code in AT_STRIPE or self.code in (Code.BANK_DETAILS_NEEDED, Code.TRANSFER_RETURNED)
 
 
 def standings_of(party: Party, earnings: Iterable[Earnings] | None = None) -> list[Standing]:
@@ -122,7 +128,9 @@ def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterab
     if of.due.micros < 0:
         sentence = "More went back to buyers than you were still owed: what you earn next pays it first."
         yield Standing(Code.OWES, of.owed_back, sentence)
-    if payee is None:
+    if of.is_over_a_rail:
+        yield from _over_a_rail(party, of)
+    elif payee is None:
         yield Standing(Code.NOT_SET_UP, due, "Set up payouts with Stripe to be paid; until then it is kept for you.")
     elif not payee.is_ready:
         asked = asked_in_words(payee.requirements)
@@ -144,6 +152,37 @@ def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterab
         if len(of.waits) > 1:
             sentence += f" {money(of.pending - first.amount)} more later."
         yield Standing(Code.ON_HOLD, first.amount, sentence, until=first.due_at)
+
+
+def _over_a_rail(party: Party, of: Earnings) -> Iterable[Standing]:
+    """Of a payee whom Stripe does not reach."""
+    latest = bank_details.latest_of(party)
+    sentence = other_rails.waits_for(latest, "your")
+    if latest is None:
+        yield Standing(
+            Code.BANK_DETAILS_NEEDED,
+            of.payable_now,
+            f"{sentence} Stripe does not pay to {party.country}; we do, by transfer.",
+        )
+    elif latest.usable_from > clock.now():
+        yield Standing(Code.BANK_DETAILS_HELD, of.payable_now, sentence, until=latest.usable_from)
+    elif of.payable_now:
+        yield Standing(Code.NEXT_TRANSFERS, of.payable_now, sentence)
+    if of.rail_on_its_way:
+        yield Standing(
+            Code.TRANSFER_UNDER_WAY,
+            of.rail_on_its_way,
+            "Our staff are sending it by bank transfer; the bank’s reference stands below once it has left.",
+        )
+    last = (
+        RailPayout.objects.filter(party=party, currency=of.currency).exclude(status="dropped").order_by("-pk").first()
+    )
+    if last is not None and last.status == RailPayout.Status.RETURNED:
+        yield Standing(
+            Code.TRANSFER_RETURNED,
+            last.amount,
+            f"Our transfer of {money(last.amount)} came back. It is kept; look whether your bank details are right.",
+        )
 
 
 def _refusals(party: Party, of: Earnings) -> Iterable[Standing]:

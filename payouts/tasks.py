@@ -8,6 +8,7 @@ from marketplace import clock, jobs
 from marketplace.money import MINOR_DIGITS
 from payouts import ledger
 from payouts.models import (
+    BankDetailsNotice,
     BooksProof,
     DisputeAnswer,
     PayoutRun,
@@ -22,13 +23,14 @@ from payouts.models import (
 )
 from payouts.services import (
     balance_checks,
+    bank_details,
     closing,
     disputes,
     duties,
     events,
     issuing,
-    other_rails,
     proving,
+    reach,
     reconciliation,
     recoveries,
     refunds,
@@ -177,6 +179,14 @@ def request_daily_proof() -> None:
     proving.request_daily_proof()
 
 
+@shared_task(acks_late=True)
+def send_bank_details_notice(notice_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash; a worker that dies right after the mail went out sends it again."""
+    with jobs.claimed(BankDetailsNotice, notice_id) as notice:
+        if notice:
+            bank_details.send_notice(notice)
+
+
 @shared_task
 def check_balances() -> None:
     balance_checks.check_balances()
@@ -184,7 +194,7 @@ def check_balances() -> None:
 
 @shared_task
 def ask_served_countries() -> None:
-    other_rails.ask_served_countries()
+    reach.ask_served_countries()
 
 
 @shared_task

@@ -42,6 +42,8 @@ APPEND_ONLY = frozenset(
         "payouts_clawbackline",
         "payouts_reclaim",
         "payouts_writeoff",
+        "payouts_receiptuse",
+        "payouts_bankdetails",
         "payouts_document",
         "payouts_correctionline",
         "payouts_closedperiod",

@@ -77,6 +77,30 @@ def staff_only(
     return inner
 
 
+def fresh_factor(
+    view: Callable[Concatenate[Any, P], HttpResponseBase],
+) -> Callable[Concatenate[Any, P], HttpResponseBase]:
+    """Of a signed-in person: a second factor shown in the last ten minutes, to see the form and to send it.
+
+    What was sent without is not kept for later, as the desk's acts are: it may be what must not lie in a session.
+    """
+
+    @wraps(view)
+    def inner(request: Any, *args: P.args, **kwargs: P.kwargs) -> HttpResponseBase:
+        if not is_mfa_enabled(request.user):
+            messages.warning(request, "This decides where money goes, so it needs a second factor: set it up first.")
+            return redirect("mfa_activate_totp")
+        if is_fresh(request):
+            return view(request, *args, **kwargs)
+        if request.method not in SAFE_METHODS:
+            messages.warning(request, "Nothing was saved: show your second factor again, then enter it once more.")
+            return redirect(request.path)
+        answer: HttpResponseBase = suspend_request(request, reverse("mfa_reauthenticate"))
+        return answer
+
+    return inner
+
+
 def _ask_for_it(request: Any) -> HttpResponseBase | None:
     """Where to send somebody who must set up or show a second factor first; what they were about to do is resumed then."""
     if not is_mfa_enabled(request.user):

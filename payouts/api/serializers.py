@@ -11,6 +11,7 @@ from payouts.models import (
     BillingProfile,
     Document,
     IssuedStatement,
+    Payment,
     Payout,
     Refund,
     ReportDuty,
@@ -357,19 +358,22 @@ class StandingOutput(serializers.Serializer):
     until = serializers.DateTimeField(allow_null=True)
 
 
-class PayoutOutput(serializers.ModelSerializer):
-    """One payment to your bank: intended, sent (at Stripe), paid (in the bank); or refused, and kept for you."""
+class PayoutOutput(serializers.Serializer):
+    """One payment to your bank: intended, sent (at Stripe), paid (in the bank); or refused, and kept for you.
 
+    Where Stripe does not reach, `rail` is `bank`: intended, sent by our bank under `reference`, or returned and kept for you.
+    """
+
+    id = serializers.IntegerField(help_text="One per rail.")
+    rail = serializers.ChoiceField(choices=Payment.Method.choices)
     amount = MoneyField()
-    status = serializers.ChoiceField(choices=Payout.Status.choices)
-    refusal = serializers.CharField(source="refusal_message", help_text="Why Stripe refused it.")
-    bank_failure = serializers.CharField(
-        source="bank_failure_code", help_text="Stripe's code of a bank that sent it back: the money is at Stripe."
-    )
-
-    class Meta:
-        model = Payout
-        fields = ["id", "amount", "status", "refusal", "bank_failure", "intended_at", "sent_at", "paid_at"]
+    status = serializers.ChoiceField(choices=[*Payout.Status.choices, ("returned", "Returned")])
+    refusal = serializers.CharField(help_text="Why Stripe refused it.")
+    bank_failure = serializers.CharField(help_text="Stripe's code of a bank that sent it back: the money is at Stripe.")
+    reference = serializers.CharField(help_text="Our bank's, of a transfer.")
+    intended_at = serializers.DateTimeField()
+    sent_at = serializers.DateTimeField(allow_null=True)
+    paid_at = serializers.DateTimeField(allow_null=True)
 
 
 class MinimumInput(serializers.Serializer):
@@ -404,7 +408,10 @@ class EarningsOutput(serializers.Serializer):
 
 
 class RefundOutput(serializers.ModelSerializer):
-    """One refund of an order: intended, then pending at the card's bank or sent; or refused or failed, and booked back."""
+    """One refund of an order: intended, then pending at the card's bank or sent; or refused or failed, and booked back.
+
+    What was paid by bank transfer goes back by transfer, which a person sends.
+    """
 
     amount = MoneyField()
     reason = serializers.CharField(
@@ -412,10 +419,12 @@ class RefundOutput(serializers.ModelSerializer):
     )
     state = serializers.ChoiceField(choices=Refund.State.choices)
     message = serializers.CharField(source="refusal_message", help_text="Why it was refused or failed.")
+    method = serializers.ChoiceField(choices=Payment.Method.choices, help_text="To the card, or by bank transfer.")
+    sentence = serializers.CharField(help_text="How it stands and what it waits for, for a person.")
 
     class Meta:
         model = Refund
-        fields = ["id", "amount", "reason", "state", "message", "intended_at", "made_at"]
+        fields = ["id", "amount", "reason", "state", "method", "message", "sentence", "intended_at", "made_at"]
 
 
 def _text(micros: int) -> str:

@@ -16,6 +16,7 @@ from rest_framework.views import APIView
 from rest_framework.viewsets import GenericViewSet
 
 from marketplace.api.keys import idempotency_key
+from marketplace.api.pagination import CreatedCursorPagination
 from marketplace.errors import InvalidInput
 from marketplace.models import ApiKey, Party
 from marketplace.money import MINOR_DIGITS, Money
@@ -45,7 +46,7 @@ from payouts.selectors import (
     documents_of,
     earnings_of,
     find_document,
-    payouts_of,
+    paid_out_of,
     reportable_models_of,
     reports_due_of,
     royalty_invoices_of,
@@ -104,7 +105,7 @@ class RoyaltyReportViewSet(ListModelMixin, GenericViewSet):
     @extend_schema(
         summary="Correct a report",
         description="Another report takes its place. Unpaid, its invoice is void and a new one asks for all; paid, the difference "
-        "is invoiced, or goes back to the card.",
+        "is invoiced, or goes back the way it was paid.",
         parameters=[IDEMPOTENCY_KEY],
         request=RoyaltyReportCorrectionInput,
         responses={201: RoyaltyReportOutput},
@@ -340,15 +341,37 @@ class EarningsView(APIView):
         return Response(EarningsOutput(earnings_of(party), many=True, context={"party": party}).data)
 
 
-@extend_schema_view(list=extend_schema(summary="Your payouts"), retrieve=extend_schema(summary="One of your payouts"))
-class PayoutViewSet(ListModelMixin, RetrieveModelMixin, GenericViewSet):
+class PayoutPagination(CreatedCursorPagination):
+    """By when it was made: the two rails number theirs apart."""
+
+    ordering = "-created_at"
+
+
+class PayoutViewSet(GenericViewSet):
     serializer_class = PayoutOutput
+    pagination_class = PayoutPagination
     queryset = Payout.objects.none()
     lookup_url_kwarg = "id"
     lookup_value_converter = "int"
 
-    def get_queryset(self) -> QuerySet[Payout]:
-        return payouts_of(_party(self.request))
+    @extend_schema(
+        summary="Your payouts", description="By Stripe and, where it does not reach, by our bank; newest first."
+    )
+    def list(self, request: Request) -> Response:
+        page = self.paginate_queryset(paid_out_of(_party(request)))  # type: ignore[arg-type]
+        return self.get_paginated_response(PayoutOutput(page, many=True).data)
+
+    @extend_schema(
+        summary="One of your payouts",
+        parameters=[
+            OpenApiParameter("rail", str, enum=["stripe", "bank"], description="stripe, unless told otherwise.")
+        ],
+    )
+    def retrieve(self, request: Request, id: int) -> Response:
+        found = paid_out_of(_party(request)).find(rail=request.query_params.get("rail", "stripe"), id=int(id))
+        if found is None:
+            raise NotFound("There is no such payout, or it is not yours.")
+        return Response(PayoutOutput(found).data)
 
 
 class PayoutMinimumView(APIView):

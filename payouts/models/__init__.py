@@ -1,5 +1,7 @@
 """Who is owed what, and what has been paid."""
 
+from payouts.models.bank import OutgoingTransfer, ReceiptApplication, ReceiptUse
+from payouts.models.bank_details import BankDetails, BankDetailsNotice
 from payouts.models.billing import BillingProfile, Document, DocumentSeries, TaxRate
 from payouts.models.closing import BalanceCheck, ClosedBalance, ClosedPeriod, ManualDecision, ManualEntry, ManualLeg
 from payouts.models.corrections import CorrectionLine, DivisionCorrection
@@ -44,6 +46,8 @@ __all__ = [
     "ApprovalLimit",
     "BalanceCheck",
     "BalanceSnapshot",
+    "BankDetails",
+    "BankDetailsNotice",
     "BankReceipt",
     "BillingProfile",
     "BooksProof",
@@ -68,6 +72,7 @@ __all__ = [
     "ManualEntry",
     "ManualLeg",
     "Movement",
+    "OutgoingTransfer",
     "PayeeAccount",
     "PayeeCount",
     "Payment",
@@ -80,6 +85,8 @@ __all__ = [
     "ProofFinding",
     "RailExport",
     "RailPayout",
+    "ReceiptApplication",
+    "ReceiptUse",
     "Reclaim",
     "ReconciliationDifference",
     "ReconciliationRun",

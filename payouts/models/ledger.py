@@ -66,6 +66,9 @@ class JournalEntry(models.Model):
         RAIL_SENT = "rail_sent"
         RAIL_REVERSAL = "rail_reversal"
         SURPLUS = "surplus"  # a charge that is for nothing that we sell
+        UNAPPLIED = "unapplied"  # arrived in our bank account and fits no invoice
+        UNAPPLIED_BACK = "unapplied_back"  # and was sent back to its payer
+        UNAPPLIED_AGAIN = "unapplied_again"  # whose bank did not take it
 
     key = models.CharField(max_length=160, unique=True)
     kind = models.CharField(max_length=16, choices=Kind)

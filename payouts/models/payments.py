@@ -92,6 +92,14 @@ class Payment(models.Model):
         return Money(self.tax_micros, self.currency)
 
     @property
+    def is_on_its_way(self) -> bool:
+        """A transfer for it is on our bank's statement, and waits for a second person."""
+        return (
+            self.receipts.filter(status=BankReceipt.Status.RECORDED).exists()
+            or self.applications.filter(status="proposed").exists()
+        )
+
+    @property
     def net(self) -> Money:
         """What is divided into fee, upfront share and pool; tax is none of it."""
         return self.amount - self.tax
@@ -106,14 +114,19 @@ class Payment(models.Model):
 
 
 class BankReceipt(models.Model):
-    """A transfer that arrived in our bank account for one payment: recorded by one person, booked when another confirms it."""
+    """A transfer that arrived in our bank account: recorded by one person, booked when another confirms it.
+
+    It pays one payment, exactly; or, without one, it fits no invoice and is held for its payer (`ReceiptUse`, `OutgoingTransfer`).
+    """
 
     class Status(models.TextChoices):
         RECORDED = "recorded"
         BOOKED = "booked"
         REJECTED = "rejected"
 
-    payment = models.ForeignKey(Payment, models.PROTECT, related_name="receipts")
+    payment = models.ForeignKey(Payment, models.PROTECT, null=True, related_name="receipts")
+    payer = models.CharField(max_length=200, blank=True)  # as the statement names them, where it fits no invoice
+    note = models.CharField(max_length=500, blank=True)  # what it may have been meant for
     amount_micros = models.BigIntegerField()
     currency = models.CharField(max_length=3)
     reference = models.CharField(max_length=120)  # the bank statement's own number of the transfer
@@ -142,6 +155,10 @@ class BankReceipt(models.Model):
             models.CheckConstraint(
                 condition=~Q(status="booked") | ~Q(decided_by=F("recorded_by")), name="receipt_needs_a_second_person"
             ),
+            models.CheckConstraint(
+                condition=Q(payment__isnull=False, payer="") | (Q(payment=None) & ~Q(payer="")),
+                name="receipt_has_payment_or_payer",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -150,6 +167,15 @@ class BankReceipt(models.Model):
     @property
     def amount(self) -> Money:
         return Money(self.amount_micros, self.currency)
+
+    @property
+    def left(self) -> Money:
+        """Of money that fits no invoice: what neither pays one nor goes back, proposals included."""
+        if self.payment_id is not None or self.status != self.Status.BOOKED:
+            return Money(0, self.currency)
+        used = sum(use.amount_micros for use in self.uses.all() if use.application.status != "rejected")
+        gone = sum(one.amount_micros for one in self.returns.all() if one.status in ("recorded", "booked"))
+        return Money(self.amount_micros - used - gone, self.currency)
 
 
 class StripeEvent(Job):

@@ -76,6 +76,9 @@ class RailPayout(models.Model):
 
     export = models.ForeignKey(RailExport, models.PROTECT, related_name="payouts")
     party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="rail_payouts")
+    details = models.ForeignKey(
+        "payouts.BankDetails", models.PROTECT, null=True, related_name="rail_payouts"
+    )  # where it goes; none: before payees could enter them
     amount_micros = models.BigIntegerField()  # whole minor units
     currency = models.CharField(max_length=3)
     status = models.CharField(max_length=8, choices=Status, default=Status.PROPOSED)

@@ -11,7 +11,7 @@ PostgreSQL itself refuses a refund beyond what was paid, a clawback beyond a lin
 (migration `0005_refund_rules`).
 """
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from django.db import models
 from django.db.models import Q
@@ -19,12 +19,17 @@ from django.utils import timezone
 
 from marketplace.jobs import Job
 from marketplace.money import Money
+from payouts.models.payments import Payment
+
+if TYPE_CHECKING:
+    from payouts.models.bank import OutgoingTransfer
 
 
 class Refund(Job):
-    """Part or all of one payment, or of a charge that is for nothing, given back to the card: intended → sent, or refused and booked back.
+    """Part or all of one payment, or of a charge that is for nothing, given back the way it was paid: intended → sent, or refused and booked back.
 
-    The job's `status` says how the work stands, `state` how the money does.
+    The job's `status` says how the work stands, `state` how the money does. What was paid by bank transfer is no job: a person
+    sends it (`OutgoingTransfer`).
     """
 
     class State(models.TextChoices):
@@ -52,6 +57,7 @@ class Refund(Job):
     surplus = models.ForeignKey("payouts.SurplusCharge", models.PROTECT, null=True, related_name="refunds")
     amount_micros = models.BigIntegerField()  # whole minor units
     currency = models.CharField(max_length=3)
+    method = models.CharField(max_length=6, choices=Payment.Method, default=Payment.Method.STRIPE)  # its payment's
     reason = models.CharField(max_length=11, choices=Reason)
     note = models.TextField(blank=True)  # why, in words; staff must give them
     requested_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
@@ -79,7 +85,9 @@ class Refund(Job):
             ),
             models.CheckConstraint(condition=Q(amount_micros__gt=0), name="refund_positive"),
             models.CheckConstraint(
-                condition=Q(state__in=["intended", "refused"]) | Q(refund_id__isnull=False),
+                condition=Q(state__in=["intended", "refused"])
+                | Q(method="stripe", refund_id__isnull=False)
+                | Q(method="bank", refund_id=None),
                 name="sent_refund_has_its_id",
             ),
         ]
@@ -96,6 +104,50 @@ class Refund(Job):
         charge: str | None = self.payment.charge_id if self.payment is not None else self.surplus.charge_id  # type: ignore[union-attr]
         assert charge is not None  # a paid payment has its charge (a database check)
         return charge
+
+    @property
+    def is_by_bank(self) -> bool:
+        return self.method == Payment.Method.BANK
+
+    @property
+    def transfer(self) -> "OutgoingTransfer | None":
+        """Of one by bank: the transfer that carries it, as recorded, booked or come back."""
+        return next((one for one in self.transfers.all() if one.status != "rejected"), None)
+
+    @property
+    def sentence(self) -> str:
+        """How it stands, as the buyer is told."""
+        if self.state == self.State.REFUSED:
+            return f"Nothing was sent: {self.refusal_message}"
+        if self.is_by_bank:
+            return self._by_bank()
+        match self.State(self.state):
+            case self.State.INTENDED:
+                return "On its way to your card; Stripe has not answered yet."
+            case self.State.PENDING:
+                return "On its way to your card; its bank has yet to accept it."
+            case self.State.FAILED:
+                return "Your card’s bank sent it back; write to us for another way."
+        return "It went back to your card; banks take five to ten days to show it."
+
+    def _by_bank(self) -> str:
+        transfer = self.transfer
+        if transfer is None:
+            return (
+                "It goes back by bank transfer to the account that paid. Our staff send it by hand; its reference stands here "
+                "once it has left."
+            )
+        day = f"{transfer.sent_on:%-d %B %Y}"
+        if transfer.status == transfer.Status.RECORDED:
+            return (
+                f"Transferred on {day}; a second person looks for it on our bank’s statement before it counts as sent."
+            )
+        if transfer.status == transfer.Status.RETURNED:
+            return (
+                f"Your bank sent the transfer of {day} back ({transfer.return_note}). Write to us with the account that it "
+                "should go to."
+            )
+        return f"Sent by bank transfer on {day}, reference {transfer.reference}."
 
 
 class Dispute(models.Model):

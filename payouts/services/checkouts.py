@@ -225,9 +225,10 @@ def refuse_too_much(payment: Payment) -> None:
 
 
 def cash_legs(taken: Payment) -> dict[str, int]:
-    """Where a paid payment's money is: at Stripe, less its fee, or in our bank account."""
+    """Where a paid payment's money is: at Stripe, less its fee, or in our bank account, as this payment's or as nobody's so far."""
     if taken.method == Payment.Method.BANK:
-        return {chart.bank(taken.currency): taken.amount_micros}
+        is_applied = taken.applications.filter(status="booked").exists()
+        return {(chart.unapplied if is_applied else chart.bank)(taken.currency): taken.amount_micros}
     assert taken.fee_micros is not None
     return {
         chart.cash_pending(taken.currency): taken.amount_micros - taken.fee_micros,

@@ -56,7 +56,7 @@ def issue_credit_note(refund: Refund) -> Document:
                 "order_line__version__dataset", "invoice_line__version__dataset"
             ).order_by("pk")
         ],
-        "notes": [f"Of invoice {of.reference}. Reason: {refund.get_reason_display()}."],
+        "notes": [f"Of invoice {of.reference}. Reason: {refund.get_reason_display()}.", _returned_by(refund)],
         **_sums(refund.amount - tax, tax, payment),
     }
     return _issue(Document.Kind.CREDIT_NOTE, payment, content, net=refund.amount - tax, tax=tax, refund=refund)
@@ -157,6 +157,13 @@ def _lines_of(payment: Payment) -> list[dict[str, str]]:
             text = f"{_name(line)}. {period}: {share}{', capped' if line.is_capped else ''}"
             found.append({"text": text, "amount": _text(line.amount_micros, payment)})
     return found
+
+
+def _returned_by(refund: Refund) -> str:
+    transfer = refund.transfer
+    if transfer is None:
+        return "It went back to the card that paid."
+    return f"It went back by bank transfer on {transfer.sent_on}, reference {transfer.reference}."
 
 
 def _name(line: Any) -> str:

@@ -5,61 +5,92 @@
     sent       the bank's reference is confirmed: in_transit_rail → bank
     returned   it came back, or never left: booked back to payable
 
-Bank details are not kept here: the file names each payee and their address for whoever holds them at the other rail.
+It goes to the bank account that the payee has entered (`bank_details`), once that has been held for 72 hours; until then nothing
+does. The file for the other rail names holder, account, bank and address in plain, so each one that is made is in the audit log.
 """
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from django.conf import settings
 from django.db import transaction
-from django.db.models import QuerySet
 
 from marketplace import clock
 from marketplace.csv_cells import cell_text, written
 from marketplace.errors import InvalidInput
-from marketplace.models import Membership, Party, User
+from marketplace.models import Party, User
 from marketplace.money import MINOR_DIGITS, Money
 from marketplace.services import audit
-from payouts import chart, gateway, ledger
+from payouts import chart, ledger
 from payouts.errors import AlreadyDecided, FourEyes, NothingOwed
-from payouts.models import DivisionLine, JournalEntry, PayeeAccount, RailExport, RailPayout, ServedCountries
-from payouts.services import recoveries, transfers
+from payouts.models import (
+    BankDetails,
+    DivisionLine,
+    JournalEntry,
+    RailExport,
+    RailPayout,
+)
+from payouts.services import bank_details, recoveries, transfers
+from payouts.services.reach import unserved_parties
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ["export", "payout", "party", "name", "country", "email", "currency", "amount", "reference", "status"]
+COLUMNS = [
+    "export",
+    "payout",
+    "party",
+    "name",
+    "country",
+    "account_holder",
+    "iban",
+    "account_number",
+    "bic",
+    "bank",
+    "address",
+    "currency",
+    "amount",
+    "reference",
+    "status",
+]
 
 
-# --- whom Stripe reaches ----------------------------------------------------------------------------------------------
-def ask_served_countries() -> ServedCountries:
-    """Write down where Stripe says that it transfers to from the platform's country; a row only if it has changed.
+@dataclass(frozen=True)
+class WaitingPayee:
+    """A payee to whom something is due over another rail and cannot be sent, and why."""
 
-    Raises:
-        gateway.StripeRefused, gateway.StripeUncertain: ask again.
-    """
-    countries = sorted(gateway.transfer_countries(settings.STRIPE_PLATFORM_COUNTRY))
-    latest = ServedCountries.objects.filter(platform_country=settings.STRIPE_PLATFORM_COUNTRY).first()
-    if latest is not None and latest.countries == countries:
-        return latest
-    return ServedCountries.objects.create(platform_country=settings.STRIPE_PLATFORM_COUNTRY, countries=countries)
+    party: Party
+    amount: Money
+    sentence: str
 
 
-def is_served(country: str) -> bool | None:
-    """Whether Stripe can pay to a country; None while nobody knows: no country, or Stripe was not asked yet."""
-    latest = ServedCountries.objects.filter(platform_country=settings.STRIPE_PLATFORM_COUNTRY).first()
-    if latest is None or not country:
-        return None
-    return country in latest.countries
+def waiting_for_details() -> list[WaitingPayee]:
+    """Whose money waits for bank details, or for the end of their hold; by currency, then party."""
+    found = []
+    for currency in MINOR_DIGITS:
+        dues = _dues(currency)
+        usable = bank_details.usable_of([party.pk for party, _ in dues])
+        latest = {
+            one.party_id: one
+            for one in BankDetails.objects.filter(party__in=[party for party, _ in dues]).order_by("pk")
+        }
+        found += [
+            WaitingPayee(party, due, waits_for(latest.get(party.pk), "their"))
+            for party, due in dues
+            if party.pk not in usable
+        ]
+    return found
 
 
-def unserved_parties() -> QuerySet[Party]:
-    """Parties with a country that Stripe does not reach, and no account at Stripe that it could pay."""
-    latest = ServedCountries.objects.filter(platform_country=settings.STRIPE_PLATFORM_COUNTRY).first()
+def waits_for(latest: BankDetails | None, whose: str) -> str:
+    """What a payee over another rail waits for, in words."""
     if latest is None:
-        return Party.objects.none()
-    ready = PayeeAccount.objects.filter(transfers_active=True)
-    return Party.objects.exclude(country="").exclude(country__in=latest.countries).exclude(pk__in=ready.values("party"))
+        return f"Waits for {whose} bank details."
+    if latest.usable_from > clock.now():
+        return (
+            f"Waits until {latest.usable_from:%-d %B %Y}, {latest.usable_from:%H:%M} UTC: {whose} bank details were changed, and are "
+            "not used before."
+        )
+    return "Goes out with the next bank transfers that our staff make."
 
 
 # --- an export --------------------------------------------------------------------------------------------------------
@@ -70,7 +101,7 @@ def propose_export(*, user: User, currency: str, key: str) -> RailExport:
     Raises:
         FourEyes: the user is not of the staff.
         InvalidInput: a currency in which no balance is held.
-        NothingOwed: nothing is due, or it is all in an open export.
+        NothingOwed: nothing is due to anybody with bank details, or it is all in an open export.
     """
     _require_staff(user)
     if currency not in MINOR_DIGITS:
@@ -79,15 +110,17 @@ def propose_export(*, user: User, currency: str, key: str) -> RailExport:
         return known
     now = clock.now()
     recoveries.lock(currency)  # nothing is promised or taken back meanwhile
-    with_lines = DivisionLine.objects.filter(division__currency=currency, due_at__lte=now)
-    open_ones = RailPayout.objects.filter(currency=currency, status__in=["proposed", "intended"])
-    parties = unserved_parties().filter(pk__in=with_lines.values("party")).exclude(pk__in=open_ones.values("party"))
-    dues = [(party, due) for party in parties.order_by("pk") if (due := _due(party, currency))]
+    everybody = _dues(currency)
+    usable = bank_details.usable_of([party.pk for party, _ in everybody])
+    dues = [(party, due) for party, due in everybody if party.pk in usable]
+    if not dues and everybody:
+        raise NothingOwed(f"Everybody to whom something in {currency} is due waits for their bank details.")
     if not dues:
         raise NothingOwed(f"Nothing in {currency} is due to a payee whom Stripe does not reach.")
     export = RailExport.objects.create(key=key, currency=currency, proposed_by=user, proposed_at=now)
     RailPayout.objects.bulk_create(
-        RailPayout(export=export, party=party, amount_micros=due.micros, currency=currency) for party, due in dues
+        RailPayout(export=export, party=party, details=usable[party.pk], amount_micros=due.micros, currency=currency)
+        for party, due in dues
     )
     total = sum(due.micros for _, due in dues)
     audit.record(
@@ -102,7 +135,7 @@ def propose_export(*, user: User, currency: str, key: str) -> RailExport:
 
 @transaction.atomic
 def approve_export(*, export: RailExport, user: User) -> RailExport:
-    """Book every payout of it as promised, as far as it is still due.
+    """Book every payout of it as promised, as far as it is still due; not where the payee has changed their bank details since.
 
     Raises:
         FourEyes: the user proposed it, or is not of the staff.
@@ -116,8 +149,11 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
         status=RailExport.Status.APPROVED, decided_by=user, decided_at=clock.now()
     )
     promised = 0
+    usable = bank_details.usable_of(list(export.payouts.values_list("party", flat=True)))
     for payout in export.payouts.order_by("pk"):
         amount = min(payout.amount, _due(Party.objects.get(pk=payout.party_id), export.currency))
+        if payout.party_id not in usable or usable[payout.party_id].pk != payout.details_id:
+            amount = Money(0, export.currency)
         if not amount:
             RailPayout.objects.filter(pk=payout.pk).update(status=RailPayout.Status.DROPPED)
             continue
@@ -133,7 +169,9 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
             },
         )
         promised += amount.micros
-    held = ledger.balance(chart.bank(export.currency)) + ledger.balance(chart.in_transit_rail(export.currency))
+    # Liabilities stand below zero: what is promised to buyers, or held for payers, pays no payee.
+    promised_to = (chart.in_transit_rail, chart.refunding_bank, chart.unapplied)
+    held = sum(ledger.balances_of([of(export.currency) for of in (chart.bank, *promised_to)]).values())
     if held < 0:
         short = Money(-held, export.currency)
         raise NothingOwed(
@@ -196,17 +234,32 @@ def confirm_returned(*, payout: RailPayout, user: User, reference: str) -> RailP
     return _end(payout, user, reference, to=RailPayout.Status.RETURNED)
 
 
-def export_rows(export: RailExport) -> Iterator[str]:
-    """The file for the other rail, as CSV, streamed; no cell acts as a formula."""
+def export_file(*, export: RailExport, user: User) -> Iterator[str]:
+    """The file for the other rail, as CSV, streamed; that it was made, and by whom, is in the audit log.
+
+    Raises:
+        FourEyes: the user is not of the staff.
+        InvalidInput: nobody approved the export.
+    """
+    _require_staff(user)
+    export = RailExport.objects.get(pk=export.pk)
+    if export.status != RailExport.Status.APPROVED:
+        raise InvalidInput(f"Export {export.pk} is {export.status}; only an approved one is sent.")
+    audit.record(
+        actor=user,
+        action="rail_export.downloaded",
+        target=f"rail_export:{export.pk}",
+        after={"payouts": export.payouts.exclude(status=RailPayout.Status.DROPPED).count()},
+    )
+    return _export_rows(export)
+
+
+def _export_rows(export: RailExport) -> Iterator[str]:
+    """No cell acts as a formula."""
     yield written(COLUMNS)
-    payouts = export.payouts.exclude(status=RailPayout.Status.DROPPED).select_related("party").order_by("pk")
-    for payout in payouts.iterator(chunk_size=500):
-        owner = (
-            Membership.objects.filter(party=payout.party_id, role=Membership.Role.OWNER)
-            .select_related("user")
-            .order_by("pk")
-            .first()
-        )
+    payouts = export.payouts.exclude(status=RailPayout.Status.DROPPED).select_related("party", "details")
+    for payout in payouts.order_by("pk").iterator(chunk_size=500):
+        account = bank_details.opened(payout.details) if payout.details is not None else bank_details.NONE
         yield written(
             [
                 export.pk,
@@ -214,7 +267,12 @@ def export_rows(export: RailExport) -> Iterator[str]:
                 str(payout.party.public_id),
                 cell_text(payout.party.name),
                 payout.party.country,
-                cell_text(owner.user.email if owner else ""),
+                cell_text(account.account_holder),
+                cell_text(account.iban),
+                cell_text(account.account_number),
+                cell_text(account.bic),
+                cell_text(account.bank),
+                cell_text(account.address),
                 payout.currency,
                 payout.amount.amount_text(),
                 f"RESIDUAL {payout.pk}",
@@ -263,6 +321,14 @@ def _end(payout: RailPayout, user: User, reference: str, *, to: RailPayout.Statu
         recoveries.net(parties=[payout.party_id], currency=payout.currency)
     logger.info("Ended rail payout=%s status=%s", payout.pk, to)
     return payout
+
+
+def _dues(currency: str) -> list[tuple[Party, Money]]:
+    """Everybody whom Stripe does not reach, with what is due to them and in no open export."""
+    with_lines = DivisionLine.objects.filter(division__currency=currency, due_at__lte=clock.now())
+    open_ones = RailPayout.objects.filter(currency=currency, status__in=["proposed", "intended"])
+    parties = unserved_parties().filter(pk__in=with_lines.values("party")).exclude(pk__in=open_ones.values("party"))
+    return [(party, due) for party in parties.order_by("pk") if (due := _due(party, currency))]
 
 
 def _due(party: Party, currency: str) -> Money:

@@ -21,6 +21,7 @@ from payouts import books, chart, ledger
 from payouts.ledger import postings_of
 from payouts.models import (
     Account,
+    BankReceipt,
     Clawback,
     ClosedBalance,
     ClosedPeriod,
@@ -423,7 +424,9 @@ def _payments() -> Iterator[Finding]:
         kind = "sale" if payment.order_id is not None else "royalty"
         booked = _postings(f"{kind}:payment:{payment.pk}")
         is_bank = payment.method == Payment.Method.BANK
-        cash = booked.get((chart.bank if is_bank else chart.cash_pending)(payment.currency), 0)
+        applied = payment.applications.filter(status="booked").first() if is_bank else None
+        taken_from = chart.unapplied if applied else chart.bank if is_bank else chart.cash_pending
+        cash = booked.get(taken_from(payment.currency), 0)
         fee = booked.get(chart.stripe_fees(payment.currency), 0)
         if (cash, fee) != (net, payment.fee_micros):
             yield Finding(
@@ -439,8 +442,10 @@ def _payments() -> Iterator[Finding]:
         status = (payment.order or payment.invoice).status  # type: ignore[union-attr]
         if status not in ("paid", "refunded") or asked != payment.net.micros:
             yield Finding("paid_thing_differs", f"payment {payment.pk} and what it is for")
-        if is_bank != payment.receipts.filter(status="booked", amount_micros=payment.amount_micros).exists():
-            yield Finding("receipt_differs", f"payment {payment.pk} and the transfer that paid it")
+        arrived = payment.receipts.filter(status="booked", amount_micros=payment.amount_micros).exists()
+        used = sum(applied.uses.values_list("amount_micros", flat=True)) if applied else 0
+        if is_bank != (arrived or used == payment.amount_micros) or (arrived and applied):
+            yield Finding("receipt_differs", f"payment {payment.pk} and the transfers that paid it")
     for code, micros in _rows(
         """
         SELECT a.code, sum(p.amount_micros) FROM payouts_account a JOIN payouts_posting p ON p.account_id = a.id
@@ -664,11 +669,12 @@ def _refunds() -> Iterator[Finding]:
     for refund in refunds.order_by("pk").iterator(chunk_size=1_000):
         state = Refund.State(refund.state)
         if state == Refund.State.INTENDED:
-            refunding[chart.refunding(refund.currency)] += refund.amount_micros
+            account = chart.refunding_bank if refund.is_by_bank else chart.refunding
+            refunding[account(refund.currency)] += refund.amount_micros
         moved = sorted((movement.kind, movement.amount_micros) for movement in refund.movements.all())
         wanted = [
             (kind.value, refund.amount_micros * (-1 if kind == Movement.Kind.REFUND else 1))
-            for kind in expected_movements[state]
+            for kind in ([] if refund.is_by_bank else expected_movements[state])
         ]
         if moved != wanted:
             yield Finding("refund_movements_differ", f"{refund} is {state}: {moved}")
@@ -680,7 +686,7 @@ def _refunds() -> Iterator[Finding]:
             yield Finding(
                 "refund_differs_from_clawback", f"{refund} is {state}, {clawback} of {clawback.amount_micros}"
             )
-    promised = _sums("refunding:")
+    promised = _sums("refunding:") | _sums("refunding_bank:")
     for code in sorted(refunding.keys() | promised.keys()):
         if refunding[code] != -promised.get(code, 0):
             yield Finding("refunding_differs", f"{code}: {-promised.get(code, 0)} booked, {refunding[code]} intended")
@@ -711,6 +717,65 @@ def _surplus() -> Iterator[Finding]:
         held = booked_now.get(code, 0)
         if left[code] != by_hand.get(code, 0) - held:
             yield Finding("surplus_differs", f"{code}: {-held} booked, {left[code]} left of its charges")
+
+
+def _bank() -> Iterator[Finding]:
+    """Each transfer out of the bank has the entries of its status and carries what it is for; what fits no invoice is what is left."""
+    for key, is_expected in _rows(
+        """
+        WITH expected AS (
+            SELECT 'outgoing:' || o.id || ':' || stage AS key, o.amount_micros * CASE stage WHEN 'sent' THEN -1 ELSE 1 END AS micros
+            FROM payouts_outgoingtransfer o, LATERAL unnest(
+                CASE o.status WHEN 'booked' THEN ARRAY['sent'] WHEN 'returned' THEN ARRAY['sent', 'returned'] END
+            ) stage
+            UNION ALL
+            SELECT 'receipt:' || id, amount_micros FROM payouts_bankreceipt WHERE payment_id IS NULL AND status = 'booked'
+        ), booked AS (
+            SELECT e.key, sum(p.amount_micros) AS micros
+            FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id JOIN payouts_account a ON a.id = p.account_id
+            WHERE (starts_with(e.key, 'outgoing:') OR starts_with(e.key, 'receipt:')) AND a.code = 'bank:' || e.currency
+            GROUP BY e.key
+        )
+        SELECT key, expected.key IS NOT NULL FROM expected FULL JOIN booked USING (key, micros)
+        WHERE expected.key IS NULL OR booked.key IS NULL ORDER BY 1
+        """
+    ):
+        yield Finding("bank_entry_differs", f"{key} is {'missing' if is_expected else 'too many'}")
+    carried = {
+        Refund.State.INTENDED: ("", "recorded"),
+        Refund.State.SENT: ("booked",),
+        Refund.State.FAILED: ("returned",),
+        Refund.State.REFUSED: ("",),
+    }
+    for refund in Refund.objects.filter(method=Payment.Method.BANK).order_by("pk").iterator(chunk_size=1_000):
+        transfer = refund.transfer
+        if (transfer.status if transfer else "") not in carried.get(Refund.State(refund.state), ()):
+            yield Finding("refund_differs_from_transfer", f"{refund} is {refund.state}, its transfer {transfer}")
+    held: dict[str, int] = defaultdict(int)
+    for receipt in BankReceipt.objects.filter(payment=None, status="booked").prefetch_related(
+        "uses__application", "returns"
+    ):
+        used = sum(use.amount_micros for use in receipt.uses.all() if use.application.status == "booked")
+        gone = sum(one.amount_micros for one in receipt.returns.all() if one.status == "booked")
+        held[chart.unapplied(receipt.currency)] += receipt.amount_micros - used - gone
+        if receipt.left.micros < 0:
+            yield Finding("receipt_overdrawn", f"{receipt} has {receipt.left} left")
+    # By the entries of these rows alone: whatever else the account may hold is proved where it is made.
+    mine = dict(
+        _rows(
+            """
+            SELECT a.code, -sum(p.amount_micros)::bigint FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id
+            JOIN payouts_account a ON a.id = p.account_id
+            WHERE a.code = 'unapplied:' || e.currency AND (
+                starts_with(e.key, 'receipt:') OR starts_with(e.key, 'outgoing:') OR starts_with(e.key, 'sale:')
+                OR starts_with(e.key, 'royalty:payment:')
+            ) GROUP BY a.code
+            """
+        )
+    )
+    for code in sorted(held.keys() | mine.keys()):
+        if held[code] != mine.get(code, 0):
+            yield Finding("unapplied_differs", f"{code}: {mine.get(code, 0)} booked, {held[code]} by receipts")
 
 
 def _clawbacks() -> Iterator[Finding]:
@@ -857,6 +922,7 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _statements,
     _refunds,
     _surplus,
+    _bank,
     _clawbacks,
     _disputes,
     _frozen,

@@ -9,8 +9,9 @@ from marketplace import clock
 from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import AuditEvent, User
 from marketplace.money import Money
+from payouts import chart, ledger
 from payouts.errors import AlreadyPaid, ReceiptNotPossible
-from payouts.models import BankReceipt, Document, Payment
+from payouts.models import BankReceipt, Document, JournalEntry, Payment
 from payouts.services import checkouts, duties, royalties, sales
 
 logger = logging.getLogger(__name__)
@@ -28,25 +29,21 @@ def record_receipt(*, payment: Payment, amount: Money, reference: str, received_
 
     Raises:
         NotAllowed: the user is not staff.
-        InvalidInput: no number, a day to come, or another amount than the invoice's.
-        AlreadyPaid: it is.
+        InvalidInput: no number, a day to come, or another amount than the invoice's: record it as fitting none (`unapplied`).
+        AlreadyPaid: it is; the same.
         ReceiptNotPossible: it was not invoiced, or the transfer is another payment's.
     """
-    _require_staff(by)
-    reference = " ".join(reference.split())
-    if not 1 <= len(reference) <= MAX_REFERENCE:
-        raise InvalidInput("Give the statement's number of the transfer.", pointers={"/reference": "missing"})
-    if received_on > clock.today():
-        raise InvalidInput(f"{received_on} is still to come.", pointers={"/received_on": "in the future"})
+    reference = checked(reference, received_on, by)
     payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment.pk)
     known = BankReceipt.objects.exclude(status=Status.REJECTED).filter(reference=reference).first()
     if known is not None and (known.payment_id, known.amount) == (payment.pk, amount):
         return known
     if payment.status == Payment.Status.PAID:
-        raise AlreadyPaid(f"Payment {payment.pk} has been paid. Return the transfer.")
+        raise AlreadyPaid(f"Payment {payment.pk} has been paid. Record the transfer as money that fits no invoice.")
     if amount != payment.amount:
         raise InvalidInput(
-            f"The invoice asks for {payment.amount}; {amount} arrived. Return it, or ask the buyer for the rest in one transfer.",
+            f"The invoice asks for {payment.amount}; {amount} arrived. Record it as money that fits no invoice: from there it is "
+            "applied once it pays one exactly, or goes back.",
             pointers={"/amount": f"should be {payment.amount}"},
         )
     if not Document.objects.filter(payment=payment).exists():
@@ -66,7 +63,7 @@ def record_receipt(*, payment: Payment, amount: Money, reference: str, received_
         raise ReceiptNotPossible(
             f"Transfer {reference} was recorded for another payment, or another transfer for this one."
         ) from error
-    _note(receipt, "receipt.recorded", by)
+    note(receipt, "receipt.recorded", by)
     return receipt
 
 
@@ -74,17 +71,15 @@ def record_receipt(*, payment: Payment, amount: Money, reference: str, received_
 def decide_receipt(*, receipt: BankReceipt, approved: bool, by: User) -> BankReceipt:
     """Book a recorded transfer, or reject it; the second call with the same decision finds it decided.
 
+    One that fits no invoice is held for its payer.
+
     Raises:
         NotAllowed: the user is not staff, or confirms what they recorded themselves.
         ReceiptNotPossible: it was decided otherwise, or the payment was made on Stripe's page meanwhile.
-        OrderNotPayable: the order was cancelled; return the transfer.
+        OrderNotPayable: the order was cancelled; reject it, and record the transfer as money that fits no invoice.
     """
     _require_staff(by)
-    payment = (
-        Payment.objects.select_for_update(of=("self",))
-        .select_related("order", "invoice", "tax_rate")
-        .get(pk=receipt.payment_id)
-    )
+    payment = hold_payment(receipt.payment_id) if receipt.payment_id is not None else None
     receipt = BankReceipt.objects.select_for_update(of=("self",)).get(pk=receipt.pk)
     wanted = Status.BOOKED if approved else Status.REJECTED
     if receipt.status == wanted:
@@ -95,16 +90,38 @@ def decide_receipt(*, receipt: BankReceipt, approved: bool, by: User) -> BankRec
         raise NotAllowed("Somebody else has to confirm it: you recorded it.")
     receipt.status, receipt.decided_by, receipt.decided_at = wanted, by, clock.now()
     receipt.save(update_fields=["status", "decided_by", "decided_at"])
-    if approved:
-        _book(payment)
-    _note(receipt, f"receipt.{wanted.value}", by)
+    if approved and payment is not None:
+        book_paid(payment)
+    elif approved:
+        ledger.post(
+            key=f"receipt:{receipt.pk}",
+            kind=JournalEntry.Kind.UNAPPLIED,
+            postings={
+                chart.bank(receipt.currency): receipt.amount_micros,
+                chart.unapplied(receipt.currency): -receipt.amount_micros,
+            },
+            booked_at=receipt.decided_at,
+        )
+    note(receipt, f"receipt.{wanted.value}", by)
     return receipt
 
 
-def _book(payment: Payment) -> None:
+def hold_payment(pk: int) -> Payment:
+    """Inside a transaction: the payment with its row held, and all that booking it needs."""
+    return Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice", "tax_rate").get(pk=pk)
+
+
+def book_paid(payment: Payment) -> None:
+    """Inside the transaction that holds its row: money in our bank account pays it.
+
+    Raises:
+        ReceiptNotPossible: it was made on Stripe's page meanwhile.
+        OrderNotPayable: the order was cancelled.
+    """
     if payment.status == Payment.Status.PAID or not checkouts.close_checkout(payment):
         raise ReceiptNotPossible(
-            f"Payment {payment.pk} was made on Stripe's page, or its bank is confirming a debit. Reject this, and return the transfer."
+            f"Payment {payment.pk} was made on Stripe's page, or its bank is confirming a debit. Reject this; the transfer is money "
+            "that fits no invoice."
         )
     now = clock.now()
     payment.status, payment.method = Payment.Status.PAID, Payment.Method.BANK
@@ -117,16 +134,42 @@ def _book(payment: Payment) -> None:
         duties.settle(payment.asked_of)
 
 
+def checked(reference: str, received_on: date, by: User) -> str:
+    """The statement's number, tidied up.
+
+    Raises:
+        NotAllowed: the user is not staff.
+        InvalidInput: no number, or a day to come.
+    """
+    _require_staff(by)
+    if received_on > clock.today():
+        raise InvalidInput(f"{received_on} is still to come.", pointers={"/received_on": "in the future"})
+    return checked_reference(reference)
+
+
+def checked_reference(reference: str) -> str:
+    """
+    Raises:
+        InvalidInput: there is none, or it is too long.
+    """
+    reference = " ".join(reference.split())
+    if not 1 <= len(reference) <= MAX_REFERENCE:
+        raise InvalidInput("Give the statement's number of the transfer.", pointers={"/reference": "missing"})
+    return reference
+
+
 def _require_staff(user: User) -> None:
     if not (user.is_staff and user.is_active):
         raise NotAllowed("Only staff can record a transfer.")
 
 
-def _note(receipt: BankReceipt, action: str, by: User) -> None:
+def note(receipt: BankReceipt, action: str, by: User) -> None:
+    """In the audit log."""
+    payment = receipt.payment
     AuditEvent.objects.create(
         actor=by,
-        party=receipt.payment.asked_of,
+        party=payment.asked_of if payment is not None else None,
         action=action,
-        target=f"payment:{receipt.payment_id}",
+        target=f"payment:{payment.pk}" if payment is not None else f"receipt:{receipt.pk}",
         detail={"receipt": receipt.pk, "amount_micros": receipt.amount_micros, "currency": receipt.currency},
     )

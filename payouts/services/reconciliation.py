@@ -35,10 +35,12 @@ from marketplace.money import Money
 from marketplace.services import audit
 from payouts import chart, gateway, ledger
 from payouts.models import (
+    BankReceipt,
     EventSettlement,
     JournalEntry,
     ManualLeg,
     Movement,
+    OutgoingTransfer,
     Payment,
     Payout,
     RailPayout,
@@ -59,6 +61,8 @@ IN_TRANSIT_LIMIT = timedelta(minutes=15)
 GRACE = timedelta(minutes=15)
 #: Money on another rail takes days.
 RAIL_LIMIT = timedelta(days=7)
+#: Of money that fits no invoice: its payer must have been asked by then.
+UNAPPLIED_LIMIT = timedelta(days=30)
 PAGE = 500
 LISTED_AT_ONCE = 100  # of Stripe's, in one answer
 #: What a look reads again of what an earlier one has proved: late bookings, clocks that differ, transactions that took hours.
@@ -107,6 +111,11 @@ CAUSES = {
     "refund_too_long": "Stripe has not answered, or the worker died: the job looks it up when it comes back.",
     "transferreversal_too_long": "Stripe has not answered, or the worker died: the job looks it up when it comes back.",
     "rail_too_long": "Nobody has confirmed that the bank sent it, or that it came back.",
+    "bank_refund_too_long": "It goes back by bank transfer, which a person sends: send it, record it, and have it confirmed; or "
+    "say why it cannot be sent.",
+    "outgoing_too_long": "A transfer out of our bank account was recorded, and no second person has confirmed or rejected it.",
+    "receipt_too_long": "A transfer to our bank account was recorded, and no second person has confirmed or rejected it.",
+    "unapplied_too_long": "Money in our bank account fits no invoice: apply it to the one it is for, or return it to its payer.",
     "event_not_applied": "Stripe told us something that could not be booked; the message says why. Settle it at the desk, "
     "under Stripe’s events.",
     "events_not_listed": "Stripe did not list what it told of that account: it was closed, or Stripe did not answer.",
@@ -613,7 +622,12 @@ def _is_on_its_way(look: _Look, theirs: gateway.BalanceTransaction, net: Money, 
     if name == "transfer":
         intents = Payout.objects.filter(status=Payout.Status.INTENDED, amount_micros=-net.micros, currency=net.currency)
     elif name == "refund":
-        intents = Refund.objects.filter(state=Refund.State.INTENDED, amount_micros=-net.micros, currency=net.currency)
+        intents = Refund.objects.filter(
+            state=Refund.State.INTENDED,
+            method=Payment.Method.STRIPE,
+            amount_micros=-net.micros,
+            currency=net.currency,
+        )
     elif name == "reversal":
         intents = TransferReversal.objects.filter(
             state=TransferReversal.State.INTENDED, amount_micros=net.micros, currency=net.currency
@@ -747,15 +761,18 @@ def _waiting_too_long() -> Iterator[Difference]:
             happened_at=payout.intended_at,
             amount=payout.amount,
         )
-    tried: list[type[Refund] | type[TransferReversal]] = [Refund, TransferReversal]
-    for model in tried:
-        old = model._default_manager.filter(state="intended", created_at__lt=wall - IN_TRANSIT_LIMIT)
+    tried: dict[str, QuerySet[Any]] = {
+        "refund": Refund.objects.filter(method=Payment.Method.STRIPE),
+        "transferreversal": TransferReversal.objects.all(),
+    }
+    for name, intents in tried.items():
+        old = intents.filter(state="intended", created_at__lt=wall - IN_TRANSIT_LIMIT)
         for intent in old.order_by("pk").iterator(chunk_size=PAGE):
             minutes = int((wall - intent.created_at).total_seconds() // 60)
             yield Difference(
-                f"{model.__name__.lower()}_too_long",
+                f"{name}_too_long",
                 f"{intent} for {minutes} minutes",
-                subject=f"{model.__name__.lower()}:{intent.pk}",
+                subject=f"{name}:{intent.pk}",
                 happened_at=intent.intended_at,
                 amount=intent.amount,
             )
@@ -771,6 +788,7 @@ def _waiting_too_long() -> Iterator[Difference]:
             happened_at=rail.intended_at,
             amount=rail.amount,
         )
+    yield from _waiting_at_the_bank()
     for event in StripeEvent.unsettled().order_by("pk").iterator(chunk_size=PAGE):
         yield Difference(
             "event_not_applied",
@@ -778,3 +796,40 @@ def _waiting_too_long() -> Iterator[Difference]:
             subject=event.event_id,
             happened_at=event.received_at,
         )
+
+
+def _waiting_at_the_bank() -> Iterator[Difference]:
+    """What people do at our bank account, and have not done for long."""
+    now = clock.now()
+    waiting: list[tuple[str, str, QuerySet[Any], str]] = [
+        (
+            "bank_refund_too_long",
+            "refund",
+            Refund.objects.filter(method=Payment.Method.BANK, state=Refund.State.INTENDED),
+            "intended_at",
+        ),
+        ("outgoing_too_long", "transfer", OutgoingTransfer.objects.filter(status="recorded"), "recorded_at"),
+        ("receipt_too_long", "receipt", BankReceipt.objects.filter(status="recorded"), "recorded_at"),
+    ]
+    for code, name, rows, since in waiting:
+        for row in rows.filter(**{f"{since}__lt": now - RAIL_LIMIT}).order_by("pk").iterator(chunk_size=PAGE):
+            begun = getattr(row, since)
+            yield Difference(
+                code,
+                f"{row} for {(now - begun).days} days",
+                subject=f"{name}:{row.pk}",
+                happened_at=begun,
+                amount=row.amount,
+            )
+    unapplied = BankReceipt.objects.filter(
+        payment=None, status="booked", received_on__lt=(now - UNAPPLIED_LIMIT).date()
+    ).prefetch_related("uses__application", "returns")
+    for receipt in unapplied.order_by("pk"):
+        if left := receipt.left:
+            yield Difference(
+                "unapplied_too_long",
+                f"{left} of {receipt} since {receipt.received_on}",
+                subject=f"receipt:{receipt.pk}",
+                happened_at=receipt.decided_at,
+                amount=left,
+            )

@@ -1,4 +1,4 @@
-"""Refunds: intent, then effect, as payouts are.
+"""Refunds: intent, then effect, as payouts are. What was paid by bank transfer is intended here too, and sent by `outgoing`.
 
     intended   what it takes → refunding, committed before Stripe is called; the licenses of what is refunded wholly end
     sent       Stripe took it from our balance: refunding → cash (pending: the card's bank has yet to accept it)
@@ -164,10 +164,6 @@ def _hold_paid_payment(order: Order) -> Payment:
 
 def _refuse_disputed(payment: Payment) -> None:
     """While the bank decides, Stripe refunds nothing; an inquiry takes nothing, so it may be answered by a refund."""
-    if payment.method == Payment.Method.BANK:
-        raise NotRefundable(
-            "This was paid by bank transfer, which Stripe cannot send back. Write to us: finance returns it by transfer."
-        )
     if payment.disputes.filter(status__in=["needs_response", "under_review"]).exists():
         raise NotRefundable(
             "The payment is disputed at the card's bank, which has taken the money already; its decision settles this."
@@ -203,14 +199,17 @@ def _intend(
     line: int | None = None,
     made_at_stripe: str | None = None,
 ) -> Refund:
-    """Commit to a refund. One that Stripe has made already has no work left: nothing may ask for it again."""
+    """Commit to a refund. One that Stripe has made already, or that a person sends, has no work for a worker."""
     now = clock.now()
+    is_by_bank = payment.method == Payment.Method.BANK
+    is_job = made_at_stripe is None and not is_by_bank
     refund = Refund.objects.create(
-        status=jobs.Job.Status.QUEUED if made_at_stripe is None else jobs.Job.Status.DONE,
+        status=jobs.Job.Status.QUEUED if is_job else jobs.Job.Status.DONE,
         refund_id=made_at_stripe,
         payment=payment,
         amount_micros=sum(amounts.values()),
         currency=payment.currency,
+        method=payment.method,
         reason=reason,
         note=note,
         requested_by=user,
@@ -222,7 +221,7 @@ def _intend(
     clawbacks.take_back(
         payment=payment,
         amounts=amounts,
-        to_account=chart.refunding(payment.currency),
+        to_account=(chart.refunding_bank if is_by_bank else chart.refunding)(payment.currency),
         kind=Clawback.Kind.REFUND,
         refund=refund,
     )
@@ -240,7 +239,7 @@ def _intend(
             "reason": refund.reason,
         },
     )
-    if made_at_stripe is None:
+    if is_job:
         jobs.wake(refund)
     logger.info(
         "Intended refund=%s payment=%s micros=%s reason=%s", refund.pk, payment.pk, refund.amount_micros, reason
@@ -315,7 +314,7 @@ def execute_refund(refund: Refund) -> None:
         attempts.StillUncertain: Stripe's answer is not clear; come back.
         gateway.StripeRefused: Stripe refused us rather than the refund; the intent stays.
     """
-    if refund.state == Refund.State.INTENDED:
+    if refund.state == Refund.State.INTENDED and not refund.is_by_bank:
         attempts.pursue(_Refunding(refund))
 
 
@@ -360,7 +359,7 @@ class _Refunding:
         held = self.refund.lock()
         if held.state != Refund.State.INTENDED:
             return
-        _book_back(held, Refund.State.REFUSED, error.code, error.message)
+        book_back(held, Refund.State.REFUSED, error.code, error.message)
 
 
 @transaction.atomic
@@ -381,7 +380,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
         if held.state == Refund.State.INTENDED:
             held.refund_id = answer.id
             reason = answer.failure_reason or "no reason given"
-            _book_back(held, Refund.State.REFUSED, answer.status, f"It ended before any money moved: {reason}.")
+            book_back(held, Refund.State.REFUSED, answer.status, f"It ended before any money moved: {reason}.")
         return held
     if held.state == Refund.State.INTENDED:
         is_waiting = answer.status in ("pending", "requires_action")
@@ -410,7 +409,7 @@ def book_answer(pk: int, answer: gateway.Refund, *, job: Refund | None = None) -
             **accounts,  # type: ignore[arg-type]
         )
         reason = answer.failure_reason or "no reason given"
-        _book_back(held, Refund.State.FAILED, "failed", f"The card's bank sent it back: {reason}.")
+        book_back(held, Refund.State.FAILED, "failed", f"The card's bank sent it back: {reason}.")
     return held
 
 
@@ -422,7 +421,7 @@ def _hold_source(refund: Refund) -> None:
         SurplusCharge.objects.select_for_update(of=("self",)).get(refunds=refund)
 
 
-def _book_back(held: Refund, state: Refund.State, code: str, message: str) -> None:
+def book_back(held: Refund, state: Refund.State, code: str, message: str) -> None:
     """Inside the transaction that holds both rows: the buyer did not get it, so everything is where it was."""
     held.state, held.refusal_code, held.refusal_message = state, code[:60], message
     held.save(update_fields=["state", "refund_id", "refusal_code", "refusal_message"])

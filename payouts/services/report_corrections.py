@@ -1,7 +1,7 @@
 """A revenue report that was wrong: another takes its place, and only the difference is asked for or given back.
 
 Not paid yet: the invoice is void, and the corrected report's is in its place. Paid: more revenue gives an invoice of what is
-missing, less gives back what was too much, to the card that paid it, as a refund is; the payees give back their parts of it.
+missing, less gives back what was too much, the way it was paid, as a refund is; the payees give back their parts of it.
 The corrected revenue is divided, among datasets and inside each, by the result of the report that it replaces: a newer one
 changes later periods only.
 """
@@ -159,7 +159,7 @@ def _set_aside(invoice: RoyaltyInvoice) -> None:
         case Status.OPEN:
             payment = Payment.objects.filter(invoice=invoice).first()
             if payment is not None:
-                if payment.receipts.filter(status="recorded").exists() or not checkouts.close_checkout(payment):
+                if payment.is_on_its_way or not checkouts.close_checkout(payment):
                     raise ReportNotCorrectable(
                         "The invoice has just been paid, and its confirmation is on its way (a bank takes days to confirm a debit); "
                         "correct the report after it."
@@ -221,10 +221,6 @@ def _give_back(corrected: RoyaltyReport, standing: dict[int, dict[int, int]], le
             raise ReportNotCorrectable(
                 "The invoice's payment is disputed at the card's bank; correct the report once that is decided."
             )
-        if payment.method == Payment.Method.BANK:
-            raise ReportNotCorrectable(
-                "The invoice was paid by bank transfer: write to us, finance returns it by transfer."
-            )
         mine = {part.line.pk: part for part in clawbacks.parts_left(payment) if of_lines.get(part.line.pk)}
         gross = {
             line: clawbacks.gross_of(part, Money(of_lines[line], corrected.currency)) for line, part in mine.items()
@@ -242,4 +238,4 @@ def _give_back(corrected: RoyaltyReport, standing: dict[int, dict[int, int]], le
 
 def refunds_of(report: RoyaltyReport) -> list[Refund]:
     """What a correction gave back."""
-    return list(Refund.objects.filter(key=f"correction:{report.pk}").order_by("pk"))
+    return list(Refund.objects.filter(key=f"correction:{report.pk}").prefetch_related("transfers").order_by("pk"))

@@ -13,7 +13,7 @@ from marketplace.models import License, Order
 from marketplace.services.orders import cancel_order, extend_payment, hold_payable, mark_paid
 from payouts import chart, gateway, ledger
 from payouts.errors import AlreadyPaid
-from payouts.models import BankReceipt, Division, Document, JournalEntry, Payment, RoyaltyPool
+from payouts.models import Division, Document, JournalEntry, Payment, RoyaltyPool
 from payouts.services import billing, checkouts, documents
 from payouts.services.divisions import divide
 
@@ -144,7 +144,7 @@ def _cancel_expired(order: Order) -> bool:
     order.refresh_from_db(fields=["expires_at"])
     if order.expires_at > clock.now():
         return False  # its bank has refused a debit, and the buyer has time to pay otherwise
-    if payment is not None and payment.receipts.filter(status=BankReceipt.Status.RECORDED).exists():
+    if payment is not None and payment.is_on_its_way:
         return False  # its money is there, and waits for a second person
     was_unpaid = cancel_order(order=order)
     if was_unpaid and payment is not None:

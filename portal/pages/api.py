@@ -73,8 +73,8 @@ class OrderRefundsView(APIView):
     @extend_schema(
         operation_id="orders_refunds_create",
         summary="Give back what was never downloaded",
-        description="The refund as of right: the price of every dataset of the order that was not downloaded goes back to the "
-        "card, and its license ends. Asking again answers with the same refund. Refused once everything was downloaded, and "
+        description="The refund as of right: the price of every dataset of the order that was not downloaded goes back the "
+        "way it was paid, and its license ends. Asking again answers with the same refund. Refused once everything was downloaded, and "
         "while the payment is disputed.",
         parameters=[IDEMPOTENCY_KEY],
         request=None,

@@ -5,7 +5,7 @@ from django.http import HttpRequest
 from django.utils.functional import SimpleLazyObject
 
 from marketplace.models import Membership
-from payouts.services.other_rails import is_served
+from payouts.services.reach import is_served
 
 
 def site(request: HttpRequest) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from marketplace.models import Party
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import selectors as payouts
 from payouts.models import Dispute, Payment, StripeEvent
-from payouts.services import clawbacks, disputes, recoveries, refunds
+from payouts.services import clawbacks, disputes, recoveries, refunds, unapplied
 from portal.pages.forms import DisputeAnswerForm, RefundForm, ReversalForm, WriteOffForm
 from portal.second_factor import StaffRequest, staff_only
 
@@ -36,6 +36,7 @@ def desk(request: StaffRequest) -> HttpResponse:
         "refunds": payouts.unfinished_refunds()[:PER_PAGE],
         "debts": payouts.debts(),
         "n_failed_events": StripeEvent.unsettled().count(),
+        "unapplied": unapplied.unapplied(),
         "runs": payouts.payout_runs().exclude(status="done")[:10],
     }
     return render(request, "portal/desk.html", context)
@@ -60,6 +61,9 @@ def payment(request: StaffRequest, payment_id: int) -> HttpResponseBase:
         except DomainError as error:
             form.add_refusal(error)
         else:
+            if made.is_by_bank:
+                messages.success(request, f"{made.amount} goes back by bank transfer: send it, then record it here.")
+                return redirect("desk-bank-refund", refund_id=made.pk)
             messages.success(request, f"{made.amount} goes back to the card.")
             return redirect("desk-payment", payment_id=found.pk)
     context = {
@@ -67,7 +71,8 @@ def payment(request: StaffRequest, payment_id: int) -> HttpResponseBase:
         "parts": parts,
         "left": left,
         "form": form if left else None,
-        "refunds": found.refunds.select_related("requested_by"),
+        "refunds": found.refunds.select_related("requested_by").prefetch_related("transfers"),
+        "transfers": payouts.references_paid_by(found),
         "disputes": found.disputes.all(),
     }
     return render(request, "portal/desk_payment.html", context, status=422 if form.errors else 200)

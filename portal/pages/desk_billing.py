@@ -76,7 +76,7 @@ def decide_receipt(request: StaffRequest, receipt_id: int) -> HttpResponseBase:
         receipts.decide_receipt(receipt=receipt, approved=request.POST.get("act") == "approve", by=request.user)
     except DomainError as error:
         return refusal(request, error)
-    return redirect("desk-invoices")
+    return redirect("desk-invoices" if receipt.payment_id is not None else "desk-bank")
 
 
 @staff_only

@@ -12,7 +12,7 @@ from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
 from marketplace.templatetags.residual import money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
 from payouts import chart
-from payouts.models import EventSettlement, Payout, Refund
+from payouts.models import BankReceipt, Document, EventSettlement, Payout, Refund
 from payouts.services.clawbacks import Part
 from payouts.services.disputes import EVIDENCE_FIELDS, MAX_EVIDENCE
 from payouts.services.manual_entries import BY_HAND
@@ -22,6 +22,25 @@ from payouts.services.settlements import MAX_REASON
 
 class CountryForm(Form):
     country = country_field("Country of your bank account")
+
+
+class BankDetailsForm(Form):
+    """Where a payee whom Stripe does not reach is paid."""
+
+    account_holder = forms.CharField(max_length=140, label="Account holder", help_text="As the bank names them.")
+    account = forms.CharField(max_length=60, label="IBAN, or account number")
+    bic = forms.CharField(
+        max_length=14, required=False, label="BIC (SWIFT)", help_text="With an account number; an IBAN needs none."
+    )
+    bank = forms.CharField(
+        max_length=140, required=False, label="Bank", help_text="Its name and place, where it has no BIC."
+    )
+    address = forms.CharField(
+        widget=forms.Textarea(attrs={"rows": 3}),
+        max_length=500,
+        label="Holder’s address",
+        help_text="Street, postcode, town and country.",
+    )
 
 
 class DateInput(forms.DateInput):
@@ -230,6 +249,80 @@ class ReceiptForm(AmountForm):
     def given(self) -> dict[str, Any]:
         """As `record_receipt` takes it."""
         return {name: self.cleaned_data[name] for name in ("amount", "reference", "received_on")}
+
+
+class RecordTransferForm(Form):
+    """A transfer out of our bank account, as its statement says it."""
+
+    reference = forms.CharField(max_length=120, label="The statement’s number of the transfer")
+    sent_on = forms.DateField(widget=DateInput, label="Sent on")
+
+
+class ReturnForm(AmountForm):
+    reference = forms.CharField(max_length=120, label="The statement’s number of the transfer")
+    sent_on = forms.DateField(widget=DateInput, label="Sent on")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As `record_money_returned` takes it."""
+        return {name: self.cleaned_data[name] for name in ("amount", "reference", "sent_on")}
+
+
+class NotSentForm(Form):
+    note = forms.CharField(max_length=500, label="Why, in words", help_text="The buyer reads it.")
+
+
+class ReturnedForm(Form):
+    reference = forms.CharField(max_length=120, label="The statement’s number of what came back")
+    note = forms.CharField(max_length=500, label="Why, as the bank says it", help_text="The buyer reads it.")
+
+
+class UnappliedForm(Form):
+    """Money that arrived and fits no invoice."""
+
+    payer = forms.CharField(max_length=200, label="Payer, as the statement names them")
+    amount = forms.CharField(max_length=40, widget=MoneyInput)
+    currency = forms.ChoiceField(choices=CURRENCIES)
+    reference = forms.CharField(max_length=120, label="The statement’s number of the transfer")
+    received_on = forms.DateField(widget=DateInput, label="Received on")
+    note = forms.CharField(max_length=500, required=False, label="What it may be for")
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or {}
+        if data.get("amount") and data.get("currency"):
+            try:
+                data["amount"] = Money.parse(data["amount"], data["currency"])
+            except InvalidMoney as error:
+                self.add_error("amount", str(error))
+        return data
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As `record_unapplied` takes it."""
+        return {name: self.cleaned_data[name] for name in ("payer", "amount", "reference", "received_on", "note")}
+
+
+class ApplyForm(Form):
+    """An open invoice, and other money that fits none, where one sum alone does not pay it."""
+
+    invoice: forms.ModelChoiceField = forms.ModelChoiceField(Document.objects.none(), empty_label=None)
+    together = forms.TypedMultipleChoiceField(
+        coerce=int, required=False, widget=forms.CheckboxSelectMultiple, label="Together with"
+    )
+
+    def __init__(self, *args: Any, invoices: QuerySet[Document], others: list[BankReceipt], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        chosen = self.fields["invoice"]
+        chosen.queryset = invoices  # type: ignore[attr-defined]
+        chosen.label_from_instance = lambda one: f"{one.reference}, {one.buyer.name}: {money(one.total)}"  # type: ignore[attr-defined]
+        self.fields["together"].choices = [  # type: ignore[attr-defined]
+            (one.pk, f"{one.payer}, {one.reference}: {money(one.left)}") for one in others
+        ]
+        if not others:
+            del self.fields["together"]
+
+    def clean(self) -> dict[str, Any]:
+        return {"together": []} | (super().clean() or {})
 
 
 class CorrectDivisionForm(Form):

@@ -1,6 +1,18 @@
 from django.urls import path, re_path
 
-from portal.pages import billing, books, desk, desk_billing, desk_events, desk_runs, influence, statements, views
+from portal.pages import (
+    billing,
+    books,
+    desk,
+    desk_bank,
+    desk_billing,
+    desk_events,
+    desk_runs,
+    influence,
+    payee_bank,
+    statements,
+    views,
+)
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -31,6 +43,11 @@ urlpatterns = [
     path("desk/invoices/", desk_billing.invoices, name="desk-invoices"),
     path("desk/invoices/<str:reference>/", desk_billing.invoice, name="desk-invoice"),
     path("desk/receipts/<int:receipt_id>/", desk_billing.decide_receipt, name="desk-receipt"),
+    path("desk/bank/", desk_bank.bank, name="desk-bank"),
+    path("desk/bank/receipts/<int:receipt_id>/", desk_bank.receipt, name="desk-bank-receipt"),
+    path("desk/bank/refunds/<int:refund_id>/", desk_bank.refund, name="desk-bank-refund"),
+    path("desk/bank/transfers/<int:transfer_id>/", desk_bank.transfer, name="desk-bank-transfer"),
+    path("desk/bank/applications/<int:application_id>/", desk_bank.application, name="desk-application"),
     path("desk/divisions/", desk_billing.division_list, name="desk-divisions"),
     path("desk/divisions/<int:division_id>/", desk_billing.division, name="desk-division"),
     path("desk/corrections/<int:correction_id>/", desk_billing.correction, name="desk-correction"),
@@ -38,6 +55,7 @@ urlpatterns = [
     path("desk/taxes/<int:rate_id>/end/", desk_billing.end_tax, name="desk-tax-end"),
     path("earnings/", views.earnings, name="earnings"),
     path("earnings/onboarding/", views.onboarding, name="onboarding"),
+    path("earnings/bank/", payee_bank.payee_bank, name="payee-bank"),
     path("earnings/minimum/<str:currency>/", views.payout_minimum, name="payout-minimum"),
     path("desk/", desk.desk, name="desk"),
     path("desk/payout-runs/", desk_runs.payout_runs, name="desk-payout-runs"),

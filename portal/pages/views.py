@@ -34,7 +34,7 @@ from marketplace.services.parties import set_country
 from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
 from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
-from payouts.services import billing, duties, other_rails, payees, plans, refunds, royalties, sales
+from payouts.services import bank_details, billing, duties, payees, plans, reach, refunds, royalties, sales
 from payouts.standing import standings_of
 from portal.pages import selectors
 from portal.pages.forest import forest
@@ -229,7 +229,7 @@ def refund(request: ActingRequest, order_id: uuid.UUID) -> HttpResponseBase:
         made = refunds.refund_of_right(order=found, user=request.user)
     except DomainError as error:
         return refusal(request, error)
-    messages.success(request, f"{made.amount} goes back to your card; banks take five to ten days to show it.")
+    messages.success(request, f"{made.amount} goes back. {made.sentence}")
     return redirect("order", order_id=found.public_id)
 
 
@@ -305,6 +305,7 @@ def earnings(request: ActingRequest) -> HttpResponse:
     page = Paginator(payouts.lines_of(party, shown), N_LINES).get_page(request.GET.get("page"))
     payee = payouts.payee_of(party)
     earned = payouts.earnings_of(party)
+    is_unserved = reach.is_unserved(party)
     context = {
         "section": "earnings",
         "earnings": [(of, of.in_transit + of.sent) for of in earned],
@@ -324,10 +325,11 @@ def earnings(request: ActingRequest) -> HttpResponse:
         "payee": payee,
         "page": page,
         "lines": [(line, Money(line.amount_micros, line.division.currency)) for line in page],
-        "payouts": payouts.payouts_of(party)[:12],
+        "payouts": payouts.paid_out_of(party)[:12],
         "shown": shown if shown in payouts.SHOWN else "",
         "onboarding": payouts.onboarding_of(payee),
-        "is_unserved": other_rails.is_served(party.country) is False and not (payee and payee.is_ready),
+        "is_unserved": is_unserved,
+        "bank_details": bank_details.latest_of(party) if is_unserved else None,
         "issued": payouts.statements_of(party)[:12],
         "months": [(f"{year}-{month:02}", date(year, month, 1)) for year, month in payouts.open_months_of(party)],
         "country_form": CountryForm(initial={"country": party.country}) if payee is None else None,

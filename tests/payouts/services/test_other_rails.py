@@ -1,3 +1,4 @@
+import csv
 from datetime import timedelta
 from typing import Any
 
@@ -5,25 +6,31 @@ import pytest
 from django.db import DatabaseError, connection, transaction
 
 from marketplace import clock
+from marketplace.api.keys import create_api_key
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, User
+from marketplace.models import ApiKey, AuditEvent, User
+from marketplace.money import Money
 from payouts import ledger
 from payouts.errors import AlreadyDecided, FourEyes, NothingOwed
-from payouts.models import JournalEntry, RailExport, RailPayout, ServedCountries
-from payouts.selectors import earnings_of
+from payouts.models import JournalEntry, Payout, PayoutRun, RailExport, RailPayout, ServedCountries
+from payouts.selectors import earnings_of, months_of, open_months_of, paid_out_of
+from payouts.services.bank_details import set_details
 from payouts.services.manual_entries import approve, propose
 from payouts.services.other_rails import (
     approve_export,
-    ask_served_countries,
     confirm_returned,
     confirm_sent,
-    export_rows,
-    is_served,
+    export_file,
     propose_export,
     reject_export,
+    waiting_for_details,
 )
 from payouts.services.proofs import check_books
+from payouts.services.reach import ask_served_countries, is_served
+from payouts.services.receipts import decide_receipt
 from payouts.services.transfers import due_micros
+from payouts.services.unapplied import record_unapplied
+from payouts.standing import standings_of
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
 from tests.factories.payouts import sell
 
@@ -40,16 +47,30 @@ def ben(db: Any) -> User:
     return UserFactory(is_staff=True)
 
 
+IBAN = "DE89 3704 0044 0532 0130 00"
+ACCOUNT = {"account_holder": "Alice Example", "account": IBAN, "address": "1 Calle\nLa Habana\nCuba"}
+
+
 @pytest.fixture
-def unserved(alice: Any, bob: Any, carol: Any) -> Any:
-    """Alice is where Stripe does not pay, bob where it does; 30 USD is due to each."""
+def unserved(poor: Any) -> Any:
+    """Alice is where Stripe does not pay, bob where it does; 30 USD is due to each, and alice has said where to."""
+    set_details(party=poor, user=poor.user, **ACCOUNT)
+    clock.advance(timedelta(hours=72))
+    return poor
+
+
+@pytest.fixture
+def poor(alice: Any, bob: Any, carol: Any) -> Any:
+    """As `unserved`, but nobody has said where to."""
     ServedCountries.objects.create(platform_country="US", countries=["DE", "US"])
     type(alice).objects.filter(pk=alice.pk).update(country="CU", name="=cmd|alice")
     for party in (alice, bob):
         version = PublishedVersionFactory(contributions={party: 1})
         sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
     clock.advance(timedelta(days=40))
-    alice.refresh_from_db()
+    user = alice.user
+    alice = type(alice).objects.get(pk=alice.pk)
+    alice.user = user
     return alice
 
 
@@ -72,7 +93,7 @@ def test_who_is_not_reached_accrues_and_is_paid_over_another_rail(unserved: Any,
     funded(ann, ben, 30)
 
     approve_export(export=export, user=ben)
-    rows = list(export_rows(export))
+    rows = list(export_file(export=export, user=ann))
     payout = export.payouts.get()
     for _ in range(2):
         confirm_sent(payout=payout, user=ann, reference="SWIFT 1")
@@ -83,10 +104,18 @@ def test_who_is_not_reached_accrues_and_is_paid_over_another_rail(unserved: Any,
     (earned,) = earnings_of(unserved)
     assert (earned.paid.micros, earned.due.micros) == (30 * DOLLAR, 0)
     assert "'=cmd|alice" in rows[1] and "30.00" in rows[1] and len(rows) == 2
+    (row,) = csv.DictReader(rows)
+    assert [row[name] for name in ("account_holder", "iban", "account_number", "address")] == [
+        "Alice Example",
+        "DE89370400440532013000",
+        "",
+        "1 Calle\nLa Habana\nCuba",
+    ]
     assert [one for one in check_books().findings if one.code != "cash_negative"] == []
     assert set(AuditEvent.objects.filter(action__startswith="rail").values_list("action", flat=True)) == {
         "rail_export.proposed",
         "rail_export.approved",
+        "rail_export.downloaded",
         "rail_payout.sent",
     }
 
@@ -124,6 +153,119 @@ def test_it_takes_two_people_and_money_in_the_bank(unserved: Any, ann: User, ben
 
     assert RailExport.objects.get().status == "awaiting" and RailPayout.objects.get().status == "proposed"
     assert not JournalEntry.objects.filter(kind="rail_intent").exists()
+
+
+def test_who_has_not_said_where_to_waits_and_is_named(poor: Any, ann: User, carol: Any) -> None:
+    with pytest.raises(NothingOwed, match="waits for their bank details"):
+        propose_export(user=ann, currency="USD", key="e1")
+    (one,) = waiting_for_details()
+    assert (one.party, one.amount.micros, one.sentence) == (poor, 30 * DOLLAR, "Waits for their bank details.")
+    assert [(s.code, s.is_for_payee) for s in standings_of(poor)] == [("bank_details_needed", True)]
+    set_details(party=poor, user=poor.user, **ACCOUNT)
+
+    (one,) = waiting_for_details()
+
+    assert "were changed, and are not used before" in one.sentence
+    assert [s.code for s in standings_of(poor)] == ["bank_details_held"]
+    with pytest.raises(NothingOwed):
+        propose_export(user=ann, currency="USD", key="e1")
+    clock.advance(timedelta(hours=72))
+    assert waiting_for_details() == []
+    assert [s.code for s in standings_of(poor)] == ["next_transfers"]
+    assert propose_export(user=ann, currency="USD", key="e1").payouts.get().details == poor.bank_details.get()
+
+
+def test_a_change_before_the_approval_takes_the_payee_out(unserved: Any, ann: User, ben: User) -> None:
+    export = propose_export(user=ann, currency="USD", key="e1")
+    funded(ann, ben, 30)
+    set_details(party=unserved, user=unserved.user, **ACCOUNT | {"account": "GB82 WEST 1234 5698 7654 32"})
+
+    approve_export(export=export, user=ben)
+
+    assert export.payouts.get().status == "dropped"
+    assert ledger.balance(f"payable:{unserved.pk}:USD") == -30 * DOLLAR
+    assert len(list(export_file(export=export, user=ann))) == 1
+
+
+def test_a_payee_over_another_rail_is_told_what_is_true(unserved: Any, ann: User, ben: User) -> None:
+    export = propose_export(user=ann, currency="USD", key="e1")
+    assert list(paid_out_of(unserved)[:10]) == []
+    funded(ann, ben, 30)
+    approve_export(export=export, user=ben)
+    (earned,) = earnings_of(unserved)
+    assert (earned.on_its_way_in_words, earned.paid_in_words) == (
+        "With our bank, on its way to yours.",
+        "Nothing has arrived yet.",
+    )
+    assert [s.code for s in standings_of(unserved)] == ["transfer_under_way"]
+    confirm_sent(payout=export.payouts.get(), user=ann, reference="SWIFT 1")
+
+    (earned,) = earnings_of(unserved)
+    assert (earned.on_its_way_in_words, earned.paid_in_words) == (
+        "Nothing is on its way.",
+        "Sent to your bank by ours.",
+    )
+    (paid,) = paid_out_of(unserved)[:10]
+    assert (paid.rail, paid.status, paid.words) == ("bank", "sent", "sent by bank transfer, SWIFT 1")
+    month = (clock.now().year, clock.now().month)
+    assert month in months_of(unserved) and month in open_months_of(unserved)
+    clock.advance(timedelta(days=40))
+    confirm_returned(payout=export.payouts.get(), user=ann, reference="SWIFT 2")
+    assert {s.code: s.is_for_payee for s in standings_of(unserved)} == {
+        "next_transfers": False,
+        "transfer_returned": True,
+    }
+    assert months_of(unserved)[0] == (clock.now().year, clock.now().month)
+
+
+def test_payouts_of_both_rails_are_one_list(unserved: Any, ann: User, ben: User, carol: Any, client: Any) -> None:
+    export = propose_export(user=ann, currency="USD", key="e1")
+    funded(ann, ben, 30)
+    approve_export(export=export, user=ben)
+    run = PayoutRun.objects.create(key="r", currency="USD", due_until=clock.now())
+    for number in range(3):
+        Payout.objects.create(
+            run=run
+            if number == 0
+            else PayoutRun.objects.create(key=f"r{number}", currency="USD", due_until=clock.now()),
+            party=unserved,
+            amount_micros=DOLLAR,
+            currency="USD",
+            intended_at=clock.now(),
+        )
+    _, secret = create_api_key(party=unserved, user=unserved.user, name="k", scopes=[ApiKey.Scope.READ])
+    headers = {"Authorization": f"Bearer {secret}"}
+
+    pages, address = [], "/api/v1/payouts/?page_size=2"
+    while address:
+        answer = client.get(address, headers=headers).json()
+        pages.append([(one["rail"], one["amount"]["amount"]) for one in answer["results"]])
+        address = answer["next"]
+
+    assert pages == [[("stripe", "1.00"), ("stripe", "1.00")], [("stripe", "1.00"), ("bank", "30.00")]]
+    back = client.get(
+        client.get("/api/v1/payouts/?page_size=3", headers=headers).json()["next"], headers=headers
+    ).json()
+    assert len(client.get(back["previous"], headers=headers).json()["results"]) == 3
+    rail = export.payouts.get()
+    one = client.get(f"/api/v1/payouts/{rail.pk}/?rail=bank", headers=headers).json()
+    assert (one["rail"], one["status"], one["amount"]["amount"]) == ("bank", "intended", "30.00")
+    assert client.get(f"/api/v1/payouts/{rail.pk + 99}/?rail=bank", headers=headers).status_code == 404
+    _, strangers = create_api_key(party=carol, user=carol.user, name="k", scopes=[ApiKey.Scope.READ])
+    strange = {"Authorization": f"Bearer {strangers}"}
+    assert client.get(f"/api/v1/payouts/{rail.pk}/?rail=bank", headers=strange).status_code == 404
+    assert client.get("/api/v1/payouts/", headers=strange).json()["results"] == []
+
+
+def test_money_of_buyers_pays_no_payee(unserved: Any, ann: User, ben: User) -> None:
+    receipt = record_unapplied(
+        payer="X", amount=Money.parse("30", "USD"), reference="IN 1", received_on=clock.today(), by=ann
+    )
+    decide_receipt(receipt=receipt, approved=True, by=ben)
+    export = propose_export(user=ann, currency="USD", key="e1")
+
+    with pytest.raises(NothingOwed, match=r"30\.00 USD too little"):
+        approve_export(export=export, user=ben)
 
 
 def test_nothing_is_proposed_twice_and_a_rejected_export_frees_it(unserved: Any, ann: User, ben: User) -> None:

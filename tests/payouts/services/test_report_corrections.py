@@ -11,9 +11,9 @@ from marketplace.errors import InvalidInput, KeyReused
 from marketplace.models import User
 from marketplace.money import Money
 from payouts import chart, ledger
-from payouts.errors import NotFound, PeriodOverlaps, ReportNotCorrectable
+from payouts.errors import NotFound, PayByBankTransfer, PeriodOverlaps, ReportNotCorrectable
 from payouts.models import Division, Document, Payment, Refund, RoyaltyInvoice, RoyaltyReport
-from payouts.services import refunds, royalties
+from payouts.services import outgoing, receipts, refunds, royalties
 from payouts.services.events import book_checkout
 from payouts.services.proofs import check_books
 from payouts.services.reconciliation import reconcile
@@ -115,6 +115,35 @@ def test_more_revenue_than_was_paid_for_is_invoiced_and_divided_by_the_result_of
     assert {division.result for division in Division.objects.all()} == {earlier}
     assert ledger.balances(prefix="payable") == {chart.payable(alice, "USD"): -180 * DOLLAR}
     assert check_books().findings == []
+
+
+def test_less_revenue_than_a_transfer_paid_for_goes_back_by_transfer(model: Any, alice: Any, stripe: Any) -> None:
+    one, two = (User.objects.create_user(f"{n}@example.org", "correct horse", is_staff=True) for n in ("ida", "jo"))
+    first = report(model, "20000000")
+    with pytest.raises(PayByBankTransfer):
+        royalties.start_invoice_checkout(invoice=first, **URLS)
+    payment = first.payment
+    told = {"payment": payment, "amount": payment.amount, "reference": "IN 1", "received_on": clock.today()}
+    receipts.decide_receipt(receipt=receipts.record_receipt(by=one, **told), approved=True, by=two)
+
+    second = correct(first, "6000000")
+
+    refund = Refund.objects.get()
+    assert (second.status, refund.amount, refund.reason, refund.method) == (
+        "nothing_due",
+        usd("1400000"),
+        "corrected",
+        "bank",
+    )
+    assert ledger.balance(chart.payable(alice, "USD")) == -540_000 * DOLLAR  # nine tenths of 600,000
+    assert check_books().findings == []
+    transfer = outgoing.record_refund_sent(refund=refund, reference="OUT 1", sent_on=clock.today(), by=one)
+    outgoing.decide_transfer(transfer=transfer, approved=True, by=two)
+    assert ledger.balances(prefix="bank") == {"bank:USD": 600_000 * DOLLAR}
+    assert Document.objects.get(kind="CN").total == usd("1400000")
+    assert check_books().findings == []
+    third = correct(second, "7000000", key="third")  # the difference to what stands now is asked for again
+    assert third.total == usd("100000")
 
 
 def test_less_revenue_than_was_paid_for_goes_back_to_the_card(model: Any, alice: Any, stripe: Any) -> None:

@@ -23,6 +23,7 @@ from payouts.models import (
     ReconciliationRun,
     ServedCountries,
 )
+from payouts.services import bank_details
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
 from tests.factories.payouts import sell
 from tests.pages import assert_page, signed_in, with_second_factor
@@ -250,10 +251,18 @@ def test_an_export_over_another_rail_goes_through_the_pages(
 ) -> None:
     ServedCountries.objects.create(platform_country="US", countries=["US"])
     clock.advance(timedelta(days=40))
+    assert "Waits for their bank details" in assert_page(desk.get("/desk/rails/"))
+    assert "waits for their bank details" in assert_page(
+        desk.post("/desk/rails/", {"currency": "USD", "key": "k"}), 422
+    )
+    account = {"account_holder": "Alice", "account": "DE89370400440532013000", "address": "1 Road, Berlin"}
+    bank_details.set_details(party=alice, user=alice.user, **account)
+    clock.advance(timedelta(hours=72))
     page = desk.post("/desk/rails/", {"currency": "USD", "key": "k"}).url
-    assert RailExport.objects.get().payouts.count() == 2
+    assert RailExport.objects.get().payouts.count() == 1
+    assert "Account ending in 3000" in assert_page(desk.get(page))
     assert "too little" in assert_page(other_desk.post(page, {"act": "approve"}), 422)
-    assert desk.get(f"{page[:-1]}.csv").status_code == 404  # nobody approved it
+    assert desk.post(f"{page[:-1]}.csv").status_code == 404  # nobody approved it
     other_desk.post(page, {"act": "reject"})
     assert "rejected" in assert_page(desk.get(page))
     assert "Nothing in EUR is due" in assert_page(desk.post("/desk/rails/", {"currency": "EUR", "key": "e"}), 422)

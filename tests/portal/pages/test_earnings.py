@@ -44,8 +44,8 @@ def test_earnings_take_the_same_number_of_queries_for_any_number_of_lines(
     browser = signed_in(alice)
     browser.get("/earnings/")
 
-    # session, user, membership, menu; what was earned, went back, was forgiven and waits; other rails; statements
-    with django_assert_num_queries(34):
+    # session, user, membership, menu; what was earned, went back, was forgiven and waits; other rails; payouts; statements
+    with django_assert_num_queries(37):
         browser.get("/earnings/")
 
 

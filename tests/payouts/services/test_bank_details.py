@@ -1,0 +1,153 @@
+"""Where payees whom Stripe does not reach are paid: checked, sealed, held and told about."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from cryptography.fernet import InvalidToken
+from django.core import mail
+from django.db import DatabaseError, connection, transaction
+
+from marketplace import clock, jobs
+from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.models import AuditEvent
+from payouts import sealing
+from payouts.errors import PaidByStripe
+from payouts.models import BankDetails, BankDetailsNotice, ServedCountries
+from payouts.services import bank_details
+from payouts.services.bank_details import Details, opened, set_details, usable_of
+from tests.factories.payouts import PayeeAccountFactory
+
+IBAN = "DE89 3704 0044 0532 0130 00"
+ACCOUNT = {"account_holder": "Alice  Example", "account": IBAN, "address": " 1 Road \n\n10115 Berlin"}
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_served(db: Any) -> None:
+    ServedCountries.objects.create(platform_country="US", countries=["US"])
+
+
+def test_an_account_is_sealed_and_used_after_72_hours(alice: Any) -> None:
+    details = set_details(party=alice, user=alice.user, bic="deutdeff", **ACCOUNT)
+
+    assert opened(details) == Details(
+        "Alice Example", "DE89370400440532013000", "", "DEUTDEFF", "", "1 Road\n10115 Berlin"
+    )
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT to_jsonb(d)::text FROM payouts_bankdetails d")
+        (kept,) = cursor.fetchone()
+    assert not any(plain in kept for plain in ("DE89", "0532013000", "Example", "Berlin", "DEUT"))
+    assert json.loads(kept)["last_four"] == "3000"
+    assert usable_of([alice.pk]) == {}
+    clock.advance(timedelta(hours=71, minutes=59))
+    assert usable_of([alice.pk]) == {}
+    clock.advance(timedelta(minutes=1))
+    assert usable_of([alice.pk]) == {alice.pk: details}
+
+
+def test_a_change_is_another_row_begins_the_wait_anew_and_the_same_again_does_not(alice: Any) -> None:
+    first = set_details(party=alice, user=alice.user, **ACCOUNT)
+    clock.advance(timedelta(hours=80))
+    assert set_details(party=alice, user=alice.user, **ACCOUNT | {"account": IBAN.replace(" ", "")}) == first
+    assert usable_of([alice.pk]) == {alice.pk: first}
+
+    second = set_details(party=alice, user=alice.user, **ACCOUNT | {"address": "2 Road, Berlin"})
+
+    assert second != first and usable_of([alice.pk]) == {}  # not the old ones either: perhaps they are closed
+    clock.advance(timedelta(hours=72))
+    assert usable_of([alice.pk]) == {alice.pk: second}
+    events = AuditEvent.objects.filter(action="bank_details.changed")
+    assert events.count() == 2 and not any("DE89" in json.dumps(one.detail) for one in events)
+
+
+def test_every_owner_is_told_by_mail_without_the_account(alice: Any) -> None:
+    details = set_details(party=alice, user=alice.user, **ACCOUNT)
+    set_details(party=alice, user=alice.user, **ACCOUNT)
+    (notice,) = BankDetailsNotice.objects.all()
+    for _ in range(2):
+        with jobs.claimed(BankDetailsNotice, notice.pk) as held:
+            if held:
+                bank_details.send_notice(held)
+
+    (sent,) = mail.outbox
+    assert sent.to == [alice.user.email] and "was changed" in sent.subject
+    assert "ends in 3000" in sent.body and f"{details.usable_from:%-d %B %Y}" in sent.body and "0532" not in sent.body
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"account": "DE88 3704 0044 0532 0130 00"}, "/account", "This IBAN cannot be"),
+        ({"account": "DE89"}, "/account", "This IBAN cannot be"),
+        ({"account": "ZZ89370400440532013000"}, "/account", "This IBAN cannot be"),
+        ({"account": "12"}, "/account", "4 to 34"),
+        ({"account": "=1+1"}, "/account", "4 to 34"),
+        ({"account": "12345678"}, "/bic", "does not say which bank"),
+        ({"account": "12345678", "bic": "DEUT"}, "/bic", "BIC cannot be"),
+        ({"account_holder": " "}, "/account_holder", "holder"),
+        ({"address": " "}, "/address", "address"),
+        ({"address": "x" * 501}, "/address", "500"),
+        ({"bank": "x" * 141, "account": "12345678"}, "/bank", "140"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_field(alice: Any, changes: dict[str, str], field: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said) as refused:
+        set_details(party=alice, user=alice.user, **ACCOUNT | changes)
+
+    assert list(refused.value.pointers) == [field]
+    assert not BankDetails.objects.exists()
+
+
+def test_an_account_number_goes_with_a_bic_or_the_banks_name(alice: Any) -> None:
+    by_bic = set_details(party=alice, user=alice.user, **ACCOUNT | {"account": "12-3456 78", "bic": "BCCUCUHH"})
+    by_name = set_details(
+        party=alice, user=alice.user, **ACCOUNT | {"account": "12345678", "bank": "Banco Central, La Habana"}
+    )
+
+    assert (opened(by_bic).account_number, opened(by_bic).bic) == ("12345678", "BCCUCUHH")
+    assert (opened(by_name).bank, opened(by_name).iban) == ("Banco Central, La Habana", "")
+
+
+def test_only_owners_of_payees_that_stripe_does_not_reach_enter_them(alice: Any, mallory: Any, bob: Any) -> None:
+    with pytest.raises(NotAllowed):
+        set_details(party=alice, user=mallory.user, **ACCOUNT)
+    PayeeAccountFactory(party=bob)
+    with pytest.raises(PaidByStripe):
+        set_details(party=bob, user=bob.user, **ACCOUNT)
+    ServedCountries.objects.create(platform_country="US", countries=["DE", "US"])
+    with pytest.raises(PaidByStripe):
+        set_details(party=alice, user=alice.user, **ACCOUNT)
+
+    assert not BankDetails.objects.exists()
+
+
+def test_what_was_sealed_opens_for_its_party_under_its_key_alone(alice: Any, bob: Any, settings: Any) -> None:
+    sealed = sealing.seal({"iban": "X"}, party=alice.pk)
+    assert sealing.unseal(sealed, party=alice.pk) == {"iban": "X"}
+    with pytest.raises(ValueError, match="not for"):
+        sealing.unseal(sealed, party=bob.pk)
+    settings.BANK_DETAILS_KEY = "another"
+    with pytest.raises(InvalidToken):
+        sealing.unseal(sealed, party=alice.pk)
+
+
+def test_the_database_keeps_them_and_their_hold(alice: Any) -> None:
+    details = set_details(party=alice, user=alice.user, **ACCOUNT)
+    attempts: list[Any] = [
+        lambda: BankDetails.objects.update(sealed="x"),
+        lambda: BankDetails.objects.update(usable_from=clock.now()),
+        lambda: BankDetails.objects.filter(pk=details.pk).delete(),
+        lambda: BankDetails.objects.create(
+            party=alice,
+            sealed="x",
+            last_four="x",
+            entered_by=alice.user,
+            entered_at=clock.now(),
+            usable_from=clock.now() + timedelta(hours=71),
+        ),
+    ]
+    for attempt in attempts:
+        with pytest.raises(DatabaseError), transaction.atomic():
+            attempt()
+    assert BankDetails.objects.get() == details
