@@ -47,7 +47,7 @@ SETTLED_AT = {
     "looks": ("desk-reconciliation", "Reconciliation"),
     "proof": ("desk-reconciliation", "Proof of the books"),
     "balances": ("desk-reconciliation", "Kept balances"),
-    "events": ("desk-reconciliation", "Each with what went wrong"),
+    "events": ("desk-events", "Stripe’s events"),
     "manual": ("desk-manual-list", "Manual entries"),
     "receipts": ("desk-invoices", "Invoices and transfers"),
     "bank": ("desk-bank", "Money at the bank"),
