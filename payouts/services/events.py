@@ -121,7 +121,7 @@ def retry_failed_events() -> int:
 
     What a person must look at (a `DomainError`) stays failed. Returns how many.
     """
-    failed = StripeEvent.objects.filter(status=jobs.Job.Status.FAILED, error_code="internal")
+    failed = StripeEvent.unsettled().filter(error_code="internal")
     return sum(jobs.reopen(row) for row in failed.order_by("pk"))
 
 
