@@ -1,11 +1,14 @@
 """Disputes: frozen while open, thawed when won, taken back when lost; told in any order, or found."""
 
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
 from marketplace import clock, jobs
@@ -17,10 +20,12 @@ from payouts import chart, gateway, ledger, tasks
 from payouts.errors import DisputeNotAnswerable, NotRefundable, PaymentMismatch
 from payouts.models import Dispute, DisputeAnswer, Division, Payment, Payout, PayoutRun, Refund, RoyaltyPool
 from payouts.services import clawbacks, disputes, events, reconciliation, recoveries, refunds, royalties, transfers
+from payouts.services.proofs import check_books
 from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from tests.factories.attribution import PublishedResultFactory
-from tests.factories.marketplace import PublishedVersionFactory
+from tests.factories.marketplace import LicenseFactory, OfferFactory, PartyFactory, PublishedVersionFactory
+from tests.factories.payouts import PoolFactory, collect
 from tests.payouts.conftest import switch_off
 from tests.payouts.services.test_refunds import BACK, DOLLAR, back, balances, buy, clean, order_of, pay_out, run, staff
 
@@ -629,3 +634,97 @@ def test_postgresql_keeps_a_dispute_and_what_it_decided(stripe: Any, alice: Any)
             act()
     assert Refund.objects.count() == 0
     clean()
+
+
+# --- whatever is divided beside a dispute -----------------------------------------------------------------------------
+
+
+def told_of(payment: Payment) -> gateway.Dispute:
+    """What Stripe says of an inquiry into a payment that only our books know."""
+    return gateway.Dispute(
+        id="dp_told",
+        charge=str(payment.charge_id),
+        amount_minor=payment.amount.to_minor(),
+        currency=payment.currency,
+        reason="fraudulent",
+        status="needs_response",
+        opened_at=timezone.now(),
+        evidence_due_at=None,
+        movements=[],
+    )
+
+
+@pytest.mark.parametrize("first", ["release", "dispute"])
+def test_a_pool_that_is_released_while_a_dispute_opens_is_frozen_whichever_comes_first(
+    committed_db: str, django_db_blocker: Any, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Each holds the pool's row until it is committed; the other one then sees what it did."""
+    alice = PartyFactory()
+    pool = PoolFactory(amount=Money(60 * DOLLAR, "USD"), contributions={alice: 1})
+    payment = Payment.objects.get(order=pool.order_line.order)
+    monkeypatch.setattr(gateway, "get_dispute", lambda _: told_of(payment))
+    holds, lets_go = threading.Event(), threading.Event()
+    acts = {
+        "release": lambda: royalties.release_pool(pool=pool, result=None),
+        "dispute": lambda: disputes.refresh_dispute("dp_told"),
+    }
+    (second,) = acts.keys() - {first}
+
+    def slowly() -> None:
+        with transaction.atomic():
+            acts[first]()
+            holds.set()
+            assert lets_go.wait(20)
+        connection.close()
+
+    def meanwhile() -> None:
+        assert holds.wait(20)
+        try:
+            acts[second]()
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(2) as threads:
+        jobs_ = [threads.submit(slowly), threads.submit(meanwhile)]
+        assert holds.wait(20)
+        time.sleep(0.5)
+        assert not jobs_[1].done()  # it waits for the first one's rows
+        lets_go.set()
+        for job in jobs_:
+            job.result(timeout=30)
+
+    assert Dispute.objects.get().is_open
+    assert balances("payable", "pool") == {}
+    assert [finding for finding in check_books().findings if finding.code == "disputed_not_frozen"] == []
+
+
+def test_a_royalty_is_divided_with_its_payment_or_not_paid_at_all(
+    db: Any, alice: Any, carol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So there is no paid royalty left to be divided after a dispute of its payment was opened."""
+    version = PublishedVersionFactory(contributions={alice: 1})
+    license = LicenseFactory(licensee=carol, offer=OfferFactory(version=version, royalty_bps=1_000))
+    result = PublishedResultFactory(license=license, shares={alice: 1})
+    yesterday = clock.today() - timedelta(days=1)
+    invoice = royalties.report_revenue(
+        licensee=carol, model=result.model, period_start=yesterday, period_end=yesterday, revenue=Money(1_000 * DOLLAR, "USD"), key="k"
+    )  # fmt: skip
+    before = ledger.balances()
+
+    def fails(**_: Any) -> None:
+        raise RuntimeError("The disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(royalties, "divide", fails)
+        with pytest.raises(RuntimeError):
+            collect(invoice)
+    payment = Payment.objects.get(invoice=invoice)
+    assert (payment.status, payment.charge_id, ledger.balances()) == ("open", None, before)
+
+    payment = collect(invoice)
+    assert payment.status == "paid" and invoice.lines.get().division.amount_micros == 90 * DOLLAR
+    monkeypatch.setattr(gateway, "get_dispute", lambda _: told_of(payment))
+    disputes.refresh_dispute("dp_told")
+    assert royalties.divide_what_is_ready() == 0
+    assert ledger.balances(prefix="payable") == {}
+    assert [finding for finding in check_books().findings if finding.code == "disputed_not_frozen"] == []

@@ -30,6 +30,7 @@ from payouts.models import (
 )
 from payouts.services import issuing, statements
 from payouts.services.closing import close_period
+from payouts.services.proofs import check_books
 from payouts.services.royalties import release_pool
 from payouts.services.statement_proofs import verify_statement
 from payouts.tasks import issue_statements, send_statement_notice
@@ -334,3 +335,40 @@ def test_membership_is_what_makes_a_notice(issued: list[IssuedStatement]) -> Non
 
     assert noticed == set(IssuedStatement.objects.filter(party__in=owned).values_list("party", flat=True))
     assert JournalEntry.objects.exists()
+
+
+def test_a_statement_opens_by_the_last_one_and_not_by_summing_up_a_life_again(
+    issued: list[IssuedStatement], alice: Any
+) -> None:
+    before = statements._payable(alice, before=clock.now())
+    with connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE; ALTER TABLE payouts_posting DISABLE TRIGGER USER")
+        cursor.execute(
+            "DELETE FROM payouts_posting WHERE id <= %s AND account_id IN (SELECT id FROM payouts_account WHERE party_id = %s)",
+            [issued[1].period.postings_after, alice.pk],
+        )
+        assert cursor.rowcount == 2
+    assert statements._payable(alice, before=clock.now()) == before
+    assert statements._payable(alice, before=issued[0].period.ends_at) == {
+        "USD": issued[0].balances.get().closing_micros
+    }
+
+    ledger.post(  # what came later counts
+        key="later",
+        kind=JournalEntry.Kind.SALE,
+        postings={f"payable:{alice.pk}:USD": -7, "revenue:platform_fee:USD": 7},
+    )
+    assert statements._payable(alice, before=clock.now() + timedelta(days=1)) == {"USD": before["USD"] + 7}
+
+
+def test_a_statement_that_does_not_say_what_was_booked_is_found(issued: list[IssuedStatement]) -> None:
+    assert check_books().findings == []
+    with connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE; ALTER TABLE payouts_statementbalance DISABLE TRIGGER USER")
+    balance = issued[0].balances.get()
+    type(balance).objects.filter(pk=balance.pk).update(
+        earned_micros=balance.earned_micros + 1, closing_micros=balance.closing_micros + 1
+    )
+
+    found = {str(finding).split(" ")[1] for finding in check_books().findings if finding.code == "statement_differs"}
+    assert found == {one.number for one in issued}  # it closes with too much, and the next does not open with that

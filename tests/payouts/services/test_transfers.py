@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,8 +26,8 @@ from payouts.services.reconciliation import reconcile, settle_funds
 from payouts.services.sales import start_checkout
 from payouts.services.transfers import request_payout_run
 from portal.environment import role_url
-from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory
-from tests.factories.payouts import PayeeAccountFactory, sell
+from tests.factories.marketplace import OfferFactory, OrderFactory, PartyFactory, PublishedVersionFactory
+from tests.factories.payouts import PayeeAccountFactory, pay_out, sell
 
 ROOT = Path(__file__).resolve().parents[3]
 INTENT, SENT, REVERSAL = (
@@ -536,3 +537,36 @@ def test_a_killed_worker_is_succeeded_and_each_transfer_happens_once(
     assert set(Payout.objects.values_list("status", "attempt")) == {("sent", 1)}
     assert reconcile().differences == []
     assert check_books().findings == []
+
+
+def test_only_whoever_is_about_to_be_paid_is_looked_up_after_a_bad_run_and_side_by_side(
+    told: Stripe, db: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parties = [PartyFactory() for _ in range(6)]
+    for number, party in enumerate(parties):
+        PayeeAccountFactory(party=party)
+        payout = pay_out(party, Money(5_000_000, "USD"), is_owed=False, first_tried_at=timezone.now())
+        ledger.reverse(JournalEntry.objects.get(key=f"payout:{payout.pk}:intent"), key=f"payout:{payout.pk}:refused")
+        Payout.objects.filter(pk=payout.pk).update(status="refused", refusal_code="x")
+        if number == 4:
+            PayeeAccount.objects.filter(party=party).update(transfers_active=False)
+        if number == 5:  # its money went back to the buyer since
+            gone = {f"payable:{party.pk}:USD": 5_000_000, "revenue:platform_fee:USD": -5_000_000}
+            ledger.post(key="gone", kind=JournalEntry.Kind.REFUND_INTENT, postings=gone)
+    settings.STRIPE_CONNECTIONS = 4
+    together = threading.Barrier(4)
+    asked: list[str] = []
+
+    def find(group: str) -> None:
+        asked.append(group)
+        together.wait(timeout=10)  # four are asked at once, or this breaks
+
+    monkeypatch.setattr(gateway, "find_transfer", find)
+    run = request_payout_run(currency="USD", key="next")
+    with jobs.claimed(PayoutRun, run.pk) as held:
+        assert held
+        transfers._book_late_transfers(held)
+
+    assert sorted(asked) == sorted(
+        f"payout:{pk}" for pk in Payout.objects.filter(party__in=parties[:4]).values_list("pk", flat=True)
+    )
