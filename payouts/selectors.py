@@ -386,6 +386,15 @@ def open_disputes() -> QuerySet[Dispute]:
     )
 
 
+def disputes_found() -> QuerySet[Dispute]:
+    """All of them, decided ones too, newest first."""
+    return (
+        Dispute.objects.select_related("payment__order__buyer", "payment__invoice__report__licensee")
+        .prefetch_related("answers")
+        .order_by("-pk")
+    )
+
+
 def unfinished_refunds() -> QuerySet[Refund]:
     """On their way, refused or failed; newest first."""
     return Refund.objects.exclude(state=Refund.State.SENT).select_related("payment__order__buyer").order_by("-pk")
@@ -676,5 +685,25 @@ def unpaid_invoices() -> QuerySet[Document]:
     return (
         Document.objects.filter(kind="INV", cancels=None, cancelled_by=None, payment__status=Payment.Status.OPEN)
         .select_related("buyer", "payment")
+        .order_by("due_on", "pk")
+    )
+
+
+def reports_open() -> QuerySet[ReportDuty]:
+    """Every licensee's reports that are still owed, the nearest due day first, each with the mails that went out about it."""
+    return (
+        ReportDuty.objects.filter(met_on=None, license__revoked_at=None)
+        .select_related("model", "license__licensee", "license__version__dataset")
+        .prefetch_related("reminders")
+        .order_by("due_on", "pk")
+    )
+
+
+def royalties_open() -> QuerySet[RoyaltyInvoice]:
+    """Royalties that were asked for and are not paid, the nearest due day first, each with the mails that went out about it."""
+    return (
+        RoyaltyInvoice.objects.filter(status=RoyaltyInvoice.Status.OPEN, due_on__isnull=False)
+        .select_related("report__model", "report__licensee")
+        .prefetch_related("reminders")
         .order_by("due_on", "pk")
     )
