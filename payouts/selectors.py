@@ -14,6 +14,7 @@ from marketplace import clock
 from marketplace.models import License, Order, Party, TrainedModel
 from marketplace.money import Money
 from marketplace.templatetags.residual import money
+from payouts.asked import words_asked
 from payouts.models import (
     BankReceipt,
     Clawback,
@@ -38,11 +39,13 @@ from payouts.models import (
     TransferReversal,
     WriteOff,
 )
-from payouts.services import clawbacks, recoveries
+from payouts.services import clawbacks, other_rails, recoveries
 from payouts.services.plans import minimum_of
 
 #: An intent that Stripe has not answered for so long is shown among a run's failures.
 UNANSWERED = timedelta(minutes=15)
+
+BY_BANK_TRANSFER = "Stripe does not pay to {}: our staff send it by bank transfer."
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Earnings:
     paid: Money  # in the bank
     waits: list[Wait]
     reason: str  # what the due money waits for, in words
+    is_unserved: bool = False  # Stripe does not reach the payee's country: paid over another rail
 
     @property
     def kept(self) -> Money:
@@ -165,41 +169,11 @@ class Onboarding:
     needs: list[str]
 
 
-#: What Stripe calls what it still needs → what a person calls it; by the beginning of Stripe's name.
-REQUIREMENTS = {
-    "external_account": "your bank account",
-    "individual.verification": "a document that shows who you are",
-    "individual.id_number": "your tax or identity number",
-    "individual.ssn_last_4": "your tax number",
-    "individual.dob": "your date of birth",
-    "individual.address": "your address",
-    "individual.email": "your e-mail address",
-    "individual.phone": "your telephone number",
-    "individual": "details about you",
-    "company.tax_id": "the company's tax number",
-    "company.verification": "a document of the company",
-    "company": "details about the company",
-    "representative": "details about who represents the company",
-    "owners": "details about the company's owners",
-    "person_": "details about a person of the company",
-    "business_profile": "what you do, in a few words",
-    "business_type": "whether you are a person or a company",
-    "tos_acceptance": "your agreement to Stripe's terms",
-    "settings": "a setting at Stripe",
-}
-
-
 def onboarding_of(payee: PayeeAccount | None) -> Onboarding:
     """The state of a payee's account, as Stripe last described it."""
     if payee is None:
         return Onboarding("not_started", "Not set up yet", [])
-    needs: list[str] = []
-    for name in payee.requirements:
-        known = next(
-            (words for begins, words in REQUIREMENTS.items() if str(name).startswith(begins)), "something more"
-        )
-        if known not in needs:
-            needs.append(known)
+    needs = words_asked(payee.requirements)
     if payee.is_ready and payee.payouts_enabled:
         return Onboarding("ready", "Set up: Stripe can pay you", needs)
     if payee.is_ready:
@@ -250,8 +224,8 @@ def earnings_of(party: Party) -> list[Earnings]:
     }
     # Another rail's payouts count where Stripe's do: on their way, then in the bank.
     as_stripe = {RailPayout.Status.INTENDED: Payout.Status.SENT, RailPayout.Status.SENT: Payout.Status.PAID}
-    other_rails = RailPayout.objects.filter(party=party, status__in=RailPayout.STANDING)
-    for row in other_rails.values("currency", "status").annotate(sum=Sum("amount_micros")):
+    by_rail = RailPayout.objects.filter(party=party, status__in=RailPayout.STANDING)
+    for row in by_rail.values("currency", "status").annotate(sum=Sum("amount_micros")):
         key = (row["currency"], as_stripe[RailPayout.Status(row["status"])].value)
         payouts[key] = payouts.get(key, 0) + int(row["sum"])
     for reversed_of in fetched_back.values("currency", "payout__status").annotate(sum=Sum("amount_micros")):
@@ -276,6 +250,7 @@ def earnings_of(party: Party) -> list[Earnings]:
         if left:
             waits.setdefault(currency, []).append(Wait(day["due_at"], left, day["n_lines"]))
     payee = payee_of(party)
+    is_unserved = payee is None and other_rails.is_served(party.country) is False
     return [
         _earnings(
             row["division__currency"],
@@ -286,6 +261,7 @@ def earnings_of(party: Party) -> list[Earnings]:
             payouts,
             waits,
             payee,
+            party.country if is_unserved else "",
         )
         for row in lines
     ]
@@ -580,6 +556,7 @@ def _earnings(
     payouts: dict[tuple[str, str], int],
     waits: dict[str, list[Wait]],
     payee: PayeeAccount | None,
+    unserved_country: str,
 ) -> Earnings:
     def paid_out(*statuses: Payout.Status) -> int:
         return sum(payouts.get((currency, status), 0) for status in statuses)
@@ -588,6 +565,8 @@ def _earnings(
     due = Money(matured - back["matured"] + forgiven - taken, currency)
     if due.micros < 0:
         reason = "More went back to buyers than you were still owed: what you earn next pays it first."
+    elif unserved_country:
+        reason = BY_BANK_TRANSFER.format(unserved_country) if due else ""
     elif payee is None:
         reason = "Set up payouts with Stripe to be paid; until then it is kept."
     elif not payee.is_ready:
@@ -610,6 +589,7 @@ def _earnings(
         paid=Money(paid_out(Payout.Status.PAID), currency),
         waits=waits.get(currency, []),
         reason=reason,
+        is_unserved=bool(unserved_country),
     )
 
 

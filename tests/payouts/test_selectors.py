@@ -65,7 +65,7 @@ def test_earnings_cost_the_same_queries_at_one_line_and_at_three(
     for n_sales in (1, 2):
         for _ in range(n_sales):
             sell(OrderFactory(offers=[OfferFactory(version=version)]))
-        with django_assert_num_queries(10):
+        with django_assert_num_queries(11):
             earnings_of(alice)
         with django_assert_num_queries(1):
             assert [line.division.version.dataset.title for line in lines_of(alice)]
