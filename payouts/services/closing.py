@@ -142,7 +142,11 @@ def _obstacles(ends_at: datetime) -> list[str]:
     found = []
     waiting = ManualEntry.objects.filter(booked_at__lt=ends_at, decision=None).count()
     if waiting:
-        found.append(f"{waiting} manual entries in it wait for a second person.")
+        found.append(
+            "A manual entry in it waits for a second person."
+            if waiting == 1
+            else f"{waiting} manual entries in it wait for a second person."
+        )
     failed = StripeEvent.objects.filter(status=jobs.Job.Status.FAILED).count()
     if failed:
         found.append(f"{failed} of Stripe's events could not be applied.")

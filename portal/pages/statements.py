@@ -2,6 +2,7 @@
 
 import re
 from datetime import date
+from decimal import Decimal
 
 from django.core.paginator import Paginator
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
@@ -9,6 +10,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET
 
 from marketplace.errors import DomainError
+from marketplace.money import MICROS, Money
 from marketplace.web.access import ActingRequest, acting
 from payouts import selectors as payouts
 from payouts.models import IssuedStatement
@@ -57,21 +59,39 @@ def month_csv(request: ActingRequest, month: str) -> HttpResponseBase:
 def issued(request: ActingRequest, number: str) -> HttpResponse:
     found = _issued_or_404(request, number)
     page = Paginator(found.totals.all(), N_TOTALS).get_page(request.GET.get("page"))
-    rows = [row for row in issuing.stored_rows(found) if row["division"]] if found.n_lines <= MAX_LINES else []
-    others = (
-        [row for row in issuing.stored_rows(found) if not row["division"] and "balance" not in row["what"]]
-        if found.n_lines <= MAX_LINES
-        else []
-    )
+    rows = list(issuing.stored_rows(found)) if found.n_lines <= MAX_LINES else []
     context = {
         "section": "earnings",
         "statement": found,
         "balances": found.balances.all(),
         "page": page,
-        "lines": rows,
-        "others": others,
+        "lines": [_Row(row) for row in rows if row["division"]],
+        "others": [_Row(row) for row in rows if not row["division"] and "balance" not in row["what"]],
     }
     return render(request, "portal/issued_statement.html", context)
+
+
+class _Row:
+    """A row of an issued CSV, whose cells are texts, as a page shows it."""
+
+    def __init__(self, cells: dict[str, str]) -> None:
+        self.cells = {name: cell.removeprefix("'") for name, cell in cells.items()}  # which keeps formulas off
+        self.on = date.fromisoformat(cells["date"][:10])
+        for name in ("pot", "earned", "taken_back", "paid_out"):
+            setattr(self, name, self._money(cells[name]))
+
+    @property
+    def share(self) -> Decimal:
+        return Decimal(self.cells["weight"]) / Decimal(self.cells["weight_total"])
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        low, high = self.cells["share_low"], self.cells["share_high"]
+        return (float(low), float(high)) if low and high else None
+
+    def _money(self, text: str) -> Money | None:
+        """Exact to the micro, as it was written."""
+        return Money(int(Decimal(text) * MICROS), self.cells["currency"]) if text else None
 
 
 @acting

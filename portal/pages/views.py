@@ -1,6 +1,7 @@
 """Pages over several packages: home, models and their shares, checkouts, earnings and statements."""
 
 import uuid
+from collections.abc import Iterable
 from datetime import date
 from typing import Any
 
@@ -33,6 +34,7 @@ from marketplace.services.parties import set_country
 from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
 from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
+from payouts.models import ReportDuty
 from payouts.services import billing, duties, other_rails, payees, plans, refunds, royalties, sales
 from payouts.standing import standings_of
 from portal.pages import selectors
@@ -184,6 +186,7 @@ def order(request: ActingRequest, order_id: uuid.UUID) -> HttpResponse:
         "order": found,
         "lines": found.lines.all(),
         "is_late": found.expires_at <= clock.now(),
+        "today": clock.today(),
         "came_from_checkout": request.GET.get("from") == "checkout",
         "was_cancelled": request.GET.get("from") == "cancelled",
         "refunds": payouts.refunds_of(found) if is_paid else [],
@@ -254,7 +257,8 @@ def checkout_urls(page: str) -> dict[str, str]:
 def royalty_list(request: ActingRequest) -> HttpResponseBase:
     """A licensee states what a model earned; the invoice follows, a line per cited dataset."""
     own_models = payouts.reportable_models_of(request.party)
-    form = RevenueForm(request.POST or None, models=own_models, initial={"key": uuid.uuid4().hex})
+    asked = {name: request.GET[name] for name in ("model", "period_start", "period_end") if name in request.GET}
+    form = RevenueForm(request.POST or None, models=own_models, initial={"key": uuid.uuid4().hex} | asked)
     if form.is_valid():
         try:
             royalties.report_revenue(licensee=request.party, **form.report)
@@ -273,12 +277,21 @@ def royalty_list(request: ActingRequest) -> HttpResponseBase:
             (invoice, [(line, Money(line.amount_micros, invoice.currency)) for line in invoice.lines.all()])
             for invoice in page
         ],
-        "due": payouts.reports_due_of(request.party)[:PER_PAGE],
+        "due": _by_report(payouts.reports_due_of(request.party)[:PER_PAGE]),
         "today": clock.today(),
         "has_models": bool(own_models),
         "came_from_checkout": request.GET.get("from") == "checkout",
     }
     return render(request, "portal/royalty_list.html", context, status=422 if form.errors else 200)
+
+
+def _by_report(duties: Iterable[ReportDuty]) -> list[tuple[ReportDuty, list[str]]]:
+    """One report of a model's period is owed for several licenses at once: the first duty, and what each is for."""
+    found: dict[tuple[int, date, date], tuple[ReportDuty, list[str]]] = {}
+    for duty in duties:
+        key = (duty.model_id, duty.period_start, duty.period_end)
+        found.setdefault(key, (duty, []))[1].append(duty.license.version.dataset.title)
+    return list(found.values())
 
 
 @acting_owner

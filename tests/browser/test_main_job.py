@@ -120,7 +120,7 @@ def buy_and_download(carol: Visitor) -> None:
 def earn_and_onboard(alice: Visitor, story: Story) -> None:
     story.wait_for("the upfront share", lambda: Party.objects.get(name="alice").division_lines.exists())
     alice.go("/earnings/")
-    alice.sees("$60.00 earned")  # 30 % of the price, all of it hers
+    alice.sees("$60.00")  # 30 % of the price, all of it hers
     alice.sees("Held so that a claim can still overturn it")
     alice.page.get_by_label("Country of your bank account").fill("US")
     alice.press("Set up payouts")

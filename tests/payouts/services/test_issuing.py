@@ -270,6 +270,12 @@ def test_pages_csv_and_pdf_are_the_partys_alone(issued: list[IssuedStatement], a
 
     text = assert_page(browser.get(page))
     assert issued[1].number in text and "It does not change any more" in text and "=SUM(A1), version 1" in text
+    assert (
+        "14 Apr 2028" in text
+        and "2028-04-14" not in text
+        and " % to " in text
+        and "'" not in text.split("Every line")[1]
+    )
     assert browser.get("/earnings/2028-04/").url == page  # the month's own address leads to what was issued
     pdf = browser.get(f"{page[:-1]}.pdf")
     assert pdf.content.startswith(b"%PDF-") and pdf.headers["Content-Type"] == "application/pdf"

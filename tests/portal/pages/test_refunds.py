@@ -127,7 +127,7 @@ def test_a_payee_reads_what_went_back_and_why(order: Order, finance: Any, alice:
     assert of.earned - of.taken_back == of.pending + of.due + of.in_transit + of.sent + of.paid
     month = f"{order.placed_at:%Y-%m}"
     statement = assert_page(signed_in(alice).get(f"/earnings/{month}/"))
-    assert "refunded to the buyer" in statement and "recomputes" in statement
+    assert "Refunded to the buyer" in statement and "recomputes" in statement
     rows = signed_in(alice).get(f"/earnings/{month}.csv").getvalue().decode()
     assert "refunded to the buyer" in rows and "12.00" in rows
     assert check_books().findings == []
