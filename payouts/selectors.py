@@ -440,11 +440,25 @@ def run_figures(run: PayoutRun) -> RunFigures:
 
 def run_failures(run: PayoutRun) -> QuerySet[Payout]:
     """What needs a look, newest first: refused by Stripe, sent back by a bank, or without an answer for long."""
+    return run.payouts.filter(_has_failed()).select_related("party").order_by("-pk")
+
+
+def failures_by_run(runs: Iterable[PayoutRun]) -> dict[int, int]:
+    """How many of each run's payouts need a look; a run without any is left out."""
+    failed = Payout.objects.filter(_has_failed(), run__in=list(runs))
+    return dict(failed.order_by().values_list("run").annotate(n=Count("pk")))
+
+
+def payouts_at_a_bank_that_refused() -> QuerySet[Payout]:
+    """Sent, and sent back by the payee's bank: the money lies at Stripe until the payee names another account."""
+    return Payout.objects.filter(status=Payout.Status.SENT, bank_failed_at__isnull=False)
+
+
+def _has_failed() -> Q:
     unanswered = Q(status=Payout.Status.INTENDED, attempt__gt=1)
     unanswered |= Q(status=Payout.Status.INTENDED, first_tried_at__lt=timezone.now() - UNANSWERED)
     bank = Q(status=Payout.Status.SENT, bank_failed_at__isnull=False)
-    failed = run.payouts.filter(unanswered | bank | Q(status=Payout.Status.REFUSED))
-    return failed.select_related("party").order_by("-pk")
+    return unanswered | bank | Q(status=Payout.Status.REFUSED)
 
 
 def passed_over_in(run: PayoutRun) -> QuerySet[PlannedPayout]:

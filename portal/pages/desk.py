@@ -75,6 +75,11 @@ def _decisions() -> list[Decision]:
             "export{s} over another rail to approve",
             "desk-rails",
         ),
+        (
+            payouts.payouts_at_a_bank_that_refused().count(),
+            "payout{s} sent back by the payee’s bank",
+            "desk-payout-runs",
+        ),
         (payouts.unpaid_invoices().filter(due_on__lt=today).count(), "invoice{s} overdue", "desk-invoices"),
         (payouts.reports_open().filter(due_on__lt=today).count(), "revenue report{s} overdue", "desk-overdue"),
         (payouts.royalties_open().filter(due_on__lt=today).count(), "royalt{ies} overdue", "desk-overdue"),

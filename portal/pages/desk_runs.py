@@ -66,9 +66,9 @@ def payout_runs(request: StaffRequest) -> HttpResponseBase:
             messages.success(request, "The run is planned now; above the limit it waits for a colleague.")
             return redirect("desk-payout-run", run_id=run.pk)
     page = Paginator(payouts.payout_runs(), PER_PAGE).get_page(request.GET.get("page"))
-    return render(
-        request, "portal/desk_payout_runs.html", {"page": page, "form": form}, status=422 if form.errors else 200
-    )
+    failures = payouts.failures_by_run(page)
+    context = {"page": page, "runs": [(run, failures.get(run.pk, 0)) for run in page], "form": form}
+    return render(request, "portal/desk_payout_runs.html", context, status=422 if form.errors else 200)
 
 
 @staff_only
