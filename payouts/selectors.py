@@ -4,7 +4,7 @@ import contextlib
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any
 
 from django.db.models import Count, Min, Q, QuerySet, Sum
@@ -32,6 +32,7 @@ from payouts.models import (
     RailPayout,
     Reclaim,
     Refund,
+    Reminder,
     ReportDuty,
     RoyaltyInvoice,
     RoyaltyPool,
@@ -639,6 +640,7 @@ def reports_due_of(party: Party) -> QuerySet[ReportDuty]:
     return (
         ReportDuty.objects.filter(license__licensee=party, met_on=None, license__revoked_at=None)
         .select_related("model", "license__version__dataset")
+        .prefetch_related("reminders")
         .order_by("due_on", "pk")
     )
 
@@ -681,6 +683,37 @@ def unpaid_invoices() -> QuerySet[Document]:
         .select_related("buyer", "payment")
         .order_by("due_on", "pk")
     )
+
+
+@dataclass(frozen=True)
+class OwedReport:
+    """A report of one model's period, which several licenses may ask for at once."""
+
+    duty: ReportDuty  # the first of them
+    titles: list[str]  # of what was licensed
+    mailed: list[datetime]  # when its licensee was reminded
+    is_suspended: bool  # a license is, for this or something else that is overdue
+
+
+def by_report(duties: Iterable[ReportDuty]) -> list[OwedReport]:
+    """Duties that one report meets are one, in the order of the first."""
+    found: dict[tuple[int, date, date], list[ReportDuty]] = {}
+    for duty in duties:
+        found.setdefault((duty.model_id, duty.period_start, duty.period_end), []).append(duty)
+    return [
+        OwedReport(
+            duty=same[0],
+            titles=[duty.license.version.dataset.title for duty in same],
+            mailed=sorted({at for duty in same for at in mailed_at(duty.reminders.all())}),
+            is_suspended=any(duty.license.in_arrears_at for duty in same),
+        )
+        for same in found.values()
+    ]
+
+
+def mailed_at(reminders: Iterable[Reminder]) -> list[datetime]:
+    """When mails went out, to the minute: those of one round are one."""
+    return sorted({one.mailed_at.replace(second=0, microsecond=0) for one in reminders if one.mailed_at})
 
 
 def reports_open() -> QuerySet[ReportDuty]:

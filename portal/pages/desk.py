@@ -4,9 +4,7 @@ For anyone else it does not exist (404). Every act is a service's, with the pers
 """
 
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 
 from django.conf import settings
 from django.contrib import messages
@@ -27,7 +25,6 @@ from payouts.models import (
     Payment,
     RailExport,
     ReconciliationRun,
-    Reminder,
 )
 from payouts.services import clawbacks, disputes, recoveries, refunds
 from portal.pages.forms import DisputeAnswerForm, RefundForm, ReversalForm, WriteOffForm
@@ -115,16 +112,14 @@ def overdue(request: StaffRequest) -> HttpResponse:
     page = Paginator(payouts.reports_open(), PER_PAGE).get_page(request.GET.get("page"))
     context = {
         "page": page,
-        "reports": [(duty, _mailed(duty.reminders.all())) for duty in page],
-        "invoices": [(invoice, _mailed(invoice.reminders.all())) for invoice in payouts.royalties_open()[:PER_PAGE]],
+        "reports": payouts.by_report(page),
+        "invoices": [
+            (invoice, payouts.mailed_at(invoice.reminders.all())) for invoice in payouts.royalties_open()[:PER_PAGE]
+        ],
         "today": clock.today(),
         "suspended_after": settings.ROYALTY_SUSPEND_DAYS,
     }
     return render(request, "portal/desk_overdue.html", context)
-
-
-def _mailed(reminders: Iterable[Reminder]) -> list[datetime]:
-    return sorted(one.mailed_at for one in reminders if one.mailed_at)
 
 
 @staff_only

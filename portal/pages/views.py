@@ -1,7 +1,6 @@
 """Pages over several packages: home, models and their shares, checkouts, earnings and statements."""
 
 import uuid
-from collections.abc import Iterable
 from datetime import date
 from typing import Any
 
@@ -34,7 +33,6 @@ from marketplace.services.parties import set_country
 from marketplace.web.access import ActingRequest, acting, acting_owner, see_other
 from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
-from payouts.models import ReportDuty
 from payouts.services import billing, duties, other_rails, payees, plans, refunds, royalties, sales
 from payouts.standing import standings_of
 from portal.pages import selectors
@@ -277,21 +275,12 @@ def royalty_list(request: ActingRequest) -> HttpResponseBase:
             (invoice, [(line, Money(line.amount_micros, invoice.currency)) for line in invoice.lines.all()])
             for invoice in page
         ],
-        "due": _by_report(payouts.reports_due_of(request.party)[:PER_PAGE]),
+        "due": payouts.by_report(payouts.reports_due_of(request.party)[:PER_PAGE]),
         "today": clock.today(),
         "has_models": bool(own_models),
         "came_from_checkout": request.GET.get("from") == "checkout",
     }
     return render(request, "portal/royalty_list.html", context, status=422 if form.errors else 200)
-
-
-def _by_report(duties: Iterable[ReportDuty]) -> list[tuple[ReportDuty, list[str]]]:
-    """One report of a model's period is owed for several licenses at once: the first duty, and what each is for."""
-    found: dict[tuple[int, date, date], tuple[ReportDuty, list[str]]] = {}
-    for duty in duties:
-        key = (duty.model_id, duty.period_start, duty.period_end)
-        found.setdefault(key, (duty, []))[1].append(duty.license.version.dataset.title)
-    return list(found.values())
 
 
 @acting_owner
