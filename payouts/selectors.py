@@ -5,7 +5,7 @@ import json
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any
 
 from django.db.models import Count, Exists, Min, OuterRef, Q, QuerySet, Sum
@@ -15,6 +15,7 @@ from marketplace import clock
 from marketplace.models import License, Order, Party, TrainedModel
 from marketplace.money import Money
 from marketplace.templatetags.residual import money
+from payouts.asked import words_asked
 from payouts.models import (
     BankReceipt,
     Clawback,
@@ -33,6 +34,7 @@ from payouts.models import (
     RailPayout,
     Reclaim,
     Refund,
+    Reminder,
     ReportDuty,
     RoyaltyInvoice,
     RoyaltyPool,
@@ -310,41 +312,11 @@ class Onboarding:
     needs: list[str]
 
 
-#: What Stripe calls what it still needs → what a person calls it; by the beginning of Stripe's name.
-REQUIREMENTS = {
-    "external_account": "your bank account",
-    "individual.verification": "a document that shows who you are",
-    "individual.id_number": "your tax or identity number",
-    "individual.ssn_last_4": "your tax number",
-    "individual.dob": "your date of birth",
-    "individual.address": "your address",
-    "individual.email": "your e-mail address",
-    "individual.phone": "your telephone number",
-    "individual": "details about you",
-    "company.tax_id": "the company's tax number",
-    "company.verification": "a document of the company",
-    "company": "details about the company",
-    "representative": "details about who represents the company",
-    "owners": "details about the company's owners",
-    "person_": "details about a person of the company",
-    "business_profile": "what you do, in a few words",
-    "business_type": "whether you are a person or a company",
-    "tos_acceptance": "your agreement to Stripe's terms",
-    "settings": "a setting at Stripe",
-}
-
-
 def onboarding_of(payee: PayeeAccount | None) -> Onboarding:
     """The state of a payee's account, as Stripe last described it."""
     if payee is None:
         return Onboarding("not_started", "Not set up yet", [])
-    needs: list[str] = []
-    for name in payee.requirements:
-        known = next(
-            (words for begins, words in REQUIREMENTS.items() if str(name).startswith(begins)), "something more"
-        )
-        if known not in needs:
-            needs.append(known)
+    needs = words_asked(payee.requirements)
     if payee.is_ready and payee.payouts_enabled:
         return Onboarding("ready", "Set up: Stripe can pay you", needs)
     if payee.is_ready:
@@ -545,6 +517,15 @@ def open_disputes() -> QuerySet[Dispute]:
     )
 
 
+def disputes_found() -> QuerySet[Dispute]:
+    """All of them, decided ones too, newest first."""
+    return (
+        Dispute.objects.select_related("payment__order__buyer", "payment__invoice__report__licensee")
+        .prefetch_related("answers")
+        .order_by("-pk")
+    )
+
+
 def unfinished_refunds() -> QuerySet[Refund]:
     """On their way, refused or failed; newest first."""
     return (
@@ -675,11 +656,25 @@ def run_figures(run: PayoutRun) -> RunFigures:
 
 def run_failures(run: PayoutRun) -> QuerySet[Payout]:
     """What needs a look, newest first: refused by Stripe, sent back by a bank, or without an answer for long."""
+    return run.payouts.filter(_has_failed()).select_related("party").order_by("-pk")
+
+
+def failures_by_run(runs: Iterable[PayoutRun]) -> dict[int, int]:
+    """How many of each run's payouts need a look; a run without any is left out."""
+    failed = Payout.objects.filter(_has_failed(), run__in=list(runs))
+    return dict(failed.order_by().values_list("run").annotate(n=Count("pk")))
+
+
+def payouts_at_a_bank_that_refused() -> QuerySet[Payout]:
+    """Sent, and sent back by the payee's bank: the money lies at Stripe until the payee names another account."""
+    return Payout.objects.filter(status=Payout.Status.SENT, bank_failed_at__isnull=False)
+
+
+def _has_failed() -> Q:
     unanswered = Q(status=Payout.Status.INTENDED, attempt__gt=1)
     unanswered |= Q(status=Payout.Status.INTENDED, first_tried_at__lt=timezone.now() - UNANSWERED)
     bank = Q(status=Payout.Status.SENT, bank_failed_at__isnull=False)
-    failed = run.payouts.filter(unanswered | bank | Q(status=Payout.Status.REFUSED))
-    return failed.select_related("party").order_by("-pk")
+    return unanswered | bank | Q(status=Payout.Status.REFUSED)
 
 
 def passed_over_in(run: PayoutRun) -> QuerySet[PlannedPayout]:
@@ -873,6 +868,7 @@ def reports_due_of(party: Party) -> QuerySet[ReportDuty]:
     return (
         ReportDuty.objects.filter(license__licensee=party, met_on=None, license__revoked_at=None)
         .select_related("model", "license__version__dataset")
+        .prefetch_related("reminders")
         .order_by("due_on", "pk")
     )
 
@@ -930,3 +926,54 @@ def references_paid_by(payment: Payment) -> list[str]:
         status=BankReceipt.Status.BOOKED,
     )
     return list(booked.order_by("received_on", "pk").values_list("reference", flat=True))
+
+
+@dataclass(frozen=True)
+class OwedReport:
+    """A report of one model's period, which several licenses may ask for at once."""
+
+    duty: ReportDuty  # the first of them
+    titles: list[str]  # of what was licensed
+    mailed: list[datetime]  # when its licensee was reminded
+    is_suspended: bool  # a license is, for this or something else that is overdue
+
+
+def by_report(duties: Iterable[ReportDuty]) -> list[OwedReport]:
+    """Duties that one report meets are one, in the order of the first."""
+    found: dict[tuple[int, date, date], list[ReportDuty]] = {}
+    for duty in duties:
+        found.setdefault((duty.model_id, duty.period_start, duty.period_end), []).append(duty)
+    return [
+        OwedReport(
+            duty=same[0],
+            titles=[duty.license.version.dataset.title for duty in same],
+            mailed=sorted({at for duty in same for at in mailed_at(duty.reminders.all())}),
+            is_suspended=any(duty.license.in_arrears_at for duty in same),
+        )
+        for same in found.values()
+    ]
+
+
+def mailed_at(reminders: Iterable[Reminder]) -> list[datetime]:
+    """When mails went out, to the minute: those of one round are one."""
+    return sorted({one.mailed_at.replace(second=0, microsecond=0) for one in reminders if one.mailed_at})
+
+
+def reports_open() -> QuerySet[ReportDuty]:
+    """Every licensee's reports that are still owed, the nearest due day first, each with the mails that went out about it."""
+    return (
+        ReportDuty.objects.filter(met_on=None, license__revoked_at=None)
+        .select_related("model", "license__licensee", "license__version__dataset")
+        .prefetch_related("reminders")
+        .order_by("due_on", "pk")
+    )
+
+
+def royalties_open() -> QuerySet[RoyaltyInvoice]:
+    """Royalties that were asked for and are not paid, the nearest due day first, each with the mails that went out about it."""
+    return (
+        RoyaltyInvoice.objects.filter(status=RoyaltyInvoice.Status.OPEN, due_on__isnull=False)
+        .select_related("report__model", "report__licensee")
+        .prefetch_related("reminders")
+        .order_by("due_on", "pk")
+    )

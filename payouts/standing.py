@@ -9,37 +9,12 @@ from marketplace import clock
 from marketplace.models import Party
 from marketplace.money import Money
 from marketplace.templatetags.residual import money
+from payouts.asked import asked_in_words
 from payouts.models import DivisionLine, PayeeAccount, Payout, PayoutRun, PlannedPayout, RailPayout
 from payouts.selectors import Earnings, earnings_of, payee_of
 from payouts.services import bank_details, other_rails
 from payouts.services.plans import minimum_of
 
-#: Stripe's names of what it asks a payee, from the most specific beginning on: https://docs.stripe.com/api/accounts/object
-ASKED = {
-    "external_account": "a bank account",
-    "individual.ssn_last_4": "your tax form (the last digits of your social security number)",
-    "individual.id_number": "your tax form (your tax identification number)",
-    "company.tax_id": "your tax form (the company's tax number)",
-    "company.vat_id": "the company's VAT number",
-    "tax": "your tax form",
-    "individual.verification": "a photo of your ID",
-    "person.verification": "a photo of an ID",
-    "company.verification": "a document about the company",
-    "individual.dob": "your date of birth",
-    "individual.address": "your address",
-    "individual.first_name": "your name",
-    "individual.last_name": "your name",
-    "individual.email": "your e-mail address",
-    "individual.phone": "your phone number",
-    "individual": "more about you",
-    "business_profile": "what your business does",
-    "business_type": "whether you are a person or a company",
-    "company": "more about the company",
-    "representative": "who acts for the company",
-    "owners": "who owns the company",
-    "directors": "who directs the company",
-    "tos_acceptance": "your agreement to its terms",
-}
 BANKS = {
     "account_closed": "the account is closed",
     "account_frozen": "the account is frozen",
@@ -61,6 +36,7 @@ class Code(StrEnum):
 
     OWES = "owes"
     NOT_SET_UP = "not_set_up"
+    OTHER_RAIL = "other_rail"  # Stripe does not reach the payee's country
     DETAILS_NEEDED = "details_needed"  # before anything can be sent
     DETAILS_SOON = "details_soon"  # or Stripe stops paying the bank
     BANK_REFUSED = "bank_refused"
@@ -106,21 +82,8 @@ def standings_of(party: Party, earnings: Iterable[Earnings] | None = None) -> li
     ]
 
 
-def asked_in_words(names: Iterable[str]) -> str:
-    """Stripe's requirements as a list to read: "a bank account and your tax form"."""
-    words = list(dict.fromkeys(_asked(name) for name in names))
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "something"
-
-
 def bank_in_words(code: str) -> str:
     return BANKS.get(code, code.replace("_", " "))
-
-
-def _asked(name: str) -> str:
-    if name.startswith("person_"):  # person_1a2b.verification.document: somebody of a company
-        name = f"person.{name.partition('.')[2]}"
-    beginnings = [known for known in ASKED if name == known or name.startswith((f"{known}.", f"{known}_"))]
-    return ASKED[max(beginnings, key=len)] if beginnings else name.replace("_", " ").replace(".", ", ")
 
 
 def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterable[Standing]:

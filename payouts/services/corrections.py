@@ -228,5 +228,10 @@ def _note(correction: DivisionCorrection, action: str, by: User) -> None:
         actor=by,
         action=action,
         target=f"division:{correction.division_id}",
-        detail={"correction": correction.pk, "version": correction.number, "amount_micros": correction.amount_micros},
+        detail={
+            "correction": correction.pk,
+            "version": correction.number,
+            "amount_micros": correction.amount_micros,
+            "currency": correction.division.currency,
+        },
     )

@@ -162,7 +162,12 @@ def _write_down(answer: gateway.Dispute) -> Dispute:
                 party_id=payment.order.buyer_id if payment.order else None,
                 action="dispute.opened",
                 target=f"dispute:{dispute.pk}",
-                detail={"payment": payment.pk, "amount_micros": dispute.amount_micros, "reason": dispute.reason},
+                detail={
+                    "payment": payment.pk,
+                    "amount_micros": dispute.amount_micros,
+                    "currency": dispute.currency,
+                    "reason": dispute.reason,
+                },
             )
         for theirs in answer.movements:
             movements.record(
@@ -208,7 +213,7 @@ def _close(dispute: Dispute, payment: Payment) -> None:
         party_id=payment.order.buyer_id if payment.order else None,
         action=f"dispute.{dispute.status}"[:60],
         target=f"dispute:{dispute.pk}",
-        detail={"payment": payment.pk, "amount_micros": dispute.amount_micros},
+        detail={"payment": payment.pk, "amount_micros": dispute.amount_micros, "currency": dispute.currency},
     )
     logger.info("Closed dispute=%s status=%s micros=%s", dispute.pk, dispute.status, dispute.amount_micros)
 

@@ -183,7 +183,7 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
         action="rail_export.approved",
         target=f"rail_export:{export.pk}",
         before={"status": "awaiting"},
-        after={"status": "approved", "micros": promised},
+        after={"status": "approved", "micros": promised, "currency": export.currency},
     )
     logger.info("Approved export=%s micros=%s", export.pk, promised)
     export.refresh_from_db()

@@ -140,7 +140,12 @@ def _replace(
         party=report.licensee,
         action="report.corrected",
         target=f"report:{report.pk}",
-        detail={"by": corrected.pk, "from_micros": report.revenue_micros, "to_micros": revenue.micros},
+        detail={
+            "by": corrected.pk,
+            "from_micros": report.revenue_micros,
+            "to_micros": revenue.micros,
+            "currency": report.currency,
+        },
     )
     logger.info("Corrected report=%s by=%s micros=%s", report.pk, corrected.pk, revenue.micros)
     return invoice

@@ -29,13 +29,14 @@ PER_PAGE = 30
 @require_GET
 def invoice_list(request: ActingRequest) -> HttpResponse:
     page = Paginator(payouts.documents_of(request.party), PER_PAGE).get_page(request.GET.get("page"))
-    return render(request, "portal/document_list.html", {"section": "invoices", "page": page})
+    context = {"section": "invoices", "page": page, "today": clock.today()}
+    return render(request, "portal/document_list.html", context)
 
 
 @acting
 @require_GET
 def invoice(request: ActingRequest, reference: str) -> HttpResponse:
-    return document_page(request, _document_or_404(request, reference), back=reverse("invoices"))
+    return document_page(request, _document_or_404(request, reference))
 
 
 @acting
@@ -49,9 +50,21 @@ def pdf_of(document: Document) -> HttpResponse:
     return HttpResponse(documents.render_pdf(document), content_type="application/pdf", headers=headers)
 
 
-def document_page(request: HttpRequest, document: Document, *, back: str) -> HttpResponse:
-    context = {"section": "invoices", "document": document, "content": document.content, "back": back}
+def document_page(request: HttpRequest, document: Document, *, is_desk: bool = False) -> HttpResponse:
+    context = document_context(document, is_desk=is_desk)
     return render(request, "portal/document_detail.html", context)
+
+
+def document_context(document: Document, *, is_desk: bool) -> dict[str, Any]:
+    """What the page of an invoice or credit note shows; at the desk it stands under the desk's tabs."""
+    return {
+        "section": "" if is_desk else "invoices",
+        "is_desk": is_desk,
+        "document": document,
+        "content": document.content,
+        "today": clock.today(),
+        "back": reverse("desk-invoices" if is_desk else "invoices"),
+    }
 
 
 def _document_or_404(request: ActingRequest, reference: str) -> Document:

@@ -3,6 +3,7 @@
 For staff with a second factor; for anyone else none of it exists (404). Every act is a service's, with the person in the log.
 """
 
+import re
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
@@ -13,6 +14,7 @@ from django.core.paginator import Paginator
 from django.db.models import Q, QuerySet
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
+from django.urls import reverse
 from django.utils import timezone
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
@@ -22,7 +24,7 @@ from marketplace.errors import DomainError
 from marketplace.jobs import Job
 from marketplace.models import AuditEvent
 from marketplace.money import MINOR_DIGITS, Money
-from payouts import books
+from payouts import books, chart
 from payouts.models import (
     BalanceCheck,
     BooksProof,
@@ -174,7 +176,9 @@ def _download(lines: Iterator[str], name: str, kind: str) -> StreamingHttpRespon
 def accounts(request: StaffRequest) -> HttpResponse:
     query = request.GET.get("q", "").strip()
     page = Paginator(books.accounts_found(query), PER_PAGE).get_page(request.GET.get("page"))
-    return render(request, "portal/desk_accounts.html", {"tab": "journal", "page": page, "query": query})
+    accounts = [(account, _meaning(account.code)) for account in page]
+    context = {"tab": "journal", "page": page, "accounts": accounts, "query": query}
+    return render(request, "portal/desk_accounts.html", context)
 
 
 @staff_only
@@ -193,7 +197,8 @@ def journal(request: StaffRequest, code: str) -> HttpResponse:
         raise Http404(error.message) from None
     except ValueError:
         return redirect("desk-journal", code=code)
-    return render(request, "portal/desk_journal.html", {"tab": "journal", "page": page, "since": since})
+    context = {"tab": "journal", "page": page, "since": since, "meaning": _meaning(code)}
+    return render(request, "portal/desk_journal.html", context)
 
 
 def _number(text: str | None) -> int | None:
@@ -239,11 +244,16 @@ def _sides(amount: Money) -> tuple[str, str]:
 def entry(request: StaffRequest, entry_id: int) -> HttpResponse:
     found = get_object_or_404(JournalEntry.objects.select_related("reverses"), pk=entry_id)
     legs = [
-        (posting.account, Money(posting.amount_micros, found.currency))
+        (posting.account, _meaning(posting.account.code), Money(posting.amount_micros, found.currency))
         for posting in found.postings.select_related("account").order_by("leg")[:N_ACCOUNTS]
     ]
     context = {"tab": "journal", "entry": found, "legs": legs, "n_more": found.n_legs - len(legs)}
     return render(request, "portal/desk_entry.html", context)
+
+
+def _meaning(code: str) -> str:
+    """What an account is for, in words."""
+    return chart.parse(code).purpose.meaning
 
 
 # --- payables and pools -----------------------------------------------------------------------------------------------
@@ -259,10 +269,18 @@ def payables(request: StaffRequest) -> HttpResponse:
         "tab": "payables",
         "ages": books.AGES,
         "totals": [
-            (currency, count, amounts, Money(sum(amount.micros for amount in amounts), currency))
+            (
+                currency,
+                count,
+                list(zip(books.AGES, amounts, strict=True)),
+                Money(sum(amount.micros for amount in amounts), currency),
+            )
             for currency, (count, amounts) in totals.items()
         ],
-        "rows": books.aged_payables(offset=(page.number - 1) * PER_PAGE, limit=PER_PAGE),
+        "rows": [
+            (row, list(zip(books.AGES, row.by_age, strict=True)))
+            for row in books.aged_payables(offset=(page.number - 1) * PER_PAGE, limit=PER_PAGE)
+        ],
         "page": page,
     }
     return render(request, "portal/desk_payables.html", context)
@@ -307,7 +325,14 @@ def manual_list(request: StaffRequest) -> HttpResponseBase:
             return redirect("desk-manual", manual_id=made.pk)
     found = ManualEntry.objects.select_related("proposed_by", "decision__decided_by").prefetch_related("legs")
     page = Paginator(found, PER_PAGE).get_page(request.GET.get("page"))
-    context = {"tab": "manual", "page": page, "form": form, "legs": form.leg_fields()}
+    legs = form.leg_fields()
+    context = {
+        "tab": "manual",
+        "page": page,
+        "form": form,
+        "legs": legs,
+        "needs_more_legs": any(field.value() or field.errors for leg in legs[2:] for field in leg),
+    }
     return render(request, "portal/desk_manual_list.html", context, status=422 if form.errors else 200)
 
 
@@ -334,7 +359,7 @@ def manual(request: StaffRequest, manual_id: int) -> HttpResponseBase:
     context = {
         "tab": "manual",
         "manual": found,
-        "legs": found.legs.all(),
+        "legs": [(leg, _meaning(leg.account_code)) for leg in found.legs.all()],
         "problem": problem,
         "may_decide": found.state == "awaiting" and found.proposed_by_id != request.user.pk,
     }
@@ -390,6 +415,7 @@ def _look_context(run: ReconciliationRun | None) -> dict[str, Any]:
         return {"run": None}
     return {
         "run": run,
+        "here": reverse("desk-reconciliation-run", args=[run.pk]),
         "differences": run.differences.all()[:500],
         "cash": [
             {
@@ -525,13 +551,18 @@ def audit_log(request: StaffRequest) -> HttpResponse:
     return render(request, "portal/desk_audit.html", context)
 
 
+def _as_written(words: str) -> str:
+    """A pattern for a code as it is kept or as the page writes it: "manual entry 3" finds "manual_entry:3"."""
+    return ".".join(re.escape(part) for part in re.split(r"[ _.:]+", words.strip()))
+
+
 def _filtered(found: QuerySet[AuditEvent], data: dict[str, Any]) -> QuerySet[AuditEvent]:
     if data["who"]:
         found = found.filter(Q(actor__email__icontains=data["who"]) | Q(party__name__icontains=data["who"]))
     if data["action"]:
-        found = found.filter(action__startswith=data["action"])
+        found = found.filter(action__iregex=rf"^{_as_written(data['action'])}")
     if data["target"]:
-        found = found.filter(target=data["target"])
+        found = found.filter(target__iregex=rf"^{_as_written(data['target'])}$")
     if data["since"]:
         found = found.filter(happened_at__date__gte=data["since"])
     if data["until"]:

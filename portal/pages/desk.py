@@ -4,34 +4,54 @@ For anyone else it does not exist (404). Every act is a service's, with the pers
 """
 
 import uuid
+from dataclasses import dataclass
 
+from django.conf import settings
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.http import Http404, HttpResponse, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
 
+from marketplace import clock
 from marketplace.errors import DomainError
 from marketplace.models import Party
 from marketplace.money import MINOR_DIGITS, Money
 from payouts import selectors as payouts
-from payouts.models import Dispute, Payment, StripeEvent
+from payouts.models import (
+    BalanceCheck,
+    Dispute,
+    ManualEntry,
+    OutgoingTransfer,
+    Payment,
+    RailExport,
+    ReceiptApplication,
+    ReconciliationRun,
+    StripeEvent,
+)
 from payouts.services import clawbacks, disputes, recoveries, refunds, unapplied
+from payouts.services.proving import latest_proof
 from portal.pages.forms import DisputeAnswerForm, RefundForm, ReversalForm, WriteOffForm
 from portal.second_factor import StaffRequest, staff_only
 
 PER_PAGE = 50
 
 
+@dataclass(frozen=True)
+class Decision:
+    """Something that one of the staff must do: how many of it there are, and the page to do it on."""
+
+    count: int
+    what: str
+    page: str
+
+
 @staff_only
 @require_GET
 def desk(request: StaffRequest) -> HttpResponse:
-    """What waits for a person: open disputes by their deadline, refunds that failed, debts; and the payments to find."""
-    query = request.GET.get("q", "").strip()
-    page = Paginator(payouts.payments_found(query), PER_PAGE).get_page(request.GET.get("page"))
+    """What waits for a person: decisions, open disputes by their deadline, refunds that failed, runs, and debts."""
     context = {
-        "page": page,
-        "query": query,
+        "decisions": _decisions(),
         "disputes": payouts.open_disputes(),
         "refunds": payouts.unfinished_refunds()[:PER_PAGE],
         "debts": payouts.debts(),
@@ -40,6 +60,85 @@ def desk(request: StaffRequest) -> HttpResponse:
         "runs": payouts.payout_runs().exclude(status="done")[:10],
     }
     return render(request, "portal/desk.html", context)
+
+
+def _decisions() -> list[Decision]:
+    """Of each kind that has any."""
+    today = clock.today()
+    latest = ReconciliationRun.objects.filter(n_differences__isnull=False).first()
+    check = BalanceCheck.objects.first()
+    proof = latest_proof()
+    counted = [
+        ((proof.n_findings or 0) if proof else 0, "thing{s} wrong in the books by their proof", "desk-reconciliation"),
+        (latest.n_differences if latest else 0, "difference{s} between our books and Stripe’s", "desk-reconciliation"),
+        (check.n_wrong if check else 0, "kept balance{s} unlike the sum of their postings", "desk-reconciliation"),
+        (ManualEntry.objects.filter(decision=None).count(), "manual entr{ies} to approve", "desk-manual-list"),
+        (payouts.corrections_waiting().count(), "correction{s} of a division to approve", "desk-divisions"),
+        (payouts.receipts_waiting().count(), "bank transfer{s} to confirm", "desk-invoices"),
+        (
+            RailExport.objects.filter(status=RailExport.Status.AWAITING).count(),
+            "export{s} over another rail to approve",
+            "desk-rails",
+        ),
+        (
+            payouts.payouts_at_a_bank_that_refused().count(),
+            "payout{s} sent back by the payee’s bank",
+            "desk-payout-runs",
+        ),
+        (StripeEvent.unsettled().count(), "event{s} of Stripe’s that could not be applied", "desk-events"),
+        (
+            OutgoingTransfer.objects.filter(status=OutgoingTransfer.Status.RECORDED).count(),
+            "transfer{s} out of the bank to confirm",
+            "desk-bank",
+        ),
+        (
+            ReceiptApplication.objects.filter(status=ReceiptApplication.Status.PROPOSED).count(),
+            "use{s} of money that fits no invoice to approve",
+            "desk-bank",
+        ),
+        (payouts.unpaid_invoices().filter(due_on__lt=today).count(), "invoice{s} overdue", "desk-invoices"),
+        (payouts.reports_open().filter(due_on__lt=today).count(), "revenue report{s} overdue", "desk-overdue"),
+        (payouts.royalties_open().filter(due_on__lt=today).count(), "royalt{ies} overdue", "desk-overdue"),
+    ]
+    return [
+        Decision(count, what.format(s="" if count == 1 else "s", ies="y" if count == 1 else "ies"), page)
+        for count, what, page in counted
+        if count
+    ]
+
+
+@staff_only
+@require_GET
+def payments(request: StaffRequest) -> HttpResponse:
+    """Every payment, or those that a number, a charge or a buyer's name says."""
+    query = request.GET.get("q", "").strip()
+    page = Paginator(payouts.payments_found(query), PER_PAGE).get_page(request.GET.get("page"))
+    return render(request, "portal/desk_payments.html", {"page": page, "query": query})
+
+
+@staff_only
+@require_GET
+def dispute_list(request: StaffRequest) -> HttpResponse:
+    """The open ones by their deadline, then every one there was."""
+    page = Paginator(payouts.disputes_found(), PER_PAGE).get_page(request.GET.get("page"))
+    return render(request, "portal/desk_disputes.html", {"page": page, "open_ones": payouts.open_disputes()})
+
+
+@staff_only
+@require_GET
+def overdue(request: StaffRequest) -> HttpResponse:
+    """What licensees must still report and pay, what is overdue of it, and the mails that went out about it."""
+    page = Paginator(payouts.reports_open(), PER_PAGE).get_page(request.GET.get("page"))
+    context = {
+        "page": page,
+        "reports": payouts.by_report(page),
+        "invoices": [
+            (invoice, payouts.mailed_at(invoice.reminders.all())) for invoice in payouts.royalties_open()[:PER_PAGE]
+        ],
+        "today": clock.today(),
+        "suspended_after": settings.ROYALTY_SUSPEND_DAYS,
+    }
+    return render(request, "portal/desk_overdue.html", context)
 
 
 @staff_only
@@ -73,7 +172,8 @@ def payment(request: StaffRequest, payment_id: int) -> HttpResponseBase:
         "form": form if left else None,
         "refunds": found.refunds.select_related("requested_by").prefetch_related("transfers"),
         "transfers": payouts.references_paid_by(found),
-        "disputes": found.disputes.all(),
+        "documents": found.documents.order_by("pk"),
+        "disputes": found.disputes.prefetch_related("answers"),
     }
     return render(request, "portal/desk_payment.html", context, status=422 if form.errors else 200)
 

@@ -7,7 +7,6 @@ from django.contrib import messages
 from django.core.paginator import Paginator
 from django.http import Http404, HttpResponse, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
-from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from attribution.models import AttributionResult
@@ -18,7 +17,7 @@ from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
 from payouts.models import BankReceipt, DivisionCorrection, Document, TaxRate
 from payouts.services import billing, corrections, receipts
-from portal.pages.billing import document_page, pdf_of
+from portal.pages.billing import document_context, document_page, pdf_of
 from portal.pages.forms import CorrectDivisionForm, ReceiptForm, TaxRateForm
 from portal.second_factor import StaffRequest, staff_only
 
@@ -29,7 +28,9 @@ PER_PAGE = 50
 @require_GET
 def invoices(request: StaffRequest) -> HttpResponse:
     """What waits for its money, transfers that wait for a second person, and every document."""
-    page = Paginator(Document.objects.select_related("buyer"), PER_PAGE).get_page(request.GET.get("page"))
+    page = Paginator(Document.objects.select_related("buyer", "payment", "cancelled_by"), PER_PAGE).get_page(
+        request.GET.get("page")
+    )
     context = {
         "page": page,
         "unpaid": payouts.unpaid_invoices()[:PER_PAGE],
@@ -50,7 +51,7 @@ def invoice(request: StaffRequest, reference: str) -> HttpResponseBase:
         return pdf_of(document)
     can_be_paid = document.kind == "INV" and document.payment.status == "open" and not hasattr(document, "cancelled_by")
     if not can_be_paid:
-        return document_page(request, document, back=reverse("desk-invoices"))
+        return document_page(request, document, is_desk=True)
     form = ReceiptForm(
         request.POST or None,
         currency=document.currency,
@@ -64,7 +65,7 @@ def invoice(request: StaffRequest, reference: str) -> HttpResponseBase:
         else:
             messages.success(request, "Recorded. Somebody else confirms it before anything is booked.")
             return redirect("desk-invoices")
-    context = {"document": document, "content": document.content, "form": form, "back": reverse("desk-invoices")}
+    context = document_context(document, is_desk=True) | {"form": form}
     return render(request, "portal/document_detail.html", context, status=422 if form.errors else 200)
 
 

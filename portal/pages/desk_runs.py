@@ -11,9 +11,10 @@ from django.views.decorators.http import require_GET, require_http_methods
 from marketplace.errors import DomainError
 from marketplace.models import Party
 from marketplace.money import Money
+from payouts import chart
 from payouts import selectors as payouts
 from payouts.models import Payout, PayoutRun
-from payouts.services import transfers
+from payouts.services import reach, transfers
 from payouts.standing import bank_in_words, standings_of
 from portal.pages.desk import PER_PAGE
 from portal.pages.forms import ReasonForm, StartRunForm
@@ -38,6 +39,14 @@ DONE = {
     "pause": "Paused. What is on its way to Stripe is brought to its end, and nothing more is sent.",
     "resume": "It goes on where it was.",
 }
+#: A payee's state at Stripe, as staff read it; the payee's own page says it to them, with what they must do.
+AT_STRIPE = {
+    "not_started": "Not set up yet",
+    "unfinished": "Stripe needs more from them before it can pay",
+    "checking": "Stripe is checking what they entered",
+    "paused": "Stripe holds payouts to their bank until it has what it asked for",
+    "ready": "Set up: Stripe can pay them",
+}
 SKIPPED = {"below_minimum": "below the payee’s minimum", "not_ready": "not set up at Stripe"}
 
 
@@ -57,9 +66,9 @@ def payout_runs(request: StaffRequest) -> HttpResponseBase:
             messages.success(request, "The run is planned now; above the limit it waits for a colleague.")
             return redirect("desk-payout-run", run_id=run.pk)
     page = Paginator(payouts.payout_runs(), PER_PAGE).get_page(request.GET.get("page"))
-    return render(
-        request, "portal/desk_payout_runs.html", {"page": page, "form": form}, status=422 if form.errors else 200
-    )
+    failures = payouts.failures_by_run(page)
+    context = {"page": page, "runs": [(run, failures.get(run.pk, 0)) for run in page], "form": form}
+    return render(request, "portal/desk_payout_runs.html", context, status=422 if form.errors else 200)
 
 
 @staff_only
@@ -112,12 +121,15 @@ def _reason(payout: Payout) -> str:
 def payee(request: StaffRequest, party_id: int) -> HttpResponse:
     """One payee as they see it: what their money waits for, and their payouts."""
     party = get_object_or_404(Party, pk=party_id)
+    account = payouts.payee_of(party)
     earned = payouts.earnings_of(party)
     page = Paginator(payouts.payouts_of(party).select_related("run"), PER_PAGE).get_page(request.GET.get("page"))
     context = {
         "party": party,
-        "account": payouts.payee_of(party),
-        "earnings": earned,
+        "account": account,
+        "at_stripe": AT_STRIPE[payouts.onboarding_of(account).state],
+        "is_unserved": reach.is_unserved(party),
+        "earnings": [(of, chart.payable(party.pk, of.currency)) for of in earned],
         "standings": standings_of(party, earned),
         "page": page,
         "reasons": [

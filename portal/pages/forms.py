@@ -582,9 +582,9 @@ class ReferenceForm(Form):
 
 
 class AuditFilterForm(Form):
-    who = forms.CharField(required=False, max_length=100, label="Who", help_text="An e-mail address or a party's name.")
-    action = forms.CharField(required=False, max_length=60, label="Did what", help_text="Such as period or refund.")
-    target = forms.CharField(required=False, max_length=120, label="To what", help_text="Such as period:2026-03.")
+    who = forms.CharField(required=False, max_length=100, label="Who", help_text="E-mail or party.")
+    action = forms.CharField(required=False, max_length=60, label="Did what", help_text="Such as refund.")
+    target = forms.CharField(required=False, max_length=120, label="To what", help_text="Such as payout run 2.")
     since = forms.DateField(required=False, widget=DateInput, label="From")
     until = forms.DateField(required=False, widget=DateInput, label="To, inclusive")
     staff = forms.BooleanField(required=False, label="Staff only")

@@ -2,6 +2,7 @@
 
 import re
 from datetime import date
+from decimal import Decimal
 
 from django.core.paginator import Paginator
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
@@ -9,6 +10,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET
 
 from marketplace.errors import DomainError
+from marketplace.money import MICROS, Money
 from marketplace.web.access import ActingRequest, acting
 from payouts import selectors as payouts
 from payouts.models import IssuedStatement
@@ -58,17 +60,29 @@ def issued(request: ActingRequest, number: str) -> HttpResponse:
     found = _issued_or_404(request, number)
     page = Paginator(found.totals.all(), N_TOTALS).get_page(request.GET.get("page"))
     rows = list(issuing.stored_rows(found)) if found.n_lines <= MAX_LINES else []
-    lines = [statements.line_of_row(row) for row in rows if row["division"]]
-    others = [row for row in rows if not row["division"] and "balance" not in row["what"]]
     context = {
         "section": "earnings",
         "statement": found,
         "balances": found.balances.all(),
         "page": page,
-        "lines": lines,
-        "others": others,
+        "lines": [statements.line_of_row(row) for row in rows if row["division"]],
+        "others": [_Row(row) for row in rows if not row["division"] and "balance" not in row["what"]],
     }
     return render(request, "portal/issued_statement.html", context)
+
+
+class _Row:
+    """A row of an issued CSV, whose cells are texts, as a page shows it."""
+
+    def __init__(self, cells: dict[str, str]) -> None:
+        self.cells = {name: cell.removeprefix("'") for name, cell in cells.items()}  # which keeps formulas off
+        self.on = date.fromisoformat(cells["date"][:10])
+        for name in ("pot", "earned", "taken_back", "paid_out"):
+            setattr(self, name, self._money(cells[name]))
+
+    def _money(self, text: str) -> Money | None:
+        """Exact to the micro, as it was written."""
+        return Money(int(Decimal(text) * MICROS), self.cells["currency"]) if text else None
 
 
 @acting

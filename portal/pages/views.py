@@ -188,6 +188,7 @@ def order(request: ActingRequest, order_id: uuid.UUID) -> HttpResponse:
         "order": found,
         "lines": found.lines.all(),
         "is_late": found.expires_at <= clock.now(),
+        "today": clock.today(),
         "came_from_checkout": request.GET.get("from") == "checkout",
         "was_cancelled": request.GET.get("from") == "cancelled",
         "refunds": payouts.refunds_of(found),
@@ -259,7 +260,8 @@ def checkout_urls(page: str) -> dict[str, str]:
 def royalty_list(request: ActingRequest) -> HttpResponseBase:
     """A licensee states what a model earned; the invoice follows, a line per cited dataset."""
     own_models = payouts.reportable_models_of(request.party)
-    form = RevenueForm(request.POST or None, models=own_models, initial={"key": uuid.uuid4().hex})
+    asked = {name: request.GET[name] for name in ("model", "period_start", "period_end") if name in request.GET}
+    form = RevenueForm(request.POST or None, models=own_models, initial={"key": uuid.uuid4().hex} | asked)
     if form.is_valid():
         try:
             royalties.report_revenue(licensee=request.party, **form.report)
@@ -278,7 +280,7 @@ def royalty_list(request: ActingRequest) -> HttpResponseBase:
             (invoice, [(line, Money(line.amount_micros, invoice.currency)) for line in invoice.lines.all()])
             for invoice in page
         ],
-        "due": payouts.reports_due_of(request.party)[:PER_PAGE],
+        "due": payouts.by_report(payouts.reports_due_of(request.party)[:PER_PAGE]),
         "today": clock.today(),
         "has_models": bool(own_models),
         "came_from_checkout": request.GET.get("from") == "checkout",

@@ -86,7 +86,7 @@ class Visitor:
         if not self.page.url.startswith(self.url) or not self.has_javascript:
             return  # Stripe's pages are not ours
         assert self.complaints == [], f"{self.page.url}: {self.complaints}"
-        excess = self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        excess = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert excess <= 0, f"{self.page.url} is {excess} px wider than the screen"
         # The policy forbids inline scripts, so axe comes in through the debugger, which it does not govern.
         self.page.evaluate(AXE.read_text())

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.conf import settings
+from django.test import Client
 from playwright.sync_api import Browser
 
 from attribution.models import AttributionResult
-from marketplace.models import DatasetVersion, License, Party
+from marketplace.models import DatasetVersion, License, Party, User
+from payouts.models import Division, Document, JournalEntry, Payment
+from payouts.services import manual_entries
+from portal.templatetags.desk import PAGES
 from tests.browser.conftest import Visitor
 from tests.factories.attribution import PublishedResultFactory
+from tests.pages import with_second_factor
 from tests.stories.running import Story
 
 pytestmark = [pytest.mark.browser, pytest.mark.story]
@@ -53,6 +59,7 @@ def test_upload_buy_earn(story: Story, chromium: Browser, tmp_path: Path) -> Non
     buy_and_download(carol)
     earn_and_onboard(alice, story)
     read_what_was_measured(alice, carol)
+    look_at_the_books(chromium, story)
     for visitor, pages in ((alice, PAGES_OF_A_SELLER), (carol, PAGES_OF_A_BUYER)):
         for page in pages:
             visitor.go(page)
@@ -120,7 +127,7 @@ def buy_and_download(carol: Visitor) -> None:
 def earn_and_onboard(alice: Visitor, story: Story) -> None:
     story.wait_for("the upfront share", lambda: Party.objects.get(name="alice").division_lines.exists())
     alice.go("/earnings/")
-    alice.sees("$60.00 earned")  # 30 % of the price, all of it hers
+    alice.sees("$60.00")  # 30 % of the price, all of it hers
     alice.sees("Held so that a claim can still overturn it")
     alice.page.get_by_label("Country of your bank account").fill("US")
     alice.press("Set up payouts")
@@ -161,6 +168,46 @@ def read_what_was_measured(alice: Visitor, carol: Visitor) -> None:
         visitor.sees("100.00 %")
     alice.follow("Small digits")
     alice.sees("Cited by")
+
+
+def look_at_the_books(chromium: Browser, story: Story) -> None:
+    """Every page of the desk, reached from its tabs, and each kind of page behind them; at a desk and on a phone."""
+    user = User.objects.create_user("finance@example.org", PASSWORD, is_staff=True)
+    cookie = with_second_factor(Client(), user).cookies[settings.SESSION_COOKIE_NAME].value
+    manual = manual_entries.propose(
+        user=user,
+        key="k",
+        legs={"expense:other:USD": 1_000_000, "equity:owners:USD": -1_000_000},
+        reason="A bank's fee",
+    )
+    payment, document, entry = Payment.objects.get(), Document.objects.get(), JournalEntry.objects.earliest("pk")
+    division = Division.objects.earliest("pk")
+    payee = Party.objects.get(name="alice")
+    behind = [
+        f"/desk/payments/{payment.pk}/",
+        f"/desk/invoices/{document.reference}/",
+        f"/desk/divisions/{division.pk}/",
+        f"/desk/payees/{payee.pk}/",
+        f"/desk/debts/{payee.pk}/USD/",
+        f"/desk/entries/{manual.pk}/",
+        f"/desk/journal/entries/{entry.pk}/",
+        f"/desk/journal/payable:{payee.pk}:USD/",
+    ]
+    for screen in (DESK, PHONE):
+        finance = Visitor(chromium, story.url, **screen)
+        finance.context.add_cookies([{"name": settings.SESSION_COOKIE_NAME, "value": cookie, "url": story.url}])
+        finance.go("/desk/")
+        finance.sees("1 manual entry to approve")
+        tabs = finance.page.get_by_role("navigation", name="Desk")
+        for group, pages in PAGES.items():
+            for _, label, _ in pages:
+                tabs.get_by_role("link", name=group, exact=True).click()
+                tabs.get_by_role("link", name=label, exact=True).first.click()
+                finance.page.wait_for_load_state()
+                finance.check()
+                assert tabs.locator("[aria-current=page]").text_content() == label
+        for page in behind:
+            finance.go(page)
 
 
 PAGES_OF_A_SELLER = [

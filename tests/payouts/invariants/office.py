@@ -28,6 +28,7 @@ from payouts.services import (
     corrections,
     manual_entries,
     other_rails,
+    reach,
     receipts,
     report_corrections,
     sales,
@@ -62,7 +63,7 @@ class Office(RuleBasedStateMachine):
         raise NotImplementedError
 
     def open_the_office(self) -> None:
-        other_rails.ask_served_countries()
+        reach.ask_served_countries()
         for buyer in self.buyers:
             billing.set_billing_profile(
                 party=buyer,

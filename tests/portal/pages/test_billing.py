@@ -148,8 +148,43 @@ def test_anyone_sees_what_is_overdue_and_the_owner_what_is_due(model: Any, carol
 
     assert "The report of its revenue from 01 July 2026 to 30 September 2026" in public
     assert "Reports that you still owe" in own and "overdue since" in own
+    prefilled = f"?model={model.pk}&amp;period_start=2026-07-01&amp;period_end=2026-09-30#report"
+    assert prefilled in own
+    form = acting_as(carol).get(f"{reverse('royalties')}{prefilled.replace('&amp;', '&')}").content.decode()
+    assert 'value="2026-07-01"' in form and 'value="2026-09-30"' in form
     ReportDuty.objects.filter(pk=duty.pk).update(met_on=clock.today())
     assert "overdue" not in Client().get(reverse("model", args=[model.slug])).content.decode()
+
+
+def test_a_report_that_several_licenses_ask_for_is_listed_once(model: Any, carol: Any) -> None:
+    for title in ("One set", "Another set"):
+        offer = OfferFactory(version=PublishedVersionFactory(contributions={carol: 1}, dataset__title=title))
+        ReportDuty.objects.create(
+            license=LicenseFactory(licensee=carol, offer=offer),
+            model=model,
+            period_start=date(2026, 7, 1),
+            period_end=date(2026, 9, 30),
+            due_on=clock.today(),
+        )
+
+    own = acting_as(carol).get(reverse("royalties")).content.decode()
+
+    assert "for One set, Another set" in own and own.count("Report it") == 1
+
+
+def test_an_invoice_that_is_late_says_so_to_its_buyer_and_at_the_desk(carol: Any, people: Any) -> None:
+    order: Order = OrderFactory(buyer=carol, offers=[OfferFactory()])
+    client = acting_as(carol)
+    client.post(reverse("billing"), ADDRESS)
+    client.post(reverse("order-invoice", args=[order.public_id]), {"purchase_order": ""})
+    document = Document.objects.get()
+    pages = [(client, reverse("invoices")), (client, reverse("invoice", args=[document.reference]))]
+    pages += [(desk_of(people[0]), reverse("desk-invoices"))]
+    assert all("verdue since" not in browser.get(page).content.decode() for browser, page in pages)
+
+    clock.advance(timedelta(days=31))
+
+    assert all("verdue since" in browser.get(page).content.decode() for browser, page in pages)
 
 
 def test_a_planned_selection_is_estimated_between_its_least_and_its_most(carol: Any, alice: Any) -> None:

@@ -23,10 +23,10 @@ def sold(alice, bob, carol):
 def test_earnings_say_how_much_where_it_is_and_why(alice, sold):
     text = assert_page(signed_in(alice).get("/earnings/"))
 
-    assert "$22.50 earned" in text
-    assert "Pending $22.50" in text and "Held so that a claim can still overturn it" in text
+    assert "Earned $22.50" in text
+    assert "On hold $22.50" in text and "Held so that a claim can still overturn it" in text
     assert "Royalty pools of sales with your records" in text and "$60.00" in text
-    assert f"Sale, upfront: {sold.lines.get().version.dataset.title}" in text and "count 6" in text
+    assert f"Sale, upfront: {sold.lines.get().version.dataset.title}" in text and "of 6 records, by count" in text
     assert "Set up payouts" in text
 
 

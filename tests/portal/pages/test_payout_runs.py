@@ -58,6 +58,7 @@ def test_a_run_is_started_and_its_failures_are_named(told: Stripe, finance: Any,
     text = assert_page(finance.get(answer["Location"]))
     assert run.started_by and "finance@example.org" in text
     assert "The account is closed." in text and "ended" in text
+    assert "1 failed" in assert_page(finance.get("/desk/payout-runs/"))
     refused = Payout.objects.get(status="refused")
     payee = assert_page(finance.get(f"/desk/payees/{refused.party_id}/"))
     assert f"Stripe refused the payout of {money(refused.amount)}: The account is closed." in payee

@@ -126,7 +126,7 @@ def test_a_payee_reads_what_went_back_and_why(order: Order, finance: Any, alice:
     assert of.earned - of.taken_back == of.pending + of.due + of.in_transit + of.sent + of.paid
     month = f"{order.placed_at:%Y-%m}"
     statement = assert_page(signed_in(alice).get(f"/earnings/{month}/"))
-    assert "refunded to the buyer" in statement and "recomputes" in statement
+    assert "Refunded to the buyer" in statement and "recomputes" in statement
     rows = signed_in(alice).get(f"/earnings/{month}.csv").getvalue().decode()
     assert "refunded to the buyer" in rows and "12.00" in rows
     assert check_books().findings == []
@@ -164,9 +164,9 @@ def test_the_desk_exists_for_staff_only(order: Order, carol: Any, client: Any, f
 
     assert [signed_in(carol).get(page).status_code for page in pages] == [404] * 4
     assert signed_in(carol).post(pages[1], {"amount": "1"}).status_code == 404
-    assert str(payment.pk) in assert_page(finance.get("/desk/"))
-    assert order.buyer.name in assert_page(finance.get("/desk/", {"q": order.buyer.name[:3]}))
-    assert "No payment is found" in assert_page(finance.get("/desk/", {"q": "nobody"}))
+    assert str(payment.pk) in assert_page(finance.get("/desk/payments/"))
+    assert order.buyer.name in assert_page(finance.get("/desk/payments/", {"q": order.buyer.name[:3]}))
+    assert "No payment is found" in assert_page(finance.get("/desk/payments/", {"q": "nobody"}))
     assert str(order.public_id) in assert_page(finance.get(pages[1]))
     assert finance.get("/desk/disputes/1/").status_code == 404
 
