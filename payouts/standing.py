@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from django.utils import timezone
+
 from marketplace import clock
 from marketplace.models import Party
 from marketplace.money import Money
 from marketplace.templatetags.residual import money
 from payouts.models import DivisionLine, PayeeAccount, Payout, PayoutRun, PlannedPayout
-from payouts.selectors import Earnings, earnings_of, payee_of
+from payouts.selectors import UNANSWERED, Earnings, earnings_of, payee_of
 from payouts.services.plans import minimum_of
 
 #: Stripe's names of what it asks a payee, from the most specific beginning on: https://docs.stripe.com/api/accounts/object
@@ -108,6 +110,18 @@ def asked_in_words(names: Iterable[str]) -> str:
 
 def bank_in_words(code: str) -> str:
     return BANKS.get(code, code.replace("_", " "))
+
+
+def payout_problem(payout: Payout) -> str:
+    """What is wrong with a payout, for staff; empty where nothing is."""
+    if payout.bank_failed_at and payout.status == Payout.Status.SENT:
+        return f"The payee’s bank sent it back: {bank_in_words(payout.bank_failure_code)}."
+    if payout.status == Payout.Status.REFUSED:
+        return payout.refusal_message or payout.refusal_code
+    late = payout.first_tried_at is not None and payout.first_tried_at < timezone.now() - UNANSWERED
+    if payout.status == Payout.Status.INTENDED and (payout.attempt > 1 or late):
+        return "Stripe has not answered clearly; it is looked up and tried again."
+    return ""
 
 
 def _asked(name: str) -> str:
