@@ -285,6 +285,12 @@ SPECTACULAR_SETTINGS = {
     "ENUM_NAME_OVERRIDES": {
         "OrderStatus": "marketplace.models.orders.Order.Status",
         "JobStatus": "marketplace.jobs.Job.Status",
+        "PartitionEnum": "attribution.models.Share.Partition",
+        "DocumentKind": "payouts.models.Document.Kind",
+        "PaymentStatus": "payouts.models.Payment.Status",
+        "PayoutStatus": "payouts.models.Payout.Status",
+        "PayoutRunState": "payouts.models.PayoutRun.State",
+        "RefundState": "payouts.models.Refund.State",
     },
 }
 
