@@ -8,6 +8,7 @@ from payouts.api.views import (
     DocumentView,
     EarningsView,
     IssuedStatementViewSet,
+    OnboardingView,
     PayoutMinimumView,
     PayoutViewSet,
     ReportDutiesView,
@@ -34,6 +35,7 @@ paths = [
     path("documents/<str:reference>/pdf/", DocumentPdfView.as_view(), name="api-document-pdf"),
     path("royalty-quotes/", RoyaltyQuoteView.as_view(), name="api-royalty-quotes"),
     path("royalty-reports/due/", ReportDutiesView.as_view(), name="api-reports-due"),
+    path("onboarding/", OnboardingView.as_view(), name="api-onboarding"),
     path("desk/", include(desk.paths)),
     path("earnings/", EarningsView.as_view(), name="api-earnings"),
 ]

@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from portal.pages import billing, books, desk, desk_billing, desk_runs, influence, statements, views
+from portal.pages import billing, books, desk, desk_billing, desk_keys, desk_runs, influence, statements, views
 
 urlpatterns = [
     path("", views.home, name="home"),
@@ -63,6 +63,8 @@ urlpatterns = [
     path("desk/rails/<int:export_id>/", books.rail_export, name="desk-rail-export"),
     path("desk/rails/<int:export_id>.csv", books.rail_export_csv, name="desk-rail-export-csv"),
     path("desk/rails/payouts/<int:payout_id>/", books.rail_payout, name="desk-rail-payout"),
+    path("desk/keys/", desk_keys.keys, name="desk-keys"),
+    path("desk/keys/<int:key_id>/revoke/", desk_keys.revoke, name="desk-key-revoke"),
     path("desk/audit/", books.audit_log, name="desk-audit"),
     re_path(r"^earnings/(?P<month>\d{4}-\d{2})/$", statements.month, name="statement"),
     re_path(r"^earnings/(?P<month>\d{4}-\d{2})\.csv$", statements.month_csv, name="statement-csv"),

@@ -489,7 +489,7 @@ class ManualEntryOutput(serializers.ModelSerializer):
     proposed_by = PersonField("proposed_by")
     decided_by = PersonField("decision.decided_by")
     decided_at = serializers.DateTimeField(source="decision.decided_at", default=None, allow_null=True)
-    note = serializers.CharField(source="decision.note", default="")
+    note = serializers.CharField(source="decision.note", default=None, allow_null=True)
     entry = serializers.IntegerField(source="decision.entry_id", default=None, allow_null=True)
 
     class Meta:
