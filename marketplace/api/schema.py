@@ -43,7 +43,7 @@ class ScopedAutoSchema(AutoSchema):
         operation: dict[str, Any] | None = super().get_operation(*args)
         if operation is not None and (scope := self._scope()):
             needs = f"Needs a key with the scope `{scope}`."
-            if scope == StaffKey.Scope.ACT and self.view.needs_code:
+            if scope == StaffKey.Scope.ACT and getattr(self.view, "needs_code", True):
                 needs += f" Needs a one-time code of yours in `{CODE_HEADER}`."
             operation["description"] = f"{operation.get('description', '')}\n\n{needs}".strip()
         return operation

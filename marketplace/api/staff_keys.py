@@ -200,7 +200,8 @@ def acted_once(request: Request, *, key: str, act: Callable[[], Response]) -> Re
     Raises:
         KeyReused: the key stands for something else.
     """
-    user = acting_staff(request)
+    user, staff_key = acting_staff(request), request.auth
+    assert isinstance(staff_key, StaffKey)
     asked = json.dumps([request.method, request.path, request.data], sort_keys=True, ensure_ascii=False)
     digest = hashlib.sha256(asked.encode()).hexdigest()
     with connection.cursor() as cursor:  # the same key twice at once: the second waits for the first
@@ -213,7 +214,7 @@ def acted_once(request: Request, *, key: str, act: Callable[[], Response]) -> Re
     response = act()
     StaffAct.objects.create(
         user=user,
-        key=request.auth,
+        key=staff_key,
         idempotency_key=key,
         path=request.path,
         asked_sha256=digest,

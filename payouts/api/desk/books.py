@@ -340,7 +340,7 @@ class AgedPayableList(DeskView):
         responses=AgedPayableOutput(many=True),
     )
     def get(self, request: Request) -> Response:
-        page = self.paginate_queryset(_AgedPayables())  # type: ignore[arg-type]
+        page = self.paginate_queryset(_AgedPayables())
         return self.get_paginated_response(AgedPayableOutput(page, many=True).data)
 
 
@@ -544,7 +544,7 @@ class ManualEntryInput(serializers.Serializer):
         """Account code → micros, as `propose` takes them."""
         made: dict[str, int] = {}
         for leg in legs:
-            amount: Money = leg.get("debit") or leg.get("credit") or leg.get("debit", leg.get("credit"))
+            amount: Money = leg["debit"] if "debit" in leg else leg["credit"]
             code = f"{leg['account']}:{amount.currency}"
             if code in made:
                 raise serializers.ValidationError(f"{code} has a leg already; give one amount.")

@@ -487,7 +487,7 @@ class DebtList(DeskView):
     pagination_class = OffsetPages
 
     def get(self, request: Request) -> Response:
-        page: list[Debt] = self.paginate_queryset(debts())  # type: ignore[arg-type, assignment]
+        page: list[Debt] = self.paginate_queryset(debts())  # type: ignore[assignment]
         return self.get_paginated_response(DebtOutput(page, many=True).data)
 
 

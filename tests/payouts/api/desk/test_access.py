@@ -1,9 +1,12 @@
 """Who gets to the desk's addresses, and by what: every one of them, as the OpenAPI document lists them."""
 
+import json
 import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from allauth.mfa.models import Authenticator
 from django.utils import timezone
@@ -268,3 +271,25 @@ def test_an_act_is_the_persons_in_the_log(ann: Desk) -> None:
     event = AuditEvent.objects.get(action="payout_run.requested")
     assert (event.actor, event.target) == (ann.user, f"payout_run:{run['id']}")
     assert run["started_by"] == "ann@desk.example"
+
+
+def test_the_readmes_examples_are_calls_that_there_are(document: dict[str, Any]) -> None:
+    text = (Path(__file__).resolve().parents[4] / "payouts" / "README.md").read_text()
+    section = text.partition("## The desk's API")[2].partition("\n## ")[0].replace("\\\n", " ")
+    calls = re.findall(r"curl (.+)", section)
+    templates = {path: methods for path, methods in document["paths"].items() if path.startswith(BASE)}
+
+    for one in calls:
+        path = BASE + (re.search(r'"\$API/([^"?]+)', one) or ["", ""])[1]
+        method = "post" if "-X POST" in one else "get"
+        (template,) = [known for known in templates if re.fullmatch(known.replace("{id}", r"\d+"), path)]
+        operation = templates[template][method]
+        for header in operation.get("parameters", []):
+            if header["in"] == "header":
+                assert f'-H "{header["name"]}: ' in one, (one, header["name"])
+        body = re.search(r"-d '(.+)'", one)
+        if body is not None:
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            schema |= {"components": document["components"]}
+            jsonschema.Draft202012Validator(schema).validate(json.loads(body[1]))
+    assert len(calls) == 6
