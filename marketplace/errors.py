@@ -39,3 +39,17 @@ class KeyReused(DomainError):
 
     code = "idempotency_key_reused"
     status = 409
+
+
+class SecondFactorNeeded(DomainError):
+    """The act needs a one-time code of the person's that is current and was not used before."""
+
+    code = "second_factor"
+    status = 403
+
+
+class TooManyCodes(DomainError):
+    """So many wrong codes that somebody may be guessing; they are looked at again in some minutes."""
+
+    code = "too_many_codes"
+    status = 429

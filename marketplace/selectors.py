@@ -1,8 +1,10 @@
 """The only doors to rows for who is not staff: to a stranger they do not exist (404, not 403)."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 
 import pyarrow.parquet as pq
 from django.core.files.storage import default_storage
@@ -12,6 +14,7 @@ from django.utils import timezone
 from marketplace import clock
 from marketplace.models import (
     ApiKey,
+    AuditEvent,
     Citation,
     Dataset,
     DatasetVersion,
@@ -21,6 +24,7 @@ from marketplace.models import (
     Order,
     OrderLine,
     Party,
+    StaffKey,
     Upload,
 )
 from marketplace.planning import hash_joins
@@ -175,3 +179,46 @@ def record_columns(version: DatasetVersion) -> Iterator[pq.ParquetFile]:
     """
     with default_storage.open(version.parquet_key, "rb") as file, pq.ParquetFile(file) as parquet:
         yield parquet
+
+
+# --- for staff --------------------------------------------------------------------------------------------------------
+def audit_events(
+    *,
+    who: str = "",
+    action: str = "",
+    target: str = "",
+    since: date | None = None,
+    until: date | None = None,
+    staff: bool = False,
+) -> QuerySet[AuditEvent]:
+    """Who did what to what and when, newest first.
+
+    Args:
+        who: part of an e-mail address or of a party's name.
+        action: how it begins: "payout_run"; target: the whole of it: "period:2026-03". Both also as pages write them:
+            "payout run", "period 2026-03".
+        since, until: days (UTC), both included.
+        staff: only what staff did.
+    """
+    found = AuditEvent.objects.select_related("actor", "party").order_by("-pk")
+    if who:
+        found = found.filter(Q(actor__email__icontains=who) | Q(party__name__icontains=who))
+    if action:
+        found = found.filter(action__iregex=rf"^{_as_written(action)}")
+    if target:
+        found = found.filter(target__iregex=rf"^{_as_written(target)}$")
+    if since:
+        found = found.filter(happened_at__date__gte=since)
+    if until:
+        found = found.filter(happened_at__date__lte=until)
+    return found.filter(actor__is_staff=True) if staff else found
+
+
+def _as_written(words: str) -> str:
+    """A pattern for a code as it is kept or as a page writes it: "manual entry 3" finds "manual_entry:3"."""
+    return ".".join(re.escape(part) for part in re.split(r"[ _.:]+", words.strip()))
+
+
+def staff_keys() -> QuerySet[StaffKey]:
+    """Every key to the desk, those that work first; never their text, which nobody has."""
+    return StaffKey.objects.select_related("user").order_by(F("revoked_at").asc(nulls_first=True), "-pk")

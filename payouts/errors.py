@@ -161,3 +161,9 @@ class AlreadyDecided(DomainError):
     """Another one of the staff was first."""
 
     code = "already_decided"
+
+
+class EventNotFailed(DomainError):
+    """Only what failed is tried again; nothing was changed."""
+
+    code = "event_not_failed"

@@ -26,6 +26,7 @@ from payouts.models import (
     Document,
     EventSettlement,
     IssuedStatement,
+    ManualEntry,
     PayeeAccount,
     Payment,
     Payout,
@@ -517,11 +518,25 @@ def open_disputes() -> QuerySet[Dispute]:
     )
 
 
-def disputes_found() -> QuerySet[Dispute]:
-    """All of them, decided ones too, newest first."""
-    return (
+def disputes_found(*, is_open: bool | None = None) -> QuerySet[Dispute]:
+    """Disputes, newest first: all, or the open or the closed ones."""
+    found = (
         Dispute.objects.select_related("payment__order__buyer", "payment__invoice__report__licensee")
-        .prefetch_related("answers")
+        .prefetch_related("answers__given_by")
+        .order_by("-pk")
+    )
+    if is_open is None:
+        return found
+    return found.filter(status__in=Dispute.OPEN) if is_open else found.exclude(status__in=Dispute.OPEN)
+
+
+def refunds_found() -> QuerySet[Refund]:
+    """Every refund, newest first."""
+    return (
+        Refund.objects.select_related(
+            "payment__order__buyer", "payment__invoice__report__licensee", "surplus", "requested_by"
+        )
+        .prefetch_related("transfers")
         .order_by("-pk")
     )
 
@@ -888,12 +903,50 @@ def divisions_found(query: str) -> QuerySet[Division]:
     return found.filter(named)
 
 
+def corrections_found() -> QuerySet[DivisionCorrection]:
+    """Every correction of a division, newest first."""
+    return DivisionCorrection.objects.select_related("division", "proposed_by", "decided_by", "result__model").order_by(
+        "-pk"
+    )
+
+
+def pools_found(*, is_released: bool | None = None) -> QuerySet[RoyaltyPool]:
+    """Royalty pools with what is left of each, newest first: all, or the released or the waiting ones."""
+    found = (
+        RoyaltyPool.objects.with_left()
+        .select_related("version__dataset", "order_line__order", "division__result__model")
+        .order_by("-pk")
+    )
+    return found if is_released is None else found.filter(released_at__isnull=not is_released)
+
+
 def corrections_waiting() -> QuerySet[DivisionCorrection]:
     return (
         DivisionCorrection.objects.filter(status=DivisionCorrection.Status.PROPOSED)
         .select_related("division__version__dataset", "proposed_by")
         .order_by("pk")
     )
+
+
+def manual_entries_found(*, state: str | None = None) -> QuerySet[ManualEntry]:
+    """Manual entries, newest first: all, or those that are awaiting, approved or rejected."""
+    found = (
+        ManualEntry.objects.select_related("proposed_by", "decision__decided_by")
+        .prefetch_related("legs")
+        .order_by("-pk")
+    )
+    if state is None:
+        return found
+    return (
+        found.filter(decision=None) if state == "awaiting" else found.filter(decision__is_approved=state == "approved")
+    )
+
+
+def receipts_found() -> QuerySet[BankReceipt]:
+    """Every transfer that was recorded, newest first."""
+    return BankReceipt.objects.select_related(
+        "payment__order__buyer", "payment__invoice__report__licensee", "recorded_by", "decided_by"
+    ).order_by("-pk")
 
 
 def receipts_waiting() -> QuerySet[BankReceipt]:

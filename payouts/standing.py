@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from django.utils import timezone
+
 from marketplace import clock
 from marketplace.models import Party
 from marketplace.money import Money
 from marketplace.templatetags.residual import money
 from payouts.asked import asked_in_words
 from payouts.models import DivisionLine, PayeeAccount, Payout, PayoutRun, PlannedPayout, RailPayout
-from payouts.selectors import Earnings, earnings_of, payee_of
+from payouts.selectors import UNANSWERED, Earnings, earnings_of, payee_of
 from payouts.services import bank_details, other_rails
 from payouts.services.plans import minimum_of
 
@@ -84,6 +86,18 @@ def standings_of(party: Party, earnings: Iterable[Earnings] | None = None) -> li
 
 def bank_in_words(code: str) -> str:
     return BANKS.get(code, code.replace("_", " "))
+
+
+def payout_problem(payout: Payout) -> str:
+    """What is wrong with a payout, for staff; empty where nothing is."""
+    if payout.bank_failed_at and payout.status == Payout.Status.SENT:
+        return f"The payee’s bank sent it back: {bank_in_words(payout.bank_failure_code)}."
+    if payout.status == Payout.Status.REFUSED:
+        return payout.refusal_message or payout.refusal_code
+    late = payout.first_tried_at is not None and payout.first_tried_at < timezone.now() - UNANSWERED
+    if payout.status == Payout.Status.INTENDED and (payout.attempt > 1 or late):
+        return "Stripe has not answered clearly; it is looked up and tried again."
+    return ""
 
 
 def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterable[Standing]:

@@ -23,6 +23,7 @@ APPEND_ONLY = frozenset(
         "marketplace_citation",
         "marketplace_recordcopy",
         "marketplace_recordfingerprint",
+        "marketplace_staffact",
         "attribution_artifact",
         "attribution_share",
         "attribution_meteredrun",
@@ -70,6 +71,7 @@ NEVER_DELETED = (
     "marketplace_license",
     "marketplace_disclosure",
     "marketplace_mailoptout",
+    "marketplace_staff",
     "attribution_",
 )
 #: What ingest and attribution write.

@@ -291,6 +291,12 @@ SPECTACULAR_SETTINGS = {
         "OrderStatus": "marketplace.models.orders.Order.Status",
         "JobStatus": "marketplace.jobs.Job.Status",
         "PaymentMethod": "payouts.models.payments.Payment.Method",
+        "PartitionEnum": "attribution.models.Share.Partition",
+        "DocumentKind": "payouts.models.Document.Kind",
+        "PaymentStatus": "payouts.models.Payment.Status",
+        "PayoutStatus": "payouts.models.Payout.Status",
+        "PayoutRunState": "payouts.models.PayoutRun.State",
+        "RefundState": "payouts.models.Refund.State",
     },
 }
 

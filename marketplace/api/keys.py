@@ -91,6 +91,8 @@ class ApiKeyAuthentication(BaseAuthentication):
 
 def needed_scope(view: Any, method: str) -> str | None:
     """The scope that a view's action needs; None: it is public."""
+    if (of_desk := getattr(view, "needed_scope", None)) is not None:
+        return str(of_desk(method))
     action: str = getattr(view, "action", None) or method.lower()
     scope: str | None = getattr(view, "scopes", {}).get(action, ApiKey.Scope.READ)
     return scope

@@ -5,6 +5,8 @@ from typing import Any
 from drf_spectacular.openapi import AutoSchema
 
 from marketplace.api.keys import needed_scope
+from marketplace.api.staff_keys import CODE_HEADER
+from marketplace.models import StaffKey
 
 PROBLEM = {
     "type": "object",
@@ -41,8 +43,16 @@ class ScopedAutoSchema(AutoSchema):
         operation: dict[str, Any] | None = super().get_operation(*args)
         if operation is not None and (scope := self._scope()):
             needs = f"Needs a key with the scope `{scope}`."
+            if scope == StaffKey.Scope.ACT and getattr(self.view, "needs_code", True):
+                needs += f" Needs a one-time code of yours in `{CODE_HEADER}`."
             operation["description"] = f"{operation.get('description', '')}\n\n{needs}".strip()
         return operation
+
+    def get_override_parameters(self) -> Any:
+        """What a desk view takes besides, for each of its methods: headers of an act, filters of a list."""
+        parameters: list[Any] = super().get_override_parameters()
+        of_desk = getattr(self.view, "parameters", None)
+        return parameters if of_desk is None else [*parameters, *of_desk(self.method)]
 
     def _scope(self) -> str | None:
         return needed_scope(self.view, self.method)

@@ -1,11 +1,11 @@
-"""Rate limits per API key's party, or per address without a key, announced in headers."""
+"""Rate limits per API key's party, per staff member, or per address without a key, announced in headers."""
 
 from typing import Any
 
 from rest_framework.request import Request
 from rest_framework.throttling import SimpleRateThrottle
 
-from marketplace.models import ApiKey
+from marketplace.models import ApiKey, StaffKey
 
 
 class PartyThrottle(SimpleRateThrottle):
@@ -24,7 +24,11 @@ class PartyThrottle(SimpleRateThrottle):
         return bool(allowed)
 
     def get_cache_key(self, request: Request, view: Any) -> str:
-        ident = (
-            f"party:{request.auth.party_id}" if isinstance(request.auth, ApiKey) else f"addr:{self.get_ident(request)}"
-        )
+        match request.auth:
+            case ApiKey():
+                ident = f"party:{request.auth.party_id}"
+            case StaffKey():
+                ident = f"staff:{request.auth.user_id}"  # two keys of one person are one person
+            case _:
+                ident = f"addr:{self.get_ident(request)}"
         return self.cache_format % {"scope": self.scope, "ident": ident}

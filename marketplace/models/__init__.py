@@ -5,7 +5,7 @@ from marketplace.models.clock import ClockOffset
 from marketplace.models.contributions import Contribution, RecordCopy, RecordFingerprint
 from marketplace.models.datasets import Attestation, Dataset, DatasetVersion, Upload
 from marketplace.models.disclosures import Citation, Disclosure, TrainedModel
-from marketplace.models.keys import ApiKey
+from marketplace.models.keys import ApiKey, StaffAct, StaffKey
 from marketplace.models.offers import Offer
 from marketplace.models.orders import License, Order, OrderLine
 from marketplace.models.parties import Invitation, MailOptOut, Membership, Party, User
@@ -30,6 +30,8 @@ __all__ = [
     "Party",
     "RecordCopy",
     "RecordFingerprint",
+    "StaffAct",
+    "StaffKey",
     "TrainedModel",
     "Upload",
     "User",

@@ -376,6 +376,27 @@ class PayoutOutput(serializers.Serializer):
     paid_at = serializers.DateTimeField(allow_null=True)
 
 
+class OnboardingInput(serializers.Serializer):
+    country = serializers.RegexField(
+        r"^[A-Z]{2}$",
+        required=False,
+        help_text="ISO 3166-1, two letters: where your bank account is. Until your account at Stripe is made you may change it.",
+    )
+
+
+class OnboardingOutput(serializers.Serializer):
+    """How far you are at Stripe, which pays you: not_started, unfinished, checking, paused or ready."""
+
+    state = serializers.ChoiceField(choices=["not_started", "unfinished", "checking", "paused", "ready"])
+    title = serializers.CharField(help_text="For a person.")
+    needs = serializers.ListField(child=serializers.CharField(), help_text="What Stripe asks for next.")
+    country = serializers.CharField(help_text="Empty: say it when you begin.")
+
+
+class OnboardingLinkOutput(serializers.Serializer):
+    url = serializers.URLField(help_text="Stripe's page for a person; good for minutes, and once.")
+
+
 class MinimumInput(serializers.Serializer):
     minimum = MoneyField(help_text="Less than this waits and adds up.")
 

@@ -1,5 +1,6 @@
-from django.urls import path
+from django.urls import include, path
 
+from payouts.api.desk import urls as desk
 from payouts.api.views import (
     BillingProfileView,
     DocumentListView,
@@ -7,6 +8,7 @@ from payouts.api.views import (
     DocumentView,
     EarningsView,
     IssuedStatementViewSet,
+    OnboardingView,
     PayoutMinimumView,
     PayoutViewSet,
     ReportDutiesView,
@@ -33,5 +35,7 @@ paths = [
     path("documents/<str:reference>/pdf/", DocumentPdfView.as_view(), name="api-document-pdf"),
     path("royalty-quotes/", RoyaltyQuoteView.as_view(), name="api-royalty-quotes"),
     path("royalty-reports/due/", ReportDutiesView.as_view(), name="api-reports-due"),
+    path("onboarding/", OnboardingView.as_view(), name="api-onboarding"),
+    path("desk/", include(desk.paths)),
     path("earnings/", EarningsView.as_view(), name="api-earnings"),
 ]

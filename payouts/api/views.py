@@ -20,6 +20,7 @@ from marketplace.api.pagination import CreatedCursorPagination
 from marketplace.errors import InvalidInput
 from marketplace.models import ApiKey, Party
 from marketplace.money import MINOR_DIGITS, Money
+from marketplace.services.parties import set_country
 from payouts.api.serializers import (
     BillingProfileInput,
     BillingProfileOutput,
@@ -30,6 +31,9 @@ from payouts.api.serializers import (
     IssuedStatementOutput,
     MinimumInput,
     MinimumOutput,
+    OnboardingInput,
+    OnboardingLinkOutput,
+    OnboardingOutput,
     PayoutOutput,
     ReportDutyOutput,
     RoyaltyInvoiceOutput,
@@ -46,7 +50,9 @@ from payouts.selectors import (
     documents_of,
     earnings_of,
     find_document,
+    onboarding_of,
     paid_out_of,
+    payee_of,
     reportable_models_of,
     reports_due_of,
     royalty_invoices_of,
@@ -57,6 +63,7 @@ from payouts.services import duties
 from payouts.services.billing import set_billing_profile
 from payouts.services.documents import render_pdf
 from payouts.services.issuing import statement_pdf, stored_csv
+from payouts.services.payees import start_onboarding
 from payouts.services.plans import minimum_of, set_minimum
 from payouts.services.quotes import quote_plan
 from payouts.services.report_corrections import correct_report
@@ -404,6 +411,39 @@ class PayoutMinimumView(APIView):
         assert isinstance(request.auth, ApiKey)
         row = set_minimum(party=request.auth.party, amount=amount, user=None)
         return Response(MinimumOutput(row.amount).data)
+
+
+class OnboardingView(APIView):
+    scopes: ClassVar[dict[str, str]] = {"post": ApiKey.Scope.REPORT}
+
+    @extend_schema(
+        summary="How far you are at Stripe, which pays you",
+        operation_id="onboarding_retrieve",
+        responses={200: OnboardingOutput},
+    )
+    def get(self, request: Request) -> Response:
+        party = _party(request)
+        told = onboarding_of(payee_of(party))
+        answer = {"state": told.state, "title": told.title, "needs": told.needs, "country": party.country}
+        return Response(OnboardingOutput(answer).data)
+
+    @extend_schema(
+        summary="A link to Stripe's page, where you say how you are paid",
+        description="Makes your account at Stripe the first time. A person opens the link, once and within minutes; ask again "
+        "for a fresh one. Refused where Stripe does not reach your country: what you earn is kept for you.",
+        operation_id="onboarding_start",
+        request=OnboardingInput,
+        responses={200: OnboardingLinkOutput},
+    )
+    def post(self, request: Request) -> Response:
+        data = OnboardingInput(data=request.data)
+        data.is_valid(raise_exception=True)
+        party = _party(request)
+        if "country" in data.validated_data and payee_of(party) is None:
+            set_country(party=party, country=data.validated_data["country"])
+        page = f"{settings.BASE_URL}/earnings/"
+        url = start_onboarding(party=party, return_url=f"{page}?from=stripe", refresh_url=f"{page}onboarding/")
+        return Response(OnboardingLinkOutput({"url": url}).data)
 
 
 def _held(currency: str) -> str:

@@ -3,15 +3,12 @@
 For staff with a second factor; for anyone else none of it exists (404). Every act is a service's, with the person in the log.
 """
 
-import re
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from django.contrib import messages
 from django.core.paginator import Paginator
-from django.db.models import Q, QuerySet
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
@@ -19,12 +16,13 @@ from django.utils import timezone
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from marketplace import clock
-from marketplace.csv_cells import cell_text, written
 from marketplace.errors import DomainError
 from marketplace.jobs import Job
-from marketplace.models import AuditEvent
 from marketplace.money import MINOR_DIGITS, Money
+from marketplace.selectors import audit_events
 from payouts import books, chart
+from payouts.book_files import as_download, yearly_csv
+from payouts.book_files import journal_csv as journal_csv_of
 from payouts.models import (
     BalanceCheck,
     BooksProof,
@@ -104,7 +102,7 @@ def _as_of(text: str) -> tuple[datetime, str]:
 @require_GET
 def beancount_export(request: StaffRequest) -> StreamingHttpResponse:
     as_of, _ = _as_of(request.GET.get("as_of", ""))
-    return _download(books.beancount_lines(until=as_of), "residual.beancount", "text/plain")
+    return as_download(books.beancount_lines(until=as_of), "residual.beancount", "text/plain")
 
 
 @staff_only
@@ -113,61 +111,7 @@ def yearly_export(request: StaffRequest, year: int) -> StreamingHttpResponse:
     """One row per payee and currency, for tax forms."""
     if not 2000 <= year <= 9998:
         raise Http404("There is no such year")
-    return _download(_yearly_lines(year), f"residual-payees-{year}.csv", "text/csv")
-
-
-def _yearly_lines(year: int) -> Iterator[str]:
-    yield written(
-        [
-            "year",
-            "party",
-            "name",
-            "kind",
-            "country",
-            "stripe_account",
-            "currency",
-            "credited_q1",
-            "credited_q2",
-            "credited_q3",
-            "credited_q4",
-            "credited",
-            "n_credits",
-            "taken_back",
-            "given",
-            "adjusted_net",
-            "paid_out",
-        ]
-    )
-    for row in books.yearly_totals(year):
-        quarters = [quarter.amount_text(exact=True) for quarter in row.credited_by_quarter]
-        adjusted = row.adjusted
-        none = Money(0, row.currency)
-        yield written(
-            [
-                year,
-                row.party,
-                cell_text(row.name),
-                row.kind,
-                row.country,
-                row.stripe_account,
-                row.currency,
-                *quarters,
-                row.credited.amount_text(exact=True),
-                row.n_credits,
-                (-adjusted if adjusted.micros < 0 else none).amount_text(exact=True),
-                (adjusted if adjusted.micros > 0 else none).amount_text(exact=True),
-                cell_text(adjusted.amount_text(exact=True)),
-                cell_text(row.paid_out.amount_text(exact=True)),
-            ]
-        )
-
-
-def _download(lines: Iterator[str], name: str, kind: str) -> StreamingHttpResponse:
-    return StreamingHttpResponse(
-        lines,
-        content_type=f"{kind}; charset=utf-8",
-        headers={"Content-Disposition": f'attachment; filename="{name}"'},
-    )
+    return as_download(yearly_csv(year), f"residual-payees-{year}.csv", "text/csv")
 
 
 # --- journals ---------------------------------------------------------------------------------------------------------
@@ -212,31 +156,7 @@ def journal_csv(request: StaffRequest, code: str) -> StreamingHttpResponse:
         account = books.find_account(code)
     except DomainError as error:
         raise Http404(error.message) from None
-    return _download(_journal_lines(account), f"{code.replace(':', '-')}.csv", "text/csv")
-
-
-def _journal_lines(account: Any) -> Iterator[str]:
-    yield written(
-        ["posting", "booked_at", "kind", "key", "debit", "credit", "balance_debit", "balance_credit", "currency"]
-    )
-    for row in books.account_journal_rows(account):
-        yield written(
-            [
-                row.posting_id,
-                f"{row.booked_at:%Y-%m-%dT%H:%M:%SZ}",
-                row.kind,
-                cell_text(row.key),
-                *_sides(row.amount),
-                *_sides(row.balance),
-                account.currency,
-            ]
-        )
-
-
-def _sides(amount: Money) -> tuple[str, str]:
-    """Debit and credit: no cell is negative."""
-    text = (amount if amount.micros >= 0 else -amount).amount_text(exact=True)
-    return (text, "") if amount.micros >= 0 else ("", text)
+    return as_download(journal_csv_of(account), f"{code.replace(':', '-')}.csv", "text/csv")
 
 
 @staff_only
@@ -505,7 +425,7 @@ def rail_export_csv(request: StaffRequest, export_id: int) -> StreamingHttpRespo
     """It names bank accounts in plain: by POST, so that it takes a fresh second factor, and each one is in the audit log."""
     found = get_object_or_404(RailExport, pk=export_id, status=RailExport.Status.APPROVED)
     lines = other_rails.export_file(export=found, user=request.user)
-    answer = _download(lines, f"residual-export-{found.pk}.csv", "text/csv")
+    answer = as_download(lines, f"residual-export-{found.pk}.csv", "text/csv")
     answer.headers["Cache-Control"] = "no-store"
     return answer
 
@@ -532,9 +452,7 @@ def rail_payout(request: StaffRequest, payout_id: int) -> HttpResponseBase:
 def audit_log(request: StaffRequest) -> HttpResponse:
     """Who did what to what and when, newest first; pages by the last row seen, so that a long log stays quick."""
     form = AuditFilterForm(request.GET or None)
-    found = AuditEvent.objects.select_related("actor", "party")
-    if form.is_valid():
-        found = _filtered(found, form.cleaned_data)
+    found = audit_events(**(form.cleaned_data if form.is_valid() else {}))
     before = _number(request.GET.get("before"))
     if before is not None:
         found = found.filter(pk__lt=before)
@@ -549,22 +467,3 @@ def audit_log(request: StaffRequest) -> HttpResponse:
         "query": query.urlencode(),
     }
     return render(request, "portal/desk_audit.html", context)
-
-
-def _as_written(words: str) -> str:
-    """A pattern for a code as it is kept or as the page writes it: "manual entry 3" finds "manual_entry:3"."""
-    return ".".join(re.escape(part) for part in re.split(r"[ _.:]+", words.strip()))
-
-
-def _filtered(found: QuerySet[AuditEvent], data: dict[str, Any]) -> QuerySet[AuditEvent]:
-    if data["who"]:
-        found = found.filter(Q(actor__email__icontains=data["who"]) | Q(party__name__icontains=data["who"]))
-    if data["action"]:
-        found = found.filter(action__iregex=rf"^{_as_written(data['action'])}")
-    if data["target"]:
-        found = found.filter(target__iregex=rf"^{_as_written(data['target'])}$")
-    if data["since"]:
-        found = found.filter(happened_at__date__gte=data["since"])
-    if data["until"]:
-        found = found.filter(happened_at__date__lte=data["until"])
-    return found.filter(actor__is_staff=True) if data["staff"] else found

@@ -13,9 +13,9 @@ from marketplace.models import Party
 from marketplace.money import Money
 from payouts import chart
 from payouts import selectors as payouts
-from payouts.models import Payout, PayoutRun
+from payouts.models import PayoutRun
 from payouts.services import reach, transfers
-from payouts.standing import bank_in_words, standings_of
+from payouts.standing import payout_problem, standings_of
 from portal.pages.desk import PER_PAGE
 from portal.pages.forms import ReasonForm, StartRunForm
 from portal.second_factor import StaffRequest, staff_only
@@ -96,7 +96,7 @@ def payout_run(request: StaffRequest, run_id: int) -> HttpResponseBase:
         "acts": acts,
         "form": form if any(needs for _, _, needs in acts) else None,
         "failures": failures,
-        "reasons": [(payout, _reason(payout)) for payout in failures],
+        "reasons": [(payout, payout_problem(payout)) for payout in failures],
         "passed_over": payouts.passed_over_in(run)[:PER_PAGE],
         "waiting": payouts.waiting_in(run)[:10],
         "skipped": [
@@ -106,14 +106,6 @@ def payout_run(request: StaffRequest, run_id: int) -> HttpResponseBase:
         "is_starter": run.started_by_id is not None and run.started_by_id == request.user.pk,
     }
     return render(request, "portal/desk_payout_run.html", context, status=422 if form.errors else 200)
-
-
-def _reason(payout: Payout) -> str:
-    if payout.bank_failed_at and payout.status == payout.Status.SENT:
-        return f"The payee’s bank sent it back: {bank_in_words(payout.bank_failure_code)}."
-    if payout.status == payout.Status.REFUSED:
-        return payout.refusal_message or payout.refusal_code
-    return "Stripe has not answered clearly; it is looked up and tried again."
 
 
 @staff_only
@@ -132,8 +124,6 @@ def payee(request: StaffRequest, party_id: int) -> HttpResponse:
         "earnings": [(of, chart.payable(party.pk, of.currency)) for of in earned],
         "standings": standings_of(party, earned),
         "page": page,
-        "reasons": [
-            (payout, _reason(payout) if payout.refusal_code or payout.bank_failed_at else "") for payout in page
-        ],
+        "reasons": [(payout, payout_problem(payout)) for payout in page],
     }
     return render(request, "portal/desk_payee.html", context)

@@ -7,7 +7,7 @@ from django.db.models import QuerySet
 from attribution.models import AttributionResult
 from attribution.services.questions import MAX_TEXT
 from marketplace import clock
-from marketplace.models import TrainedModel
+from marketplace.models import StaffKey, TrainedModel
 from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
 from marketplace.templatetags.residual import money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
@@ -588,3 +588,25 @@ class AuditFilterForm(Form):
     since = forms.DateField(required=False, widget=DateInput, label="From")
     until = forms.DateField(required=False, widget=DateInput, label="To, inclusive")
     staff = forms.BooleanField(required=False, label="Staff only")
+
+
+class StaffKeyForm(Form):
+    """A key of one's own to the desk's API."""
+
+    name = forms.CharField(max_length=80, help_text="Where it will live, such as “month-end script”.")
+    scopes = forms.MultipleChoiceField(
+        choices=[
+            (StaffKey.Scope.READ, "desk:read: look at everything the desk shows"),
+            (
+                StaffKey.Scope.ACT,
+                "desk:act: propose, stop and, with a code of your authenticator app for each act, decide and pay",
+            ),
+        ],
+        widget=forms.CheckboxSelectMultiple,
+        initial=[StaffKey.Scope.READ],
+        label="What it may do",
+        error_messages={"required": "Choose at least one."},
+    )
+    days = forms.IntegerField(
+        min_value=1, max_value=StaffKey.LONGEST.days, initial=30, label="Works for, days", help_text="90 at most."
+    )

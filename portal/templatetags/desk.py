@@ -37,6 +37,7 @@ PAGES: dict[str, list[tuple[str, str, str]]] = {
         ("events", "Stripe’s events", "desk-events"),
         ("reconciliation", "Reconciliation", "desk-reconciliation"),
         ("audit", "Audit log", "desk-audit"),
+        ("keys", "API keys", "desk-keys"),
     ],
 }
 

@@ -1,0 +1,80 @@
+"""Exports over another rail by a key: proposed, approved by another person, sent to a bank, and confirmed."""
+
+from typing import Any
+
+import pytest
+
+from marketplace.models import AuditEvent
+from payouts import ledger
+from payouts.models import RailExport, RailPayout, ServedCountries
+from payouts.services.manual_entries import approve, propose
+from payouts.services.proofs import check_books
+from tests.desk import Desk
+from tests.payouts.services.test_transfers import earn
+
+DOLLAR = 1_000_000
+USD = {"currency": "USD"}
+
+
+@pytest.fixture
+def unserved(alice: Any, ann: Desk, ben: Desk) -> Any:
+    """Stripe does not pay where alice is; 36 USD are due to her, and in the bank."""
+    ServedCountries.objects.create(platform_country="US", countries=["DE", "US"])
+    type(alice).objects.filter(pk=alice.pk).update(country="CU")
+    earn({alice: 1}, price="40")
+    legs = {"bank:USD": 36 * DOLLAR, "cash:available:USD": -36 * DOLLAR}
+    funded = propose(user=ann.user, key="fund", legs=legs, reason="Withdrawn", balance_transaction_id="txn_fund")
+    approve(manual=funded, user=ben.user)
+    return alice
+
+
+def test_what_stripe_does_not_reach_is_exported_by_two_people_and_confirmed(
+    unserved: Any, ann: Desk, ann_again: Desk, ben: Desk
+) -> None:
+    made, again = (ann.act("rail-exports/", USD, 201, key="k", code="") for _ in range(2))
+    path = f"rail-exports/{made['id']}/"
+    assert made == again and (made["status"], made["proposed_by"]) == ("awaiting", "ann@desk.example")
+    (payout,) = ann.get(f"{path}payouts/")["results"]
+    assert (payout["party"]["id"], payout["amount"]["amount"]) == (unserved.pk, "36.00")
+    ann.get(f"{path}csv/", 404)  # nothing is promised yet
+    for desk in (ann, ann_again):
+        assert desk.act(f"{path}approve/", None, 403)["code"] == "four_eyes"
+    ben.refused(f"{path}approve/", None, "One-Time-Code", status=403, code="")
+    assert ledger.balances(prefix="in_transit_rail") == {}
+
+    approved = ben.act(f"{path}approve/")
+
+    assert (approved["status"], approved["decided_by"]) == ("approved", "ben@desk.example")
+    assert ann.get("rail-exports/", status="approved", currency="USD")["results"] == [approved] == [ann.get(path)]
+    assert ann.get("rail-exports/", currency="EUR")["results"] == []
+    rows = ann.get(f"{path}csv/").getvalue().decode().splitlines()
+    assert len(rows) == 2 and ",36.00," in rows[1]
+    act = f"rail-payouts/{payout['id']}/"
+    ann.refused(f"{act}sent/", {"reference": " "}, "/reference")
+    ann.refused(f"{act}sent/", {"reference": "B-1"}, "One-Time-Code", status=403, code="")
+    sent = ann.act(f"{act}sent/", {"reference": "B-1"})
+    assert (sent["status"], sent["reference"], sent["confirmed_by"]) == ("sent", "B-1", "ann@desk.example")
+    assert ledger.balances(prefix="bank") == {}
+    returned = ann.act(f"{act}returned/", {"reference": "B-2"})
+    assert returned["status"] == "returned"
+    assert ann.act(f"{act}sent/", {"reference": "B-3"}, 422)["code"] == "invalid_input"
+    assert AuditEvent.objects.get(action="rail_payout.sent").actor == ann.user
+    assert check_books().findings == []
+
+
+def test_an_export_is_rejected_by_another_person_without_a_code(unserved: Any, ann: Desk, ben: Desk) -> None:
+    made = ann.act("rail-exports/", USD, 201, code="")
+    path = f"rail-exports/{made['id']}/"
+
+    assert ann.act(f"{path}reject/", None, 403, code="")["code"] == "four_eyes"
+    assert ben.act(f"{path}reject/", code="")["status"] == "rejected"
+    assert RailPayout.objects.get().status == "dropped"
+    assert ben.act(f"{path}approve/", None, 409)["code"] == "already_decided"
+
+
+def test_an_export_of_nothing_or_in_no_currency_is_refused(ann: Desk) -> None:
+    assert ann.act("rail-exports/", USD, 409, code="")["code"] == "nothing_owed"
+    ann.refused("rail-exports/", {"currency": "CHF"}, "/currency", code="")
+    ann.refused("rail-exports/", {}, "/currency", code="")
+
+    assert RailExport.objects.count() == 0
