@@ -4,7 +4,7 @@
     desk:act    acts too; whatever is more than a proposal, a stop or a look also needs a one-time code in a header
 
 A key is made on a page of the desk after a fresh second factor, shown once, kept as a hash, lasts ninety days at most, and
-ends at once with its person's being active staff or with the second factor (triggers, migration `0071_staff_key_rules`).
+ends at once with its person's being active staff or with the second factor (triggers, migration `0012_staff_key_rules`).
 """
 
 import hashlib

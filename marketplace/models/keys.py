@@ -35,7 +35,7 @@ class StaffKey(models.Model):
     """A staff member's own key to the desk's API: it acts as the person, and ends with what lets the person in.
 
     Only its SHA-256 is kept. Whoever stops being active staff, or takes away the second factor that the key was made with, loses
-    it for good: triggers of migration `0071_staff_key_rules` revoke it in the same transaction and write that into the audit log.
+    it for good: triggers of migration `0012_staff_key_rules` revoke it in the same transaction and write that into the audit log.
     """
 
     class Scope(models.TextChoices):

@@ -74,6 +74,6 @@ DROP FUNCTION marketplace_keep_staff_key();
 
 
 class Migration(migrations.Migration):
-    dependencies = [("marketplace", "0070_staff_keys")]
+    dependencies = [("marketplace", "0011_staff_keys")]
 
     operations = [migrations.RunSQL(RULES, DROP)]

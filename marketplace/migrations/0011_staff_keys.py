@@ -11,7 +11,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0009_licenses_in_arrears'),
+        ('marketplace', '0010_parties_stay'),
         ('mfa', '0003_authenticator_type_uniq'),
     ]
 
