@@ -43,7 +43,7 @@ from attribution.engine.checkpoints import (
     where_unread,
 )
 from attribution.engine.curvature import Curvature
-from attribution.engine.estimators import Estimate
+from attribution.engine.estimators import Estimate, by_class
 from attribution.engine.gradients import BLOCK_BYTES, block_rows, named_gradients, parameter_count
 from attribution.engine.held_out import best, held_out
 from attribution.engine.rewinding import HALF, PARTS, joined, rewound, way
@@ -160,7 +160,8 @@ def estimate(
         ],
         "slope": slope,
     }
-    return Estimate((scores * slope if slope > 0 else scores).float(), slope > 0, settings)
+    scores = by_class(task, scores * slope if slope > 0 else scores)
+    return Estimate(scores.float(), slope > 0, settings)
 
 
 def _by_age(task: Task, program: Program, path: Trajectory, rows: int | None, progress: Progress | None) -> Estimate:
@@ -174,7 +175,7 @@ def _by_age(task: Task, program: Program, path: Trajectory, rows: int | None, pr
         scores = joined(scores, there)
     settings = _settings(path, fitted) | {"filter": "flow", "chosen_by": "age", "ages": ages, "run_equivalents": 0}
     settings |= {"parts": list(PARTS) if half is not None else [1.0], "rewound": why}
-    return Estimate(scores.float(), False, settings)
+    return Estimate(by_class(task, scores).float(), False, settings)
 
 
 def _fitted(program: Program, path: Trajectory, rows: int | None, progress: Progress | None = None) -> list[Curvature]:
@@ -277,7 +278,7 @@ def scores_of(
     *,
     rows: int | None = None,
 ) -> list[Tensor]:
-    """The equation on top, for several filters at once: a (n_train, n_query) float64 for each.
+    """The equation on top, for several filters at once: a (n_train, n_query) float64 for each, copies apart.
 
     Args:
         fitted: the curvature at each segment's state.
@@ -298,9 +299,8 @@ def scores_of(
             for i in segment.visits.nonzero()[:, 0].split(size):
                 G = found.rotate(named_gradients(program, segment.state, task.train, i, of_loss=True))
                 G = G * (segment.visits[i] / task.n_train).to(G)[:, None]
-                to = task.representative[i]
                 for s, w in zip(scores, pulled, strict=True):
-                    s[:, q] = s[:, q].index_add(0, to, (G @ w).double().cpu())
+                    s[i[:, None], q] += (G @ w).double().cpu()
             if number:
                 adjoints = [found.restore(a * f.kept(x).to(a)) for a, f in zip(rotated, filters, strict=True)]
     return scores

@@ -28,7 +28,7 @@ from torch import Tensor
 from attribution.engine import curvature as curvatures
 from attribution.engine.checkpoints import Segment, Trajectory, age, at_state, expected_start, mean_gradient, trajectory
 from attribution.engine.curvature import Labels, curvature_gradients, curvature_rows, labels_of
-from attribution.engine.estimators import Estimate
+from attribution.engine.estimators import Estimate, by_class
 from attribution.engine.gradients import block_rows, flat, named_gradients, parameter_count
 from attribution.engine.held_out import best, held_out
 from attribution.engine.projection import project
@@ -115,7 +115,7 @@ def estimate(
             scores = joined(scores, half.scores(1 / ages[-1][0], HALF))
         settings |= {"damping": [1 / tau for tau, _ in ages], "chosen_by": "age", "run_equivalents": 0}
         settings["parts"] = list(PARTS) if half is not None else [1.0]
-        return Estimate(scores.float(), False, settings)
+        return Estimate(by_class(task, scores).float(), False, settings)
 
     held = held_out(task, program)
     tried: list[tuple[list[int], list[float], list[float]]] = []  # checkpoints, dampings, parts
@@ -152,7 +152,8 @@ def estimate(
         ],
         "slope": slope,
     }
-    return Estimate((scores * slope if slope > 0 else scores).float(), slope > 0, settings)
+    scores = by_class(task, scores * slope if slope > 0 else scores)
+    return Estimate(scores.float(), slope > 0, settings)
 
 
 class _Features:
@@ -164,15 +165,14 @@ class _Features:
         n, m = task.n_train, segment.visits
         size = rows or block_rows(program, segment.state)
         train = self._rows(task.train, size, of_loss=True)
-        train = train * (m.double()[:, None] / n).to(train)
-        self.train = torch.zeros_like(train).index_add_(0, task.representative.to(train.device), train)
+        self.train = train * (m.double()[:, None] / n).to(train)
         self.queries = self._rows(task.queries, size, of_loss=False)
         self.fisher = train.new_zeros(train.shape[1], train.shape[1])
         for index in m.nonzero()[:, 0].split(rows or curvature_rows(program, segment.state, self.labels)):
             self.fisher += fisher_of(program, segment.state, index, self.labels, width=width, visits=m[index])
 
     def scores(self, ridge: float, part: float = 1.0) -> Tensor:
-        """(n_train, n_query) float64 for part · F + ridge · I."""
+        """(n_train, n_query) float64 for part · F + ridge · I, copies apart."""
         mean = part * float(self.fisher.trace()) / len(self.fisher)
         if mean <= 0:  # no record's gradient has any length
             return (self.train @ self.queries.T / ridge).cpu()
