@@ -24,6 +24,8 @@ from attribution.engine.gradients import block_rows, named_gradients
 from attribution.engine.task import Recipe, Task, initial_state_from_seed
 from attribution.engine.training import Program, Progress, State, Tensors, preserved_generator
 
+UNREAD = "no age can be read off: by steps at the other states' pace, or else from 0.1 of the mean eigenvalue"
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -265,6 +267,19 @@ def age(curvature: Tensor, moved: Tensor, remaining: float) -> float:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if left(middle) > remaining else (low, middle)
     return (low * high) ** 0.5
+
+
+def where_unread(taus: Sequence[float], lengths: Sequence[int], defaults: Sequence[float]) -> list[float]:
+    """Ages with those that could not be read off, NaN, filled in: by steps, at the pace of the others; by the defaults if there are none.
+
+    Args:
+        lengths: steps of training that each age stands for.
+    """
+    read = [(tau, length) for tau, length in zip(taus, lengths, strict=True) if tau == tau]
+    if not read:
+        return list(defaults)
+    pace = sum(tau for tau, _ in read) / max(1, sum(length for _, length in read))
+    return [tau if tau == tau else max(1, length) * pace for tau, length in zip(taus, lengths, strict=True)]
 
 
 def mean_gradient(program: Program, state: State) -> Tensors:

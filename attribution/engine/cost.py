@@ -199,6 +199,8 @@ class _Work:
         state = self.pace.program.blank()
         d, rows = parameter_count(self.pace.program, state), block_rows(self.pace.program, state)
         states = min(CHECKPOINTS[method], len(task.checkpoints)) if task.checkpoints else CHECKPOINTS[method]
+        if method == "ekfac" or (method == "trak" and (states == 1 or task.recipe is not None)):
+            states += 1  # the last one rewound to half of the data
         if not task.checkpoints:
             self.training()
         if task.recipe is not None and method in ("trak", "ekfac"):

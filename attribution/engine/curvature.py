@@ -36,7 +36,7 @@ from attribution.engine.gradients import BLOCK_BYTES, named_gradients, parameter
 from attribution.engine.task import Batch, seed_of
 from attribution.engine.training import Program, Progress, State, Tensors, preserved_generator
 
-FULL = 2048  # numbers in a block that is treated exactly: its eigenvectors take seconds
+FULL = 3072  # numbers in a block that is treated exactly: its eigenvectors take seconds
 SIDE = 4096  # of a matrix, beyond which its eigenvectors would take minutes and gigabytes
 EXACT_OUTPUTS = 32  # outputs per record up to which every label counts
 HESSIAN_OUTPUTS = 256  # up to which H_out is written down at all

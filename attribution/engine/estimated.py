@@ -4,8 +4,9 @@
     solve    for each checkpoint                           the age τ that it shows, and A = (F + 1/τ)⁻¹ · mean query gradients
     scores   for each range of records                     g_i · A / n, mean over checkpoints
 
-The formulas, and how a checkpoint shows its age, are `estimators/trak.py`'s. Queries are dealt into parts whose gradients are
-averaged before anything is solved: a record needs a number for each part, not for each query, and the parts are what the intervals redraw.
+The formulas, and how a checkpoint shows its age, are `estimators/trak.py`'s for several checkpoints (one alone is not rewound
+here). Queries are dealt into parts whose gradients are averaged before anything is solved: a record needs a number for each
+part, not for each query, and the parts are what the intervals redraw.
 
 A plan is JSON; a piece's bytes are the same on every re-run on one machine and thread count, and depend on the pieces that it
 `needs` alone. `unreplayed.divide` makes shares of the values.

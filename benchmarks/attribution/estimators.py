@@ -1,8 +1,9 @@
 """Do the fast estimates predict retraining, and better than the peers' at their best damping?
 
-    ./run bench attribution/estimators [--worlds logistic mlp mlp-adam cnn] [--seeds 0] [--subsets 200] [--no-peers]
+    ./run bench attribution/estimators [--worlds logistic mlp mlp-adam cnn worlds:cnn ...] [--seeds 0] [--subsets 200] [--no-peers]
 
-Worlds of 240 of scikit-learn's digits, a tenth of them with a random label; 100 other digits are the queries. The truth is
+Worlds of 240 of scikit-learn's digits, a tenth of them with a random label; 100 other digits are the queries. worlds:NAME is one of
+worlds.py, whose records and queries are its own. The truth is
 counterfactual training on the same order, every subset trained. LDS: Spearman's ρ per query over subsets, mean over queries.
 The peers (kronfluence, dattri) run in this same command on the same checkpoints, from a folder of their own that torch is not in; each
 is given the damping that is best on the truth, for each column by itself. Ours choose theirs without seeing it.
@@ -29,6 +30,7 @@ from attribution.engine import Batch, Recipe, Task, TensorRecords, epoch_order, 
 from attribution.engine.estimators import ekfac, graddot, replay, tracin, trak
 from attribution.engine.held_out import linear_datamodeling_score
 from attribution.engine.training import train
+from benchmarks.attribution import worlds
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / "var" / "peers"
@@ -72,6 +74,8 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def make_world(name: str, seed: int) -> Task:
+    if name.startswith("worlds:"):
+        return worlds.make_task(worlds.WORLDS[name.removeprefix("worlds:")], seed=seed)
     build, recipe = WORLDS[name]
     generator = torch.Generator().manual_seed(seed)
     digits = load_digits()
@@ -101,9 +105,10 @@ def retrained(task: Task, subsets: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     found = []
     for dropped in DROPPED:
-        kept = torch.ones(subsets, N_TRAIN)
+        n = task.n_train
+        kept = torch.ones(subsets, n)
         for row in kept:
-            row[torch.randperm(N_TRAIN, generator=generator)[: max(1, round(dropped * N_TRAIN))]] = 0
+            row[torch.randperm(n, generator=generator)[: max(1, round(dropped * n))]] = 0
         found.append((kept, replay_values(task, kept, per_query=True)))
     return found
 
@@ -123,7 +128,8 @@ def install_peers() -> None:
 def peers_scores(world: str, seed: int, checkpoints: list[tuple[int, Path]]) -> list[tuple[str, float, list[Tensor]]]:
     """(method, seconds for one damping, a score matrix per damping), from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.attribution.peers", f"estimators:{world}:{seed}", folder]
+        name = world if world.startswith("worlds:") else f"estimators:{world}"
+        command = [sys.executable, "-m", "benchmarks.attribution.peers", f"{name}:{seed}", folder]
         environment = os.environ | {"PYTHONPATH": str(PEERS), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         paths = [str(path) for _, path in checkpoints]
         done = subprocess.run(
@@ -139,7 +145,9 @@ def peers_scores(world: str, seed: int, checkpoints: list[tuple[int, Path]]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument(
+        "--worlds", nargs="+", default=list(WORLDS), choices=[*WORLDS, *(f"worlds:{w}" for w in worlds.WORLDS)]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--subsets", type=int, default=200)
     parser.add_argument("--no-peers", action="store_true")
@@ -164,10 +172,10 @@ def run(world: str, seed: int, given: argparse.Namespace) -> None:
         + " of the records dropped"
     )
     with tempfile.TemporaryDirectory() as folder:
-        steps = [n_step * k // 10 for k in range(1, 11)]
+        steps = sorted({max(1, n_step * k // 10) for k in range(1, 11)})
         done = train(task, checkpoint_steps=steps, checkpoint_dir=Path(folder))
         ten, last = done.checkpoints, done.checkpoints[-1:]
-        four = [ten[k] for k in (1, 4, 6, 9)]
+        four = [ten[k] for k in sorted({len(ten) * k // 4 - 1 for k in (1, 2, 3, 4)})]
         final, bare = replace(task, checkpoints=last), replace(task, recipe=None, checkpoints=last)
         rows: list[tuple[str, str, Callable[[], Tensor]]] = [
             ("graddot", "1 checkpoint", lambda: graddot.score(bare)),

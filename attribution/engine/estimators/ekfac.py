@@ -9,6 +9,9 @@ segments, all of them by gradient flow (SOURCE: Bae et al. 2024, arXiv:2405.1218
 
     F = τ (1 − e^{−x}) / x        S = e^{−x}        x = τ σ + κ        τ: Σ learning rates,  κ: Σ learning rate · decay
 
+With half of the data each τσ is half of that, and the last state is rewound to where that would have ended; scores are from both
+(`rewinding.py`).
+
 With one state this is an influence function (Koh & Liang 2017, arXiv:1703.04730; Grosse et al. 2023, arXiv:2308.03296) whose damping is
 1/τ: F = τ / (1 + x) = (σ + (1 + κ)/τ)⁻¹ is offered beside it. For H and its eigenvalues σ see `curvature.py`.
 
@@ -28,11 +31,22 @@ import torch
 from torch import Tensor
 
 from attribution.engine import curvature as curvatures
-from attribution.engine.checkpoints import Segment, Trajectory, age, at_state, expected_start, mean_gradient, trajectory
+from attribution.engine.checkpoints import (
+    UNREAD,
+    Segment,
+    Trajectory,
+    age,
+    at_state,
+    expected_start,
+    mean_gradient,
+    trajectory,
+    where_unread,
+)
 from attribution.engine.curvature import Curvature
-from attribution.engine.estimators import Estimate
+from attribution.engine.estimators import Estimate, by_class
 from attribution.engine.gradients import BLOCK_BYTES, block_rows, named_gradients, parameter_count
 from attribution.engine.held_out import best, held_out
+from attribution.engine.rewinding import HALF, PARTS, joined, rewound, way
 from attribution.engine.task import Task
 from attribution.engine.training import Program, Progress, State, Tensors
 
@@ -96,30 +110,38 @@ def estimate(
         return _by_age(task, program, paths[0], rows, progress)
 
     held = held_out(task, program)
-    tried: list[tuple[Trajectory, list[Curvature], str, Filter]] = []
+    tried: list[tuple[Trajectory, list[Curvature], str, list[float], Filter]] = []
+    first = _fitted(program, paths[0], rows)  # of one segment, whose state is where training ends
+    half, why = _halfway(program, paths[0], first[-1], _aged(program, paths[0], first)[1], rows)
 
     def candidates() -> Iterator[Tensor]:
         for number, path in enumerate(paths):
-            fitted = [
-                curvatures.fit(program, segment.state, visits=segment.visits, rows=rows) for segment in path.segments
-            ]
+            fitted = _fitted(program, path, rows) if number else first
             kinds = ("ridge", "flow") if len(path.segments) == 1 else ("flow",)
             recorded = [_rates(segment, found) for segment, found in zip(path.segments, fitted, strict=True)]
             aged, _ = _aged(program, path, fitted)
             for (clock, steps), kind in itertools.product((("recipe", recorded), ("age", aged)), kinds):
                 filters = [Filter(kind, c) for c in MULTIPLES]
-                tried.extend((path, fitted, clock, f) for f in filters)
-                yield from scores_of(task, program, path, fitted, steps, filters, rows=rows)
+                tried.extend((path, fitted, clock, [1.0], f) for f in filters)
+                whole = scores_of(task, program, path, fitted, steps, filters, rows=rows)
+                yield from whole
+                if half is not None:
+                    tried.extend((path, fitted, clock, list(PARTS), f) for f in filters)
+                    there = [_rates(half.path.segments[0], half.found, HALF)] if clock == "recipe" else half.aged
+                    halves = scores_of(task, program, half.path, [half.found], there, filters, rows=rows)
+                    yield from (joined(a, b) for a, b in zip(whole, halves, strict=True))
             if progress:
                 progress(number + 1, len(paths))
 
     chosen, scores, agreements = best(candidates(), held)
-    path, fitted, clock, filter_ = tried[chosen]
+    path, fitted, clock, parts, filter_ = tried[chosen]
     slope = held.slope(scores)
     if held.is_still:
         scores = torch.zeros_like(scores)
     settings = _settings(path, fitted) | {
         "tau_from": clock,
+        "parts": parts,
+        "rewound": why,
         "filter": filter_.kind,
         "multiple_of_tau": filter_.multiple,
         "chosen_by": f"agreement with {held.run_equivalents} replays, each of which costs a plain run",
@@ -129,44 +151,104 @@ def estimate(
             {
                 "segments": len(p.segments),
                 "tau_from": t,
+                "parts": used,
                 "filter": f.kind,
                 "multiple_of_tau": f.multiple,
                 "agreement": round(a, 4),
             }
-            for (p, _, t, f), a in zip(tried, agreements, strict=True)
+            for (p, _, t, used, f), a in zip(tried, agreements, strict=True)
         ],
         "slope": slope,
     }
-    return Estimate((scores * slope if slope > 0 else scores).float(), slope > 0, settings)
+    scores = by_class(task, scores * slope if slope > 0 else scores)
+    return Estimate(scores.float(), slope > 0, settings)
 
 
 def _by_age(task: Task, program: Program, path: Trajectory, rows: int | None, progress: Progress | None) -> Estimate:
-    fitted = []
+    fitted = _fitted(program, path, rows, progress)
+    steps, ages = _aged(program, path, fitted)
+    filters = [Filter("flow", 1.0)]
+    (scores,) = scores_of(task, program, path, fitted, steps, filters, rows=rows)
+    half, why = _halfway(program, path, fitted[-1], ages, rows)
+    if half is not None:
+        (there,) = scores_of(task, program, half.path, [half.found], half.aged, filters, rows=rows)
+        scores = joined(scores, there)
+    settings = _settings(path, fitted) | {"filter": "flow", "chosen_by": "age", "ages": ages, "run_equivalents": 0}
+    settings |= {"parts": list(PARTS) if half is not None else [1.0], "rewound": why}
+    return Estimate(by_class(task, scores).float(), False, settings)
+
+
+def _fitted(program: Program, path: Trajectory, rows: int | None, progress: Progress | None = None) -> list[Curvature]:
+    """The curvature at each segment's state."""
+    found = []
     for number, segment in enumerate(path.segments):
-        fitted.append(curvatures.fit(program, segment.state, visits=segment.visits, rows=rows))
+        found.append(curvatures.fit(program, segment.state, visits=segment.visits, rows=rows))
         if progress:
             progress(number + 1, len(path.segments) + 1)
-    steps, ages = _aged(program, path, fitted)
-    (scores,) = scores_of(task, program, path, fitted, steps, [Filter("flow", 1.0)], rows=rows)
-    settings = _settings(path, fitted) | {"filter": "flow", "chosen_by": "age", "ages": ages, "run_equivalents": 0}
-    return Estimate(scores.float(), False, settings)
+    return found
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Where half of the data would have led."""
+
+    path: Trajectory  # of one segment
+    found: Curvature
+    aged: list[tuple[Tensor, Tensor]]  # its (τ, x) by age
+
+
+def _halfway(
+    program: Program,
+    path: Trajectory,
+    found: Curvature,
+    ages: Sequence[dict[str, Any]],
+    rows: int | None,
+) -> tuple[_Half | None, str]:
+    """The last state rewound to half of the data, unless it cannot have come from where it would go; and why.
+
+    Args:
+        found: the curvature there.
+        ages: of all segments; together that of the state.
+    """
+    tau = sum(entry["tau"] for entry in ages)
+    x = tau * found.eigenvalues
+    rotated = found.rotate(way(program, path.final, path.start))
+    # (e^{−tx} − e^{−x}) / (1 − e^{−x}) for t = ½
+    back = found.restore(rotated * torch.sigmoid(-HALF * x).to(rotated))
+    state, why = rewound(program, path.final, back, path.start)
+    if state is None:
+        return None, why
+    visits = torch.stack([segment.visits for segment in path.segments]).mean(0)
+    segment = replace(path.segments[-1], state=state, visits=visits)
+    there = curvatures.fit(program, state, visits=visits, rows=rows)
+    aged = (torch.full_like(there.eigenvalues, tau), HALF * tau * there.eigenvalues)
+    return _Half(Trajectory([segment], state, path.start), there, [aged]), why
 
 
 def _aged(
     program: Program, path: Trajectory, fitted: Sequence[Curvature]
 ) -> tuple[list[tuple[Tensor, Tensor]], list[dict[str, Any]]]:
     """(τ, x) of every coordinate for each segment by its age, and how each was come by."""
-    steps, ages, before = [], [], path.start
+    taus, hows, before = [], [], path.start
     for segment, found in zip(path.segments, fitted, strict=True):
-        tau, why = _age(program, segment.state, before, found)
-        steps.append((torch.full_like(found.eigenvalues, tau), tau * found.eigenvalues))
-        ages.append({"step": segment.state.step, "tau": tau, "from": why})
+        tau, how = _age(program, segment.state, before, found)
+        taus.append(tau)
+        hows.append(how)
         before = {name: p[0] for name, p in segment.state.parameters.items()}
+    lengths = [segment.steps[1] - segment.steps[0] for segment in path.segments]
+    defaults = [1 / max(DEFAULT_DAMPING * float(found.eigenvalues.mean()), 1e-12) for found in fitted]
+    steps, ages = [], []
+    for segment, found, tau, read, how in zip(
+        path.segments, fitted, where_unread(taus, lengths, defaults), taus, hows, strict=True
+    ):
+        steps.append((torch.full_like(found.eigenvalues, tau), tau * found.eigenvalues))
+        why = how if read == tau else UNREAD
+        ages.append({"step": segment.state.step, "tau": tau, "from": why})
     return steps, ages
 
 
 def _age(program: Program, state: State, before: Tensors | None, found: Curvature) -> tuple[float, str]:
-    """τ of the segment that ends at `state`, and how it was come by."""
+    """τ of the segment that ends at `state`, NaN where it cannot be read off, and from what it was read."""
     g = mean_gradient(program, state)
     if before is None:
         start, variance, _ = expected_start(program)
@@ -176,18 +258,14 @@ def _age(program: Program, state: State, before: Tensors | None, found: Curvatur
     delta = {name: p - start[name][None] for name, p in state.parameters.items()}
     remaining = -sum(float((g[name].double() * delta[name][0].double()).sum()) for name in g)
     moved = found.rotate(delta)[0].double().square() - found.spread(variance)
-    tau = age(found.eigenvalues, moved, remaining)
-    if tau == tau:
-        return tau, how
-    mean = float(found.eigenvalues.mean())
-    return 1 / max(DEFAULT_DAMPING * mean, 1e-12), f"{DEFAULT_DAMPING} of the mean eigenvalue: no age can be read off"
+    return age(found.eigenvalues, moved, remaining), how
 
 
-def _rates(segment: Segment, found: Curvature) -> tuple[Tensor, Tensor]:
-    """(τ, x) of every coordinate, (d,) each."""
+def _rates(segment: Segment, found: Curvature, part: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(τ, x) of every coordinate, (d,) each, with every record at the weight `part`."""
     assert segment.rate is not None
     tau = found.spread(segment.rate)
-    return tau, tau * found.eigenvalues + found.spread(segment.decay)
+    return tau, part * tau * found.eigenvalues + found.spread(segment.decay)
 
 
 def scores_of(
@@ -200,7 +278,7 @@ def scores_of(
     *,
     rows: int | None = None,
 ) -> list[Tensor]:
-    """The equation on top, for several filters at once: a (n_train, n_query) float64 for each.
+    """The equation on top, for several filters at once: a (n_train, n_query) float64 for each, copies apart.
 
     Args:
         fitted: the curvature at each segment's state.
@@ -221,9 +299,8 @@ def scores_of(
             for i in segment.visits.nonzero()[:, 0].split(size):
                 G = found.rotate(named_gradients(program, segment.state, task.train, i, of_loss=True))
                 G = G * (segment.visits[i] / task.n_train).to(G)[:, None]
-                to = task.representative[i]
                 for s, w in zip(scores, pulled, strict=True):
-                    s[:, q] = s[:, q].index_add(0, to, (G @ w).double().cpu())
+                    s[i[:, None], q] += (G @ w).double().cpu()
             if number:
                 adjoints = [found.restore(a * f.kept(x).to(a)) for a, f in zip(rotated, filters, strict=True)]
     return scores

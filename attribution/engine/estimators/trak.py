@@ -11,9 +11,11 @@ from gradients for the labels that the model itself would draw, not from those o
 where the loss cannot be split at the output it is as above), and a query's gradient is the measurement's own. So below EXACT
 parameters this is the Gauss–Newton influence function, exact but for λ.
 
+One checkpoint alone is joined by itself, rewound to half of the data (`rewinding.py`), where F counts half.
+
 λ is not the user's: it is 1/τ with τ the age that each checkpoint shows (`checkpoints.py`), or with a recipe the best multiple of it by
-replays (`held_out.py`), which also say whether the last checkpoint or the mean over several predicts better. (The recipe's own
-Σ learning rates is the same for SGD; under Adam it means little, since each coordinate has its own.)
+replays (`held_out.py`), which also say whether the last checkpoint, it and its rewound self, or the mean over several predicts
+best. (The recipe's own Σ learning rates is the same for SGD; under Adam it means little, since each coordinate has its own.)
 """
 
 from collections.abc import Iterator
@@ -23,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attribution.engine import curvature as curvatures
 from attribution.engine.checkpoints import Segment, Trajectory, age, at_state, expected_start, mean_gradient, trajectory
 from attribution.engine.curvature import Labels, curvature_gradients, curvature_rows, labels_of
-from attribution.engine.estimators import Estimate
+from attribution.engine.estimators import Estimate, by_class
 from attribution.engine.gradients import block_rows, flat, named_gradients, parameter_count
 from attribution.engine.held_out import best, held_out
 from attribution.engine.projection import project
+from attribution.engine.rewinding import HALF, PARTS, joined, rewound, way
 from attribution.engine.task import Records, Task
 from attribution.engine.training import Program, Progress, State, Tensors
 
@@ -102,22 +106,31 @@ def estimate(
     }
     ages = [found.age_of(path.start) for found in features]
     settings["ages"] = [{"step": step, "tau": tau, "from": how} for step, (tau, how) in zip(steps, ages, strict=True)]
+    half: _Features | None = None
+    if task.recipe is not None or len(states) == 1:
+        half, settings["rewound"] = _halfway(task, program, path, states[-1], features[-1], ages[-1][0], rows)
     if task.recipe is None:
         scores = _mean([found.scores(1 / tau) for found, (tau, _) in zip(features, ages, strict=True)])
+        if half is not None:
+            scores = joined(scores, half.scores(1 / ages[-1][0], HALF))
         settings |= {"damping": [1 / tau for tau, _ in ages], "chosen_by": "age", "run_equivalents": 0}
-        return Estimate(scores.float(), False, settings)
+        settings["parts"] = list(PARTS) if half is not None else [1.0]
+        return Estimate(by_class(task, scores).float(), False, settings)
 
     held = held_out(task, program)
-    tried: list[tuple[list[int], list[float]]] = []
+    tried: list[tuple[list[int], list[float], list[float]]] = []  # checkpoints, dampings, parts
 
     def candidates() -> Iterator[Tensor]:
         for number, multiple in enumerate(MULTIPLES):
             ridges = [multiple / tau for tau, _ in ages]
             each = [found.scores(ridge) for found, ridge in zip(features, ridges, strict=True)]
-            tried.append((steps[-1:], ridges[-1:]))
+            tried.append((steps[-1:], ridges[-1:], [1.0]))
             yield each[-1]
+            if half is not None:
+                tried.append((steps[-1:], ridges[-1:], list(PARTS)))
+                yield joined(each[-1], half.scores(ridges[-1], HALF))
             if len(each) > 1:
-                tried.append((steps, ridges))
+                tried.append((steps, ridges, [1.0]))
                 yield _mean(each)
             if progress:
                 progress(number + 1, len(MULTIPLES))
@@ -129,16 +142,18 @@ def estimate(
     settings |= {
         "checkpoints": tried[chosen][0],
         "damping": tried[chosen][1],
+        "parts": tried[chosen][2],
         "chosen_by": f"agreement with {held.run_equivalents} replays, each of which costs a plain run",
         "run_equivalents": held.run_equivalents,
         "agreement": round(agreements[chosen], 4),
         "tried": [
-            {"checkpoints": used, "damping": ridges, "agreement": round(a, 4)}
-            for (used, ridges), a in zip(tried, agreements, strict=True)
+            {"checkpoints": used, "damping": ridges, "parts": parts, "agreement": round(a, 4)}
+            for (used, ridges, parts), a in zip(tried, agreements, strict=True)
         ],
         "slope": slope,
     }
-    return Estimate((scores * slope if slope > 0 else scores).float(), slope > 0, settings)
+    scores = by_class(task, scores * slope if slope > 0 else scores)
+    return Estimate(scores.float(), slope > 0, settings)
 
 
 class _Features:
@@ -150,19 +165,18 @@ class _Features:
         n, m = task.n_train, segment.visits
         size = rows or block_rows(program, segment.state)
         train = self._rows(task.train, size, of_loss=True)
-        train = train * (m.double()[:, None] / n).to(train)
-        self.train = torch.zeros_like(train).index_add_(0, task.representative.to(train.device), train)
+        self.train = train * (m.double()[:, None] / n).to(train)
         self.queries = self._rows(task.queries, size, of_loss=False)
         self.fisher = train.new_zeros(train.shape[1], train.shape[1])
         for index in m.nonzero()[:, 0].split(rows or curvature_rows(program, segment.state, self.labels)):
             self.fisher += fisher_of(program, segment.state, index, self.labels, width=width, visits=m[index])
 
-    def scores(self, ridge: float) -> Tensor:
-        """(n_train, n_query) float64 for F + ridge · I."""
-        mean = float(self.fisher.trace()) / len(self.fisher)
+    def scores(self, ridge: float, part: float = 1.0) -> Tensor:
+        """(n_train, n_query) float64 for part · F + ridge · I, copies apart."""
+        mean = part * float(self.fisher.trace()) / len(self.fisher)
         if mean <= 0:  # no record's gradient has any length
             return (self.train @ self.queries.T / ridge).cpu()
-        return influence_scores(self.train, self.queries, damping=ridge / mean, fisher=self.fisher).cpu()
+        return influence_scores(self.train, self.queries, damping=ridge / mean, fisher=part * self.fisher).cpu()
 
     def age_of(self, before: Tensors | None) -> tuple[float, str]:
         """τ whose inverse is the ridge, and how it was come by."""
@@ -175,6 +189,31 @@ class _Features:
             for index in torch.arange(len(records)).split(size)
         ]
         return torch.cat(parts)
+
+
+def _halfway(
+    task: Task,
+    program: Program,
+    path: Trajectory,
+    last: Segment,
+    features: _Features,
+    tau: float,
+    rows: int | None,
+) -> tuple[_Features | None, str]:
+    """The last state rewound to half of the data, unless it cannot have come from where it would go; and why."""
+    moved = way(program, last.state, path.start)
+    if features.width is None:
+        F, x = features.fisher, flat(moved)[0].double()
+        solved = torch.linalg.solve(torch.eye(len(F)).to(F) + HALF * tau * F, (1 - HALF) * x)
+        parts = solved.split([m.numel() for m in moved.values()])
+        back = {name: part.reshape(m.shape) for (name, m), part in zip(moved.items(), parts, strict=True)}
+    else:
+        # A projected F has no way back to the weights: the same in the eigenbasis of EK-FAC.
+        found = curvatures.fit(program, last.state, visits=last.visits, rows=rows)
+        rotated = found.rotate(moved)
+        back = found.restore(rotated * ((1 - HALF) / (1 + HALF * tau * found.eigenvalues)).to(rotated))
+    state, why = rewound(program, last.state, back, path.start)
+    return (None if state is None else _Features(task, program, replace(last, state=state), features.width, rows)), why
 
 
 def width_of(d: int) -> int | None:

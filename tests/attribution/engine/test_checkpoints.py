@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from attribution.engine import EngineError, train
-from attribution.engine.checkpoints import age, load_checkpoint, trained_states, trajectory
+from attribution.engine.checkpoints import age, load_checkpoint, trained_states, trajectory, where_unread
 from attribution.engine.estimators import ekfac, graddot, tracin, trak
 from attribution.engine.training import Program
 
@@ -175,3 +175,10 @@ def test_a_stretch_at_rate_0_moves_nothing_and_is_no_obstacle(make_task, method)
     scores = method.score(task)
 
     assert scores.isfinite().all() and scores.any()
+
+
+def test_an_age_that_cannot_be_read_off_is_had_from_the_others_pace():
+    nan = float("nan")
+
+    assert where_unread([nan, 6.0, 4.0], [5, 10, 10], [1.0, 2.0, 3.0]) == [2.5, 6.0, 4.0]
+    assert where_unread([nan, nan], [5, 10], [1.0, 2.0]) == [1.0, 2.0]

@@ -31,7 +31,7 @@ def test_influence_scores_refuse_what_cannot_be_inverted():
         influence_scores(torch.ones(2, 3), torch.ones(1, 4), damping=0.1)
 
 
-def textbook(task, state, ridge):
+def textbook(task, state, ridge, part=1.0):
     program = Program(task)
     everything = torch.arange(task.n_train)
     rows = curvature_gradients(program, state, everything, labels_of(program, state))
@@ -39,7 +39,20 @@ def textbook(task, state, ridge):
     F = J.T @ J / task.n_train
     g = record_gradients(program, state, task.train, everything, of_loss=True) / task.n_train
     q = record_gradients(program, state, task.queries, torch.arange(task.n_query), of_loss=False)
-    return g @ torch.linalg.inv(F + ridge * torch.eye(len(F), dtype=torch.float64)) @ q.T
+    return g @ torch.linalg.inv(part * F + ridge * torch.eye(len(F), dtype=torch.float64)) @ q.T
+
+
+def rewound_by_hand(task, state, tau):
+    """θ_1 − ½ (1 + τF/2)⁻¹ (θ_1 − θ₀), θ₀ the recipe's or 0."""
+    program = Program(task)
+    rows = curvature_gradients(program, state, torch.arange(task.n_train), labels_of(program, state))
+    J = torch.cat([g.flatten(2) for g in rows.values()], 2).flatten(0, 1)
+    start = program.initial(1).parameters if task.recipe else {n: 0 * p for n, p in state.parameters.items()}
+    moved = torch.cat([(p - start[n]).flatten() for n, p in state.parameters.items()])
+    back = torch.linalg.inv(torch.eye(len(moved)) + tau / 2 * J.T @ J / task.n_train) @ moved / 2
+    sizes = [p[0].numel() for p in state.parameters.values()]
+    pieces = zip(state.parameters.items(), back.split(sizes), strict=True)
+    return replace(state, parameters={n: p - b.reshape(p.shape) for (n, p), b in pieces})
 
 
 def test_the_chosen_damping_and_slope_give_the_textbook_scores(make_task):
@@ -48,8 +61,13 @@ def test_the_chosen_damping_and_slope_give_the_textbook_scores(make_task):
 
     found = trak.estimate(task, state=run.state)
 
-    expected = textbook(task, run.state, found.settings["damping"][0]) * found.settings["slope"]
-    torch.testing.assert_close(found.scores, expected.float())
+    ridge = found.settings["damping"][0]
+    expected = textbook(task, run.state, ridge)
+    if found.settings["parts"] == [0.5, 1.0]:
+        half = textbook(task, rewound_by_hand(task, run.state, found.settings["ages"][0]["tau"]), ridge, 0.5)
+        expected = (expected + half * expected.norm() / half.norm()) / 2
+    torch.testing.assert_close(found.scores, (expected * found.settings["slope"]).float())
+    assert {tuple(entry["parts"]) for entry in found.settings["tried"]} == {(1.0,), (0.5, 1.0)}
     assert found.is_calibrated
     assert found.settings["run_equivalents"] == 33
     tried = {entry["agreement"] for entry in found.settings["tried"]}
@@ -70,6 +88,21 @@ def test_checkpoints_without_a_recipe_are_averaged_at_their_own_age(make_task, t
     parts = [textbook(bare, load_checkpoint(program, n), 1 / age["tau"]) for n, age in enumerate(ages)]
     torch.testing.assert_close(found.scores, (sum(parts) / 3).float())
     assert not found.is_calibrated
+
+
+def test_one_checkpoint_without_a_recipe_is_joined_by_itself_rewound(make_task, tmp_path):
+    task = make_task(n_train=20)
+    run = train(task, checkpoint_steps=[15], checkpoint_dir=tmp_path)
+    bare = replace(task, recipe=None, checkpoints=run.checkpoints)
+
+    found = trak.estimate(bare)
+
+    tau = found.settings["ages"][0]["tau"]
+    state = load_checkpoint(Program(bare), 0)
+    whole = textbook(bare, state, 1 / tau)
+    half = textbook(bare, rewound_by_hand(bare, state, tau), 1 / tau, 0.5)
+    torch.testing.assert_close(found.scores, ((whole + half * whole.norm() / half.norm()) / 2).float())
+    assert found.settings["parts"] == [0.5, 1.0]
 
 
 def test_a_projection_says_so_repeats_and_comes_near_the_exact_scores(make_task, monkeypatch, tmp_path):
