@@ -19,6 +19,7 @@ from payouts.models import (
     ReconciliationDifference,
     ReconciliationRun,
     ServedCountries,
+    TaxRate,
 )
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
 from tests.factories.payouts import sell
@@ -215,3 +216,12 @@ def test_a_payee_sees_three_figures_the_lines_behind_them_and_where_stripe_does_
     assert "Stripe does not pay to DE" in text
     assert "the lines that wait" in assert_page(browser.get("/earnings/?show=pending"))
     assert "Sale, upfront" not in assert_page(browser.get("/earnings/?show=due"))
+
+
+def test_tax_is_handed_to_its_office_from_its_rates_own_account(desk: Client, other_desk: Client) -> None:
+    rate = TaxRate.objects.create(jurisdiction="DE", name="VAT", rate_bps=1_900, valid_from=clock.today())
+    page = desk.post("/desk/entries/", proposal(account_1=f"tax:{rate.pk}", account_2="bank")).url
+
+    assert other_desk.post(page, {"act": "approve"}).url == page
+
+    assert ledger.balances() == {f"tax:{rate.pk}:USD": 3_000_000, "bank:USD": -3_000_000}
