@@ -12,7 +12,7 @@ from marketplace.money import MINOR_DIGITS, InvalidMoney, Money
 from marketplace.templatetags.residual import money
 from marketplace.web.forms import CURRENCIES, Form, MoneyInput, country_field
 from payouts import chart
-from payouts.models import BankReceipt, Document, EventSettlement, Payout, Refund
+from payouts.models import BankReceipt, Document, EventSettlement, Payout, Refund, TaxRate
 from payouts.services.clawbacks import Part
 from payouts.services.disputes import EVIDENCE_FIELDS, MAX_EVIDENCE
 from payouts.services.manual_entries import BY_HAND
@@ -513,7 +513,10 @@ class ManualEntryForm(Form):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        accounts = [("", "none"), *((name, f"{name}: {chart.PURPOSES[name].meaning}") for name in BY_HAND)]
+        # Each tax rate has an account of its own.
+        taxes = [(f"tax:{rate.pk}", f"tax: {rate}") for rate in TaxRate.objects.all()]
+        named = [(name, f"{name}: {chart.PURPOSES[name].meaning}") for name in BY_HAND if name != "tax"]
+        accounts = [("", "none"), *named, *taxes]
         for number in range(1, self.N_LEGS + 1):
             self.fields[f"account_{number}"] = forms.ChoiceField(
                 choices=accounts, required=number <= 2, label=f"Account {number}"

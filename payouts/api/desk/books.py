@@ -31,7 +31,7 @@ from payouts.api.desk.base import (
     SearchFilter,
 )
 from payouts.book_files import as_download, journal_csv, yearly_csv
-from payouts.models import Account, ClosedBalance, ClosedPeriod, JournalEntry, ManualEntry, ManualLeg, Posting
+from payouts.models import Account, ClosedBalance, ClosedPeriod, JournalEntry, ManualEntry, ManualLeg, Posting, TaxRate
 from payouts.selectors import manual_entries_found
 from payouts.services import closing, manual_entries
 
@@ -516,12 +516,19 @@ class ManualLegInput(serializers.Serializer):
     """A debit or a credit, one of the two."""
 
     account = serializers.ChoiceField(choices=list(manual_entries.BY_HAND))
+    tax_rate = serializers.PrimaryKeyRelatedField(
+        queryset=TaxRate.objects.all(),
+        required=False,
+        help_text="Of `tax` alone, and there always: each rate has its account.",
+    )
     debit = MoneyField(required=False)
     credit = MoneyField(required=False)
 
     def validate(self, data: dict[str, Any]) -> dict[str, Any]:
         if ("debit" in data) == ("credit" in data):
             raise serializers.ValidationError({"debit": "Give a debit or a credit, one of the two."})
+        if ("tax_rate" in data) != (data["account"] == "tax"):
+            raise serializers.ValidationError({"tax_rate": "Say which rate's account, of tax alone."})
         return data
 
 
@@ -545,7 +552,8 @@ class ManualEntryInput(serializers.Serializer):
         made: dict[str, int] = {}
         for leg in legs:
             amount: Money = leg["debit"] if "debit" in leg else leg["credit"]
-            code = f"{leg['account']}:{amount.currency}"
+            name = f"tax:{leg['tax_rate'].pk}" if "tax_rate" in leg else leg["account"]
+            code = f"{name}:{amount.currency}"
             if code in made:
                 raise serializers.ValidationError(f"{code} has a leg already; give one amount.")
             made[code] = amount.micros if "debit" in leg else -amount.micros

@@ -22,6 +22,7 @@ from payouts.models import (
     ReconciliationDifference,
     ReconciliationRun,
     ServedCountries,
+    TaxRate,
 )
 from payouts.services import bank_details
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
@@ -302,3 +303,12 @@ def test_a_payee_sees_three_figures_the_lines_behind_them_and_where_stripe_does_
     assert "$22.50 · Stripe does not pay to DE: our staff send it by bank transfer." in due
     assert "Set up payouts with Stripe to be paid" not in due  # it would not help
     assert "None waits." in assert_page(browser.get("/earnings/?show=pending"))
+
+
+def test_tax_is_handed_to_its_office_from_its_rates_own_account(desk: Client, other_desk: Client) -> None:
+    rate = TaxRate.objects.create(jurisdiction="DE", name="VAT", rate_bps=1_900, valid_from=clock.today())
+    page = desk.post("/desk/entries/", proposal(account_1=f"tax:{rate.pk}", account_2="bank")).url
+
+    assert other_desk.post(page, {"act": "approve"}).url == page
+
+    assert ledger.balances() == {f"tax:{rate.pk}:USD": 3_000_000, "bank:USD": -3_000_000}

@@ -169,9 +169,23 @@ def test_a_manual_entry_is_rejected_with_a_reason_and_without_a_code(ann: Desk, 
     assert ledger.balances() == {}
 
 
+def test_taxes_are_handed_to_their_office_from_their_rates_own_account(ann: Desk, ben: Desk) -> None:
+    rate = ann.act(
+        "tax-rates/", {"jurisdiction": "DE", "name": "VAT", "rate_bps": 1_900, "valid_from": f"{clock.today()}"}, 201
+    )
+    leg = {"account": "tax", "tax_rate": rate["id"], "debit": usd("114.00")}
+    made = ann.act("manual-entries/", entry(legs=[leg, {"account": "bank", "credit": usd("114.00")}]), 201, code="")
+
+    ben.act(f"manual-entries/{made['id']}/approve/")
+
+    assert ledger.balances() == {f"tax:{rate['id']}:USD": 114_000_000, "bank:USD": -114_000_000}
+
+
 @pytest.mark.parametrize(
     ("changes", "pointer"),
     [
+        ({"legs": [{"account": "tax", "debit": usd("1")}]}, "/legs/0/tax_rate"),
+        ({"legs": [{"account": "tax", "tax_rate": 999_999_999, "debit": usd("1")}]}, "/legs/0/tax_rate"),
         ({"legs": []}, "/legs"),
         ({"legs": "none"}, "/legs"),
         ({"legs": [{"account": "payable", "debit": usd("1")}]}, "/legs/0/account"),
