@@ -242,6 +242,7 @@ def _post(transfer: OutgoingTransfer, stage: str, *, micros: int) -> None:
 
 def _hold(refund: Refund) -> tuple[Payment, Refund]:
     """Locked in the order in which refunds lock: the payment, then the refund."""
+    assert refund.payment_id is not None  # a surplus charge goes back to its card
     payment = (
         Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=refund.payment_id)
     )

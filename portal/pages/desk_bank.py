@@ -141,6 +141,7 @@ def refund(request: StaffRequest, refund_id: int) -> HttpResponseBase:
         else:
             return redirect("desk-bank-refund", refund_id=found.pk)
     is_open = found.state == Refund.State.INTENDED and transfer is None
+    assert found.payment is not None  # what went the bank's way has one (a database check)
     context = {
         "refund": found,
         "payment": found.payment,

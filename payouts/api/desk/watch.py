@@ -16,7 +16,7 @@ from marketplace.selectors import audit_events
 from payouts.api.desk.base import DeskAct, DeskDetail, DeskList, OldestFirst, PersonField
 from payouts.errors import EventNotFailed
 from payouts.models import ReconciliationDifference, ReconciliationRun, StripeEvent
-from payouts.services import event_retries, reconciliation
+from payouts.services import reconciliation, settlements
 
 
 # --- reconciliation ---------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class StripeEventRetry(DeskAct):
 
     def act(self, **given: Any) -> Any:
         event = self.get_object()
-        if not event_retries.retry(event=event, user=self.person):
+        if not settlements.retry(event=event, user=self.person):
             raise EventNotFailed(f"Event {event.event_id} is {event.status}; only what failed is tried again.")
         event.refresh_from_db()
         return StripeEventOutput(event).data
