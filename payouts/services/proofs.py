@@ -678,7 +678,9 @@ def _frozen(balances: Balances) -> Iterator[Finding]:
     for pool in RoyaltyPool.objects.filter(order_line__in=order_lines, released_at=None).order_by("pk"):
         if left := -balances.get(chart.royalty_pool(pool), 0):
             yield Finding("disputed_not_frozen", f"pool {pool.pk} has {left} left while its payment is disputed")
-    is_disputed = Q(division__order_line__in=order_lines)
+    # A royalty names its license's order line too; it is disputed with its own payment only.
+    is_disputed = Q(division__order_line__in=order_lines) & ~Q(division__source=Division.Source.ROYALTY)
+    is_disputed &= ~Q(division__corrects__division__source=Division.Source.ROYALTY)
     for line in ("division__invoice_line", "division__corrects__division__invoice_line"):
         is_disputed |= Q(**{f"{line}__invoice__payment__in": disputed})
         is_disputed |= Q(**{f"{line}__invoice__carried_into__payment__in": disputed})

@@ -160,6 +160,10 @@ class History(RuleBasedStateMachine):
         self.world.sweep()
         for model, pk in self.world.unfinished():
             self.world.work(model, pk)
+        # Of a dozen acts that end in a royalty a short history rarely draws all.
+        self.publish_a_result(0, 1, "replayed")
+        self.report_revenue(0, 250_000)
+        self.pay_an_invoice(0, CARDS[0])
         self.world.advance(days)
         self.divide_and_settle()
 
