@@ -855,9 +855,9 @@ def _frozen() -> Iterator[Finding]:
     for pool in RoyaltyPool.objects.filter(order_line__in=order_lines, released_at=None).order_by("pk").iterator():
         if left := -_sum_of(chart.royalty_pool(pool)):
             yield Finding("disputed_not_frozen", f"pool {pool.pk} has {left} left while its payment is disputed")
-    # A royalty's division names the order line of its license as well, but divides the invoice's payment.
-    is_royalty = Q(division__invoice_line__isnull=False) | Q(division__corrects__division__invoice_line__isnull=False)
-    is_disputed = Q(division__order_line__in=order_lines) & ~is_royalty
+    # A royalty names its license's order line too; it is disputed with its own payment only.
+    is_disputed = Q(division__order_line__in=order_lines) & ~Q(division__source=Division.Source.ROYALTY)
+    is_disputed &= ~Q(division__corrects__division__source=Division.Source.ROYALTY)
     for line in ("division__invoice_line", "division__corrects__division__invoice_line"):
         is_disputed |= Q(**{f"{line}__invoice__payment__in": disputed})
         is_disputed |= Q(**{f"{line}__invoice__carried_into__payment__in": disputed})

@@ -114,8 +114,9 @@ def unsent_of(*, lines: Collection[int], parties: Collection[int], currency: str
                         AND NOT EXISTS (SELECT 1 FROM payouts_clawbackundo u WHERE u.clawback_id = c.id)
                 )
             ), kept AS (
+                -- A royalty names its license's order line too, and is divided out of its own payment.
                 SELECT l.id, l.party_id, l.due_at, coalesce(
-                    d.order_line_id IN (
+                    coalesce(d.invoice_line_id, corrected.invoice_line_id) IS NULL AND d.order_line_id IN (
                         SELECT o.id FROM marketplace_orderline o JOIN frozen f ON f.order_id = o.order_id
                     ), false
                 ) OR coalesce(
