@@ -16,23 +16,28 @@ from payouts.models import (
     DivisionCorrection,
     Document,
     ManualEntry,
+    OutgoingTransfer,
     Payment,
     PayoutRun,
     RailExport,
     RailPayout,
+    ReceiptApplication,
     RoyaltyReport,
     TaxRate,
 )
 from payouts.services import (
+    bank_details,
     billing,
     corrections,
     manual_entries,
     other_rails,
+    outgoing,
     reach,
     receipts,
     report_corrections,
     sales,
     transfers,
+    unapplied,
 )
 from tests.factories.marketplace import OrderFactory
 from tests.payouts.invariants.world import World, act
@@ -54,6 +59,7 @@ class Office(RuleBasedStateMachine):
     second: User
     buyers: list[Party]
     offers: list[Any]
+    eve: Party  # whom Stripe does not reach
 
     def one(self, queryset: Any, pick: int) -> Any:
         found = list(queryset.order_by("pk"))
@@ -64,6 +70,13 @@ class Office(RuleBasedStateMachine):
 
     def open_the_office(self) -> None:
         reach.ask_served_countries()
+        bank_details.set_details(
+            party=self.eve,
+            user=self.eve.user,
+            account_holder="Eve",
+            account="GB33 BUKB 2020 1555 5555 55",
+            address="1 Hill Road\nKathmandu",
+        )
         for buyer in self.buyers:
             billing.set_billing_profile(
                 party=buyer,
@@ -144,6 +157,71 @@ class Office(RuleBasedStateMachine):
             return
         decide = manual_entries.approve if approved else manual_entries.reject
         act(lambda: decide(manual=manual, user=self.second, note="seen"))
+
+    @rule(units=st.sampled_from([7, 100, 119]), currency=st.sampled_from(CURRENCIES))
+    def money_arrives_that_fits_no_invoice(self, units: int, currency: str) -> None:
+        act(
+            lambda: unapplied.record_unapplied(
+                payer="Lab", amount=Money(units * 1_000_000, currency), reference=self.next_key(),
+                received_on=clock.today(), by=self.staff,
+            )
+        )  # fmt: skip
+
+    @there_is(BankReceipt, Document)
+    @rule(pick=picks, some=st.integers(1, 3))
+    def it_pays_one_after_all(self, pick: int, some: int) -> None:
+        payment = self.one(Payment.objects.filter(status="open", documents__isnull=False).distinct(), pick)
+        if payment is not None:
+            money = [one.receipt for one in unapplied.unapplied() if one.receipt.currency == payment.currency][:some]
+            act(lambda: unapplied.propose_application(payment=payment, money=money, by=self.staff))
+
+    @there_is(ReceiptApplication)
+    @rule(pick=picks, approved=st.sampled_from([True, True, False]))
+    def the_second_decides_what_it_pays(self, pick: int, approved: bool) -> None:
+        application = self.one(ReceiptApplication.objects.filter(status="proposed"), pick)
+        if application is not None:
+            act(lambda: unapplied.decide_application(application=application, approved=approved, by=self.second))
+
+    @there_is(BankReceipt)
+    @rule(pick=picks, part=st.sampled_from([0.3, 1.0]))
+    def it_goes_back_to_its_payer(self, pick: int, part: float) -> None:
+        left = unapplied.unapplied()
+        if left:
+            one = left[pick % len(left)]
+            amount = Money(max(10_000, int(one.left.micros * part) // 10_000 * 10_000), one.left.currency)
+            act(
+                lambda: outgoing.record_money_returned(
+                    receipt=one.receipt, amount=amount, reference=self.next_key(), sent_on=clock.today(), by=self.staff
+                )
+            )
+
+    @precondition(lambda self: hasattr(self, "payees") and outgoing.refunds_to_send().exists())
+    @rule(pick=picks, cannot=st.sampled_from([False, False, True]))
+    def a_refund_is_transferred(self, pick: int, cannot: bool) -> None:
+        refund = self.one(outgoing.refunds_to_send(), pick)
+        if cannot:
+            act(lambda: outgoing.refuse_refund(refund=refund, note="The account is closed.", by=self.staff))
+        else:
+            act(
+                lambda: outgoing.record_refund_sent(
+                    refund=refund, reference=self.next_key(), sent_on=clock.today(), by=self.staff
+                )
+            )
+
+    @there_is(OutgoingTransfer)
+    @rule(pick=picks, what=st.sampled_from(["booked", "booked", "rejected", "came back"]))
+    def the_second_looks_for_a_transfer(self, pick: int, what: str) -> None:
+        transfer = self.one(OutgoingTransfer.objects.exclude(status="rejected"), pick)
+        if transfer is None:
+            return
+        if what == "came back":
+            act(
+                lambda: outgoing.note_returned(
+                    transfer=transfer, reference=self.next_key(), note="Account closed", by=self.second
+                )
+            )
+        else:
+            act(lambda: outgoing.decide_transfer(transfer=transfer, approved=what == "booked", by=self.second))
 
     # --- what was wrong
 

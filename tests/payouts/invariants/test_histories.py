@@ -35,11 +35,13 @@ from payouts.models import (
     EventSettlement,
     IssuedStatement,
     JournalEntry,
+    OutgoingTransfer,
     PayeeAccount,
     Payment,
     Payout,
     PayoutRun,
     RailPayout,
+    ReceiptApplication,
     Refund,
     RoyaltyInvoice,
     StripeEvent,
@@ -121,6 +123,8 @@ class History(Office):
             (Document, "kind"),
             (BankReceipt, "status"),
             (DivisionCorrection, "status"),
+            (OutgoingTransfer, "status"),
+            (ReceiptApplication, "status"),
             (RailPayout, "status"),
             (PayoutRun, "state"),
         ):
@@ -137,7 +141,7 @@ class History(Office):
         self.second = User.objects.create_user("audit@example.org", "correct horse battery staple", is_staff=True)
         self.payees: list[Party] = [PartyFactory(name=name, country="US") for name in ("Ann", "Ben", "Cat", "Dan")]
         ann, ben, cat, dan = self.payees
-        eve = PartyFactory(name="Eve", country="NP")  # whom Stripe does not reach
+        self.eve = eve = PartyFactory(name="Eve", country="NP")
         self.buyers: list[Party] = [PartyFactory(name=name) for name in ("Lab", "Firm")]
         contributions: list[dict[str, Any]] = [
             {"contributions": {ann: 5, ben: 3}, "labellers": {cat: 4, dan: 2}},

@@ -21,6 +21,7 @@ from marketplace.jobs import Job
 from marketplace.models import User
 from payouts import gateway, tasks
 from payouts.models import (
+    BankDetailsNotice,
     BooksProof,
     DisputeAnswer,
     EventSweep,
@@ -62,6 +63,7 @@ WORK: dict[type[Job], Callable[[int], None]] = {
     BooksProof: tasks.execute_proof,
     StatementRun: tasks.issue_statements,
     StatementNotice: tasks.send_statement_notice,
+    BankDetailsNotice: tasks.send_bank_details_notice,
 }
 #: What a task may end with and come back for.
 COMES_BACK = (
