@@ -154,11 +154,18 @@ def test_a_rail_payout_has_its_intent_within_the_balance(role: str | None, alice
         " VALUES ('k', 'USD', 'awaiting', %s, now()) RETURNING id",
         ann.pk,
     )
+    (details,) = sql(
+        "INSERT INTO payouts_bankdetails (party_id, sealed, last_four, entered_by_id, entered_at, usable_from)"
+        " VALUES (%s, '', '5555', %s, now(), now() + interval '72 hours') RETURNING id",
+        alice.pk,
+        alice.user.pk,
+    )
     (payout,) = sql(
-        "INSERT INTO payouts_railpayout (export_id, party_id, amount_micros, currency, status, reference, created_at)"
-        " VALUES (%s, %s, 11000000, 'USD', 'proposed', '', now()) RETURNING id",
+        "INSERT INTO payouts_railpayout (export_id, party_id, details_id, amount_micros, currency, status, reference, created_at)"
+        " VALUES (%s, %s, %s, 11000000, 'USD', 'proposed', '', now()) RETURNING id",
         export,
         alice.pk,
+        details,
     )
     decided = "UPDATE payouts_railexport SET status = 'approved', decided_by_id = %s, decided_at = now() WHERE id = %s"
     sql(decided, ben.pk, export)
@@ -223,8 +230,8 @@ def pool(db: Any, alice: Any, bob: Any) -> Any:
 def division(pool: Any, micros: int, *, key: str = "release:pool:by hand") -> int:
     (made,) = sql(
         "INSERT INTO payouts_division (key, source, version_id, order_line_id, pool_id, amount_micros, currency, labellers_bps,"
-        " holders_weight, labellers_weight, due_at, divided_at) VALUES (%s, 'pool', %s, %s, %s, %s, 'USD', 0, 2, 0, now(), now())"
-        " RETURNING id",
+        " holders_weight, labellers_weight, counted_role, due_at, divided_at) VALUES (%s, 'pool', %s, %s, %s, %s, 'USD', 0, 2, 0,"
+        " '', now(), now()) RETURNING id",
         key,
         pool.version_id,
         pool.order_line_id,
@@ -302,8 +309,8 @@ def test_a_pool_is_not_divided_twice(pool: Any, role: str | None, alice: Any) ->
     with pytest.raises(IntegrityError, match="divided 25000000 of the 20000000"), transaction.atomic():
         (made,) = sql(
             "INSERT INTO payouts_division (key, source, version_id, order_line_id, amount_micros, currency, labellers_bps,"
-            " holders_weight, labellers_weight, due_at, divided_at) VALUES ('again', 'pool', %s, %s, 5000000, 'USD', 0, 2, 0, now(),"
-            " now()) RETURNING id",
+            " holders_weight, labellers_weight, counted_role, due_at, divided_at) VALUES ('again', 'pool', %s, %s, 5000000, 'USD', 0,"
+            " 2, 0, '', now(), now()) RETURNING id",
             pool.version_id,
             pool.order_line_id,
         )

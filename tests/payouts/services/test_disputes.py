@@ -478,7 +478,7 @@ def test_an_intent_that_a_dispute_overtakes_is_not_sent(
         raise KeyError("the worker died")
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfers, "_send", dies)
+        patched.setattr(transfers, "_send_batch", dies)
         with pytest.raises(KeyError):
             pay_out("first")
     stripe.dispute(charge=payment.charge_id)

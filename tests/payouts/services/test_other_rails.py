@@ -12,7 +12,7 @@ from marketplace.models import ApiKey, AuditEvent, User
 from marketplace.money import Money
 from payouts import ledger
 from payouts.errors import AlreadyDecided, FourEyes, NothingOwed
-from payouts.models import JournalEntry, Payout, PayoutRun, RailExport, RailPayout, ServedCountries
+from payouts.models import JournalEntry, PayoutRun, RailExport, RailPayout, ServedCountries
 from payouts.selectors import earnings_of, months_of, open_months_of, paid_out_of
 from payouts.services.bank_details import set_details
 from payouts.services.manual_entries import approve, propose
@@ -32,7 +32,7 @@ from payouts.services.transfers import due_micros
 from payouts.services.unapplied import record_unapplied
 from payouts.standing import standings_of
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
-from tests.factories.payouts import sell
+from tests.factories.payouts import pay_out, sell
 
 DOLLAR = 1_000_000
 
@@ -224,15 +224,8 @@ def test_payouts_of_both_rails_are_one_list(unserved: Any, ann: User, ben: User,
     approve_export(export=export, user=ben)
     run = PayoutRun.objects.create(key="r", currency="USD", due_until=clock.now())
     for number in range(3):
-        Payout.objects.create(
-            run=run
-            if number == 0
-            else PayoutRun.objects.create(key=f"r{number}", currency="USD", due_until=clock.now()),
-            party=unserved,
-            amount_micros=DOLLAR,
-            currency="USD",
-            intended_at=clock.now(),
-        )
+        of_run = run if number == 0 else None
+        pay_out(unserved, Money(DOLLAR, "USD"), run=of_run, is_owed=False)
     _, secret = create_api_key(party=unserved, user=unserved.user, name="k", scopes=[ApiKey.Scope.READ])
     headers = {"Authorization": f"Bearer {secret}"}
 

@@ -425,7 +425,7 @@ def test_a_back_off_holds_for_the_next_of_any_worker(monkeypatch: pytest.MonkeyP
     pacing.back_off(retry_after_seconds=5, number=0)
     threading.Thread(target=pacing.wait_for_turn).run()
 
-    assert 4 < slept[0] <= 5
+    assert 4 < slept[0] <= 5 + 2 / 1_000  # and a place in the queue
 
 
 @override_settings(STRIPE_REQUESTS_PER_SECOND=100, REDIS_URL="redis://127.0.0.1:1/0")

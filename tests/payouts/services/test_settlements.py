@@ -21,7 +21,7 @@ from payouts.models import (
     StripeEvent,
     SurplusCharge,
 )
-from payouts.services import closing, manual_entries, refunds, sales, settlements
+from payouts.services import closing, manual_entries, proving, refunds, sales, settlements
 from payouts.services.bookings import book_checkout
 from payouts.services.events import sweep_events
 from payouts.services.proofs import check_books
@@ -134,6 +134,7 @@ def test_after_the_settlement_the_look_is_clean_and_the_month_closes_by_itself(
         assert what is None or what
     look = request_reconciliation(key="after")
     tasks.execute_reconciliation(look.pk)
+    tasks.execute_proof(proving.request_proof(key="after").pk)
 
     assert ReconciliationRun.objects.get(key="after").n_differences == 0
     assert client.get("/booksz").status_code == 200
