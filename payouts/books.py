@@ -15,7 +15,7 @@ from django.db.models import Min, Q, QuerySet
 from marketplace import clock
 from marketplace.errors import InvalidInput
 from marketplace.money import Money
-from payouts import chart
+from payouts import chart, ledger
 from payouts.errors import NotFound
 from payouts.models import Account, ClosedBalance, ClosedPeriod, JournalEntry, Posting
 
@@ -233,17 +233,17 @@ def balance_before(account: Account, posting_id: int) -> int:
     """The sum of an account's postings before one of them, in micros."""
     with connection.cursor() as cursor:
         cursor.execute(
-            """
+            f"""
             SELECT coalesce(s.balance_micros, 0) + coalesce((
-                SELECT sum(amount_micros) FROM payouts_posting
-                WHERE account_id = %(account)s AND id < %(before)s AND id > coalesce(s.up_to, 0)
+                SELECT sum(amount_micros) FROM {ledger.postings_between("a.id", "coalesce(s.up_to, 0)", "%(before)s - 1")}
             ), 0)
-            FROM (VALUES (1)) one
+            FROM payouts_account a
             LEFT JOIN LATERAL (
                 SELECT up_to, balance_micros FROM payouts_balancesnapshot
-                WHERE account_id = %(account)s AND up_to < %(before)s ORDER BY up_to DESC LIMIT 1
+                WHERE account_id = a.id AND up_to < %(before)s ORDER BY up_to DESC LIMIT 1
             ) s ON true
-            """,
+            WHERE a.id = %(account)s
+            """,  # noqa: S608
             {"account": account.pk, "before": posting_id},
         )
         return int(cursor.fetchone()[0])
@@ -295,17 +295,9 @@ class AgedPayable:
 
 
 # Payouts pay what fell due first, so what is left of a balance are the lines that fell due last.
-_AGED = """
+_AGED = f"""
 WITH owed AS (
-    SELECT a.party_id, a.currency, -(coalesce(s.balance_micros, 0) + coalesce(later.micros, 0)) AS micros
-    FROM payouts_account a
-    LEFT JOIN LATERAL (
-        SELECT up_to, balance_micros FROM payouts_balancesnapshot WHERE account_id = a.id ORDER BY up_to DESC LIMIT 1
-    ) s ON true
-    LEFT JOIN LATERAL (
-        SELECT sum(amount_micros) AS micros FROM payouts_posting WHERE account_id = a.id AND id > coalesce(s.up_to, 0)
-    ) later ON true
-    WHERE starts_with(a.code, 'payable:')
+    SELECT party_id, currency, -micros AS micros FROM {ledger.ACCOUNTS} WHERE starts_with(code, 'payable:')
 ), positive AS (
     SELECT * FROM owed WHERE micros > 0
 ), lines AS (
@@ -342,7 +334,7 @@ FROM positive o
 JOIN marketplace_party p ON p.id = o.party_id
 LEFT JOIN payouts_payeeaccount y ON y.party_id = o.party_id
 LEFT JOIN aged g ON g.party_id = o.party_id AND g.currency = o.currency
-"""
+"""  # noqa: S608
 
 _AGED_TOTALS = f"""
 SELECT currency, count(*), sum(a0), sum(a1), sum(a2), sum(a3), sum(a4), sum(rest)

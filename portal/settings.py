@@ -157,7 +157,7 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 3600},
     },
-    "snapshots": {"task": "payouts.tasks.take_snapshots", "schedule": 600.0, "options": {"expires": 600}},
+    "snapshots": {"task": "payouts.tasks.take_snapshots", "schedule": 30.0, "options": {"expires": 30}},
     "check-balances": {"task": "payouts.tasks.check_balances", "schedule": 60.0, "options": {"expires": 60}},
     "served-countries": {"task": "payouts.tasks.ask_served_countries", "schedule": 600.0, "options": {"expires": 600}},
     "close-months": {"task": "payouts.tasks.close_what_is_over", "schedule": 3600.0, "options": {"expires": 3600}},

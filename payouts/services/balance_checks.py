@@ -4,17 +4,17 @@ import logging
 
 from django.db import connection
 
+from payouts import ledger
 from payouts.models import BalanceCheck
 
 logger = logging.getLogger(__name__)
 
 #: How many accounts one look takes; the next look goes on behind them.
-ACCOUNTS = 500
+ACCOUNTS = 5_000
 
-_CHECK = """
+_CHECK = f"""
 SELECT s.account_id, a.code, s.up_to, s.balance_micros, coalesce(earlier.balance_micros, 0) + coalesce((
-    SELECT sum(amount_micros) FROM payouts_posting
-    WHERE account_id = s.account_id AND id <= s.up_to AND id > coalesce(earlier.up_to, 0)
+    SELECT sum(amount_micros) FROM {ledger.postings_between("s.account_id", "coalesce(earlier.up_to, 0)", "s.up_to")}
 ), 0)
 FROM (
     SELECT DISTINCT account_id FROM payouts_balancesnapshot WHERE account_id > %(after)s
@@ -29,7 +29,7 @@ LEFT JOIN LATERAL (
     WHERE account_id = s.account_id AND up_to < s.up_to ORDER BY up_to DESC LIMIT 1
 ) earlier ON true
 ORDER BY s.account_id, s.up_to
-"""
+"""  # noqa: S608
 
 
 def check_balances(*, accounts: int = ACCOUNTS) -> BalanceCheck:

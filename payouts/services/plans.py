@@ -139,16 +139,8 @@ def write_plan(run: PayoutRun) -> None:
 _WRITE_PLAN = f"""
 WITH held AS MATERIALIZED ({_HELD} GROUP BY l.party_id),
 owed AS MATERIALIZED (
-    SELECT a.party_id, -sum(coalesce(s.balance_micros, 0) + coalesce(later.micros, 0)) AS micros
-    FROM payouts_account a
-    LEFT JOIN LATERAL (
-        SELECT up_to, balance_micros FROM payouts_balancesnapshot WHERE account_id = a.id ORDER BY up_to DESC LIMIT 1
-    ) s ON true
-    LEFT JOIN LATERAL (
-        SELECT sum(amount_micros) AS micros FROM payouts_posting WHERE account_id = a.id AND id > coalesce(s.up_to, 0)
-    ) later ON true
-    WHERE a.party_id IS NOT NULL AND a.currency = %(currency)s
-    GROUP BY a.party_id
+    SELECT party_id, -sum(micros) AS micros FROM {ledger.ACCOUNTS}
+    WHERE party_id IS NOT NULL AND currency = %(currency)s GROUP BY party_id
 ), due AS MATERIALIZED (
     SELECT o.party_id, div(o.micros - coalesce(h.micros, 0), %(minor)s) * %(minor)s AS micros
     FROM owed o LEFT JOIN held h ON h.party_id = o.party_id
