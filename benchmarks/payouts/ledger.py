@@ -1,8 +1,8 @@
 """The ledger beside django-hordak 2.0 and beside the same tables without rules, on one server, turn by turn.
 
-    python -m benchmarks.payouts.ledger            everything but ten million postings, in minutes
-    python -m benchmarks.payouts.ledger --quick    fewer rounds, in about a minute
-    python -m benchmarks.payouts.ledger --postings 10000000    also the balance of an account that has so many
+    python -m benchmarks.payouts.ledger            everything: ten minutes, half of them for an account with ten million postings
+    python -m benchmarks.payouts.ledger --quick    fewer rounds, and a million postings
+    python -m benchmarks.payouts.ledger --only balance [--postings 1000000]    the balance of an account that has so many, alone
 
 Where `TEST_DATABASE_URL` and `TEST_REDIS_URL` name servers they are used, otherwise the embedded ones. hordak runs in a virtual
 environment of its own, made in var/hordak from peers-requirements.txt. "Bare" are the ledger's two tables with the same columns and a
@@ -36,6 +36,8 @@ PEER = scratch.ROOT / "var" / "hordak"
 TWO, BATCHES, BATCH, WIDE, LEGS = 200, 4, 500, 4, 1_000
 PROCESSES = (1, 4, 16)
 HOT = 400  # entries, however many processes share them
+READS = 1_000
+HOT_SECONDS = 30  # how often beat takes snapshots
 
 
 class Hordak:
@@ -309,57 +311,134 @@ def width(console: Console) -> None:
     console.print(table)
 
 
-FILL = """
+ENTRIES = """
 INSERT INTO payouts_journalentry (key, kind, currency, n_legs, booked_at, created_at)
-SELECT 'fill:' || n, 'sale', 'USD', 2, now(), now() FROM generate_series(%(first)s, %(last)s) n;
+SELECT 'fill:' || lpad(n::text, 9, '0'), 'settle', 'USD', 2, now(), now() FROM generate_series(%(first)s, %(last)s) n
+"""
+LEGS_OF_ENTRIES = """
 INSERT INTO payouts_posting (entry_id, leg, account_id, amount_micros)
-SELECT e.id, 0, a.id, 1000000 FROM payouts_journalentry e, payouts_account a
-WHERE e.id > %(after)s AND a.code = 'cash:available:USD'
-UNION ALL SELECT e.id, 1, a.id, -1000000 FROM payouts_journalentry e, payouts_account a
-WHERE e.id > %(after)s AND a.code = 'in_transit:USD'
+SELECT e.id, legs.leg, legs.account_id, legs.amount_micros FROM payouts_journalentry e, (
+    SELECT 0 AS leg, id AS account_id, 1000000 AS amount_micros FROM payouts_account WHERE code = 'cash:available:USD'
+    UNION ALL SELECT 1, id, -1000000 FROM payouts_account WHERE code = 'in_transit:USD'
+) legs
+WHERE e.id > %(after)s ORDER BY e.id, legs.leg
+"""
+INDEXES = """
+SELECT c.conname, c.conrelid::regclass::text, pg_get_constraintdef(c.oid), true FROM pg_constraint c
+WHERE c.conrelid IN ('payouts_journalentry'::regclass, 'payouts_posting'::regclass) AND c.contype = 'u'
+UNION ALL SELECT i.indexrelid::regclass::text, i.indrelid::regclass::text, pg_get_indexdef(i.indexrelid), false FROM pg_index i
+WHERE i.indrelid IN ('payouts_journalentry'::regclass, 'payouts_posting'::regclass)
+    AND NOT EXISTS (SELECT FROM pg_constraint c WHERE c.conindid = i.indexrelid AND c.contype IN ('p', 'u'))
 """
 
 
-def old_account(postings: int, console: Console) -> None:
-    """The balance of an account with very many postings, a snapshot having been taken as beat takes them."""
+def fill(postings: int) -> None:
+    """Entries of two legs, so many of them, as a bulk load makes them: triggers off and indexes built at the end, in this database only."""
     from django.db import connection, transaction
+
+    with connection.cursor() as cursor:
+        cursor.execute("SET maintenance_work_mem = '512MB'")
+        cursor.execute(INDEXES)
+        indexes = cursor.fetchall()
+        for table in ("payouts_journalentry", "payouts_posting"):
+            cursor.execute(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
+        for name, table, _, is_constraint in indexes:
+            cursor.execute(f"ALTER TABLE {table} DROP CONSTRAINT {name}" if is_constraint else f"DROP INDEX {name}")
+        cursor.execute("SELECT coalesce(max(id), 0) FROM payouts_journalentry")
+        (after,) = cursor.fetchone()
+        step = 1_000_000
+        for first in range(1, postings + 1, step):
+            with transaction.atomic():
+                cursor.execute(ENTRIES, {"first": first, "last": min(first + step - 1, postings)})
+                cursor.execute(LEGS_OF_ENTRIES, {"after": after})
+                cursor.execute("SELECT max(id) FROM payouts_journalentry")
+                (after,) = cursor.fetchone()
+        for name, table, definition, is_constraint in indexes:
+            cursor.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {definition}" if is_constraint else definition)
+        for table in ("payouts_journalentry", "payouts_posting"):
+            cursor.execute(f"ALTER TABLE {table} ENABLE TRIGGER ALL")
+
+
+def old_account(postings: int, console: Console) -> None:
+    """The balance of an account with very many postings, by how many came after its snapshot, beside a new account's and an empty statement."""
+    from django.db import connection
 
     from payouts import ledger
     from payouts.models import JournalEntry
 
-    ledger.post(key="open", kind=JournalEntry.Kind.SETTLE, postings={"cash:available:USD": 1, "in_transit:USD": -1})
-    started, step = time.perf_counter(), 100_000
-    for first in range(1, postings + 1, step):
-        with transaction.atomic(), connection.cursor() as cursor:
-            cursor.execute("SELECT max(id) FROM payouts_journalentry")
-            (after,) = cursor.fetchone()
-            for statement in FILL.split(";"):
-                cursor.execute(statement, {"first": first, "last": min(first + step - 1, postings), "after": after})
+    def post(key: str, n: int, legs: dict[str, int]) -> None:
+        ledger.post_many([ledger.Draft(f"{key}:{number}", JournalEntry.Kind.SETTLE, legs) for number in range(n)])
+
+    def empty() -> int:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            return int(cursor.fetchone()[0])
+
+    hot = {"cash:available:USD": 1, "in_transit:USD": -1}
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        (backend,) = cursor.fetchone()
+    post("open", 1, hot)
+    post("one", 1, {"cash:pending:USD": 5, "in_transit:USD": -5})
+    started = time.perf_counter()
+    fill(postings)
     filled = time.perf_counter() - started
-    ledger.take_snapshots()
-    ledger.post_many(
-        [
-            ledger.Draft(f"later:{n}", JournalEntry.Kind.SETTLE, {"cash:available:USD": 1, "in_transit:USD": -1})
-            for n in range(ledger.SNAPSHOT_POSTINGS - 1)
-        ]
-    )
-    took = []
-    for _ in range(50):
-        started = time.perf_counter()
-        found = ledger.balance("cash:available:USD")
-        took.append(time.perf_counter() - started)
-    assert found == postings * 1_000_000 + ledger.SNAPSHOT_POSTINGS, found
+    started = time.perf_counter()
+    assert ledger.take_snapshots() == 2
+    summed = time.perf_counter() - started
+    table = Table(title=f"Balance of an account with {postings:,} postings, {READS:,} reads each")
+    for column in ("", "median ms", "p99 ms", "÷ SELECT 1", "p99 ÷ SELECT 1's", "CPU ms, both sides"):
+        table.add_column(column, justify="right" if column else "left")
+    floor: list[float] = []
+    n_later = 0
+    for name, later, read in (
+        ("SELECT 1", 0, empty),
+        ("a new account's, one posting", 0, lambda: ledger.balance("cash:pending:USD")),
+        ("nothing after its snapshot", 0, lambda: ledger.balance("cash:available:USD")),
+        (f"{ledger.SNAPSHOT_POSTINGS - 1:,} after it", 999, lambda: ledger.balance("cash:available:USD")),
+        (
+            f"{HOT_SECONDS * 200:,} after it: {HOT_SECONDS} s of a payout run at 100/s",
+            HOT_SECONDS * 200,
+            lambda: ledger.balance("cash:available:USD"),
+        ),
+    ):
+        while n_later < later:
+            post(f"later:{n_later}", n := min(1_000, later - n_later), hot)
+            n_later += n
+        took, found = [], 0
+        cpu = time.process_time() + scratch.backend_cpu_seconds(backend)
+        for _ in range(READS):
+            started = time.perf_counter()
+            found = read()
+            took.append(time.perf_counter() - started)
+        cpu = time.process_time() + scratch.backend_cpu_seconds(backend) - cpu
+        took.sort()
+        median, p99 = statistics.median(took), took[len(took) * 99 // 100]
+        floor = floor or [median, p99]
+        assert found == (
+            1 if read is empty else 5 if not later and "new" in name else postings * 1_000_000 + 1 + n_later
+        )
+        table.add_row(
+            name,
+            f"{median * 1e3:.2f}",
+            f"{p99 * 1e3:.2f}",
+            f"{median / floor[0]:.0f}",
+            f"{p99 / floor[1]:.0f}",
+            f"{cpu / READS * 1e3:.2f}",
+        )
+    console.print(table)
     console.print(
-        f"Balance of an account with {postings:,} postings (filled in {filled:,.0f} s, every trigger on), "
-        f"{ledger.SNAPSHOT_POSTINGS - 1} of them after its snapshot: median {statistics.median(took) * 1e3:.1f} ms, "
-        f"slowest {max(took) * 1e3:.1f} ms"
+        f"Filled in {filled:,.0f} s in bulk (triggers off, in this database only); the first snapshot summed it up in {summed:.0f} s; "
+        f"load {os.getloadavg()[0]:.1f}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--postings", type=int, default=0, help="fill an account with so many and read its balance")
+    parser.add_argument(
+        "--postings", type=int, default=0, help="of the account whose balance is read; 10,000,000 by default"
+    )
     parser.add_argument("--only", choices=["compare", "hot", "changes", "width", "balance"], help="one part")
     arguments = parser.parse_args()
     console = Console(width=110)
@@ -385,8 +464,8 @@ def main() -> None:
         for name, part in parts.items():
             if arguments.only in (None, name):
                 part()
-        if arguments.postings:
-            old_account(arguments.postings, console)
+        if arguments.only in (None, "balance"):
+            old_account(arguments.postings or (1_000_000 if arguments.quick else 10_000_000), console)
 
 
 if __name__ == "__main__":
