@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import stripe
+import urllib3
 from django.conf import settings
 
 from marketplace.errors import DomainError
@@ -29,6 +32,10 @@ from marketplace.errors import DomainError
 TIMEOUT_SECONDS = 20.0  # below gunicorn's and Celery's own limits, so that a silent Stripe ends as StripeUncertain
 SIGNATURE_TOLERANCE_SECONDS = 300
 REFUND_MOVEMENTS = ["balance_transaction", "failure_balance_transaction"]
+
+stripe.enable_telemetry = (
+    False  # an identifier of this machine in a file of its home, and the last call's duration in each
+)
 
 
 class StripeRefused(Exception):
@@ -428,8 +435,9 @@ def create_transfer(
         "metadata": dict(metadata or {}),
     }
     with _translated():
-        body = _plain(_client().v1.transfers.create(params, {"idempotency_key": key}))  # type: ignore[arg-type]
-    return _transfer(body)
+        # The SDK's raw form: what its objects cost would be a third of a call, and a run of payouts makes very many.
+        answer = _client().raw_request("post", "/v1/transfers", idempotency_key=key, **params)
+    return _transfer(answer.data)
 
 
 def find_transfer(transfer_group: str) -> Transfer | None:
@@ -780,12 +788,58 @@ def events_since(moment: datetime, *, types: Sequence[str], account: str | None 
             yield _event(body), json.dumps(body, default=str)
 
 
+class _Transport(stripe.HTTPClient):
+    """The SDK's HTTP over urllib3, which its own `RequestsClient` uses beneath `requests`, at less than half of the CPU time.
+
+    A connection stays open from call to call, also from one thread's to another's. The environment's proxies are looked up
+    once per host, not at every call. Nothing is repeated, and no redirect is followed.
+    """
+
+    name = "urllib3"
+
+    def __init__(self, *, timeout_seconds: float) -> None:
+        super().__init__()
+        self._timeout = urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds)
+        self._pools = lru_cache(maxsize=8)(self._pool_for)  # by host
+
+    def request(  # type: ignore[override] # bytes, as the SDK's own clients give
+        self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None, **_: Any
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        parts = urlsplit(url)
+        try:
+            answer = self._pools(parts.scheme, parts.netloc).request(
+                method.upper(), url, body=post_data, headers={"Accept-Encoding": "gzip", **(headers or {})}
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise stripe.APIConnectionError(f"No answer from Stripe: {type(error).__name__}: {error}") from error
+        return answer.data, answer.status, answer.headers
+
+    def close(self) -> None:
+        self._pools.cache_clear()  # what nobody holds any more closes its connections
+
+    def _pool_for(self, scheme: str, host: str) -> urllib3.PoolManager:
+        given: dict[str, Any] = {
+            "maxsize": max(settings.STRIPE_CONNECTIONS, 32),  # also a web process, by its threads
+            "timeout": self._timeout,
+            "retries": False,
+            "ca_certs": stripe.ca_bundle_path,
+            "cert_reqs": "CERT_REQUIRED",
+        }
+        proxy = None if proxy_bypass(host) else getproxies().get(scheme)
+        if not proxy:
+            return urllib3.PoolManager(**given)
+        login = urllib3.util.parse_url(proxy).auth
+        return urllib3.ProxyManager(
+            proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=login) if login else None, **given
+        )
+
+
 @lru_cache(maxsize=4)
 def _client_for(api_key: str, api_base: str | None) -> stripe.StripeClient:
     return stripe.StripeClient(
         api_key,
         base_addresses={"api": api_base} if api_base else {},
-        http_client=stripe.RequestsClient(timeout=TIMEOUT_SECONDS),
+        http_client=_Transport(timeout_seconds=TIMEOUT_SECONDS),
         max_network_retries=0,
     )
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -192,12 +192,59 @@ def test_what_may_have_happened_is_uncertain(settings: Any, status: int, is_key_
     assert uncertain.value.retry_after_seconds == 7.0
 
 
+def test_a_connection_stays_open_from_call_to_call_and_thread_to_thread(settings: Any) -> None:
+    settings.STRIPE_API_KEY = KEY
+    with _failing(status=429) as url:
+        settings.STRIPE_API_BASE = url
+
+        def ask() -> None:
+            with pytest.raises(StripeUncertain):
+                gateway.balance()
+
+        for _ in range(3):
+            ask()
+            threading.Thread(target=ask).run()
+            one = threading.Thread(target=ask)
+            one.start()
+            one.join()
+
+        assert len(_failing.callers) == 1
+
+
+def test_a_proxy_of_the_environment_is_used_unless_the_host_is_excepted(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.STRIPE_API_KEY = KEY
+    with _failing(status=429) as url:
+        monkeypatch.setenv("http_proxy", url)
+        monkeypatch.setenv("no_proxy", "elsewhere.test")
+        settings.STRIPE_API_BASE = "http://stripe.test"
+        with pytest.raises(StripeUncertain) as through:
+            gateway.balance()
+        assert (through.value.http_status, _failing.paths) == (429, ["http://stripe.test/v1/balance"])
+
+        settings.STRIPE_API_BASE = "http://elsewhere.test"  # nobody answers there
+        with pytest.raises(StripeUncertain) as direct:
+            gateway.balance()
+    assert (direct.value.http_status, len(_failing.paths)) == (None, 1)
+
+
 class _failing:
-    """A server that answers everything alike."""
+    """A server that answers everything alike; remembers who called the last one, and for what."""
+
+    callers: ClassVar[set[tuple[str, int]]] = set()
+    paths: ClassVar[list[str]] = []
 
     def __init__(self, *, status: int, delay_seconds: float = 0.0) -> None:
+        self.callers.clear()
+        self.paths.clear()
+
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # connections stay open
+
             def do_GET(self) -> None:
+                _failing.callers.add(self.client_address)
+                _failing.paths.append(self.path)
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 time.sleep(delay_seconds)
                 body = json.dumps({"error": {"type": "api_error", "message": "No."}}).encode()
