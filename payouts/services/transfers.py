@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from django.conf import settings
 from django.db import connection, transaction
@@ -361,11 +361,10 @@ def _work(run: PayoutRun, job: Job, first: int, end: int, done: _Done) -> None:
         batch = list(waiting.order_by("position").values_list("party", flat=True)[:AT_ONCE])
         if not batch:
             return
-        payees = {payee.party_id: payee for payee in PayeeAccount.objects.filter(party__in=batch)}
         with transaction.atomic():
             job.lock()
-            intended, is_enough = _intend(run, *(payees[party] for party in batch if party in payees))
-        _send(job, [payout.pk for payout in intended], done)
+            intended, is_enough = _intend(run, batch)
+        _send_batch(job, intended, done)
         done.is_short |= not is_enough
         n_waiting = waiting.count() if job is not run else run.planned_payouts.filter(outcome=Outcome.WAITING).count()
         total = end - first if job is not run else run.n_planned
@@ -442,8 +441,8 @@ def group_of(payout: Payout) -> str:
 # --- intent -----------------------------------------------------------------------------------------------------------
 
 
-def _intend(run: PayoutRun, *payees: PayeeAccount) -> tuple[list[Payout], bool]:
-    """Inside a transaction: promise payees what is due, in this order, as far as Stripe's available funds go.
+def _intend(run: PayoutRun, parties: list[int]) -> tuple[list[Payout], bool]:
+    """Inside a transaction: promise parties what is due, in this order, as far as Stripe's available funds go.
 
     Nobody gets more than was planned for them, and whoever cannot be paid any more is passed over with the reason.
 
@@ -451,7 +450,6 @@ def _intend(run: PayoutRun, *payees: PayeeAccount) -> tuple[list[Payout], bool]:
         The payouts, and whether the funds sufficed: with the first for whom they do not, it stops.
     """
     recoveries.lock(run.currency)  # two runs must not promise the same available funds, nor what a refund takes back
-    parties = [payee.party_id for payee in payees]
     held = {payee.party_id: payee for payee in _held(parties)}
     standing = Payout.objects.filter(run=run, party__in=parties).exclude(status=Payout.Status.REFUSED)
     paid_before = set(standing.values_list("party", flat=True))
@@ -467,7 +465,7 @@ def _intend(run: PayoutRun, *payees: PayeeAccount) -> tuple[list[Payout], bool]:
         amount = Money(max(0, min(due[party], planned.get(party, due[party]))), run.currency).floor_to_minor()
         if party in paid_before:
             outcomes[party] = Outcome.INTENDED
-        elif not held[party].is_ready:
+        elif party not in held or not held[party].is_ready:
             outcomes[party] = Outcome.NOT_READY
         elif not amount:
             outcomes[party] = Outcome.NOT_DUE
@@ -502,7 +500,8 @@ def _intend(run: PayoutRun, *payees: PayeeAccount) -> tuple[list[Payout], bool]:
 
 
 def _held(parties: Iterable[int]) -> QuerySet[PayeeAccount]:
-    return PayeeAccount.objects.select_for_update().filter(party__in=parties).order_by("pk")
+    needed = ("party_id", "stripe_account_id", "transfers_active")
+    return PayeeAccount.objects.select_for_update().filter(party__in=parties).order_by("pk").only(*needed)
 
 
 def _intent_of(payout: Payout, *, key: str) -> ledger.Draft:
@@ -533,26 +532,29 @@ def _book_late_transfers(run: PayoutRun) -> None:
 def _send(job: Job, pks: list[int], done: _Done) -> None:
     """Bring intended payouts to an end; how many have none yet, and what needs a person, is added to `done`."""
     for start in range(0, len(pks), AT_ONCE):
-        batch = list(Payout.objects.filter(pk__in=pks[start : start + AT_ONCE]).order_by("pk"))
-        batch = [payout for payout in batch if payout.status == Payout.Status.INTENDED]
-        done.n_tried += len(batch)
-        # Of those tried before, somebody did not live to book the answer: they are looked up first, one by one.
-        for payout in batch:
-            if payout.first_tried_at is not None:
-                _pursue(job, payout, done)
-        answers = _ask(_noted(job, [payout for payout in batch if payout.first_tried_at is None]))
-        sent = [(payout, answer) for payout, answer in answers if isinstance(answer, gateway.Transfer)]
-        right = [(payout, transfer) for payout, transfer in sent if _is_right(payout, transfer)]
-        _book_all_sent(job, right)
-        for payout, answer in answers:
-            if isinstance(answer, gateway.StripeUncertain):
-                _pursue(job, payout, done, answered=answer)
-            elif isinstance(answer, gateway.StripeRefused):
-                if answer.http_status in OUR_FAULT:
-                    raise answer  # we were refused, not this payout; nothing was sent and the intents stay
-                _refuse(job, payout, answer, done)
-            elif not _is_right(payout, answer):
-                _found_wrong(job, payout, answer, done)
+        found = Payout.objects.filter(pk__in=pks[start : start + AT_ONCE], status=Payout.Status.INTENDED)
+        _send_batch(job, list(found.order_by("pk")), done)
+
+
+def _send_batch(job: Job, batch: list[Payout], done: _Done) -> None:
+    done.n_tried += len(batch)
+    # Of those tried before, somebody did not live to book the answer: they are looked up first, one by one.
+    for payout in batch:
+        if payout.first_tried_at is not None:
+            _pursue(job, payout, done)
+    answers = _ask(_noted(job, [payout for payout in batch if payout.first_tried_at is None]))
+    sent = [(payout, answer) for payout, answer in answers if isinstance(answer, gateway.Transfer)]
+    right = [(payout, transfer) for payout, transfer in sent if _is_right(payout, transfer)]
+    _book_all_sent(job, right)
+    for payout, answer in answers:
+        if isinstance(answer, gateway.StripeUncertain):
+            _pursue(job, payout, done, answered=answer)
+        elif isinstance(answer, gateway.StripeRefused):
+            if answer.http_status in OUR_FAULT:
+                raise answer  # we were refused, not this payout; nothing was sent and the intents stay
+            _refuse(job, payout, answer, done)
+        elif not _is_right(payout, answer):
+            _found_wrong(job, payout, answer, done)
 
 
 def _found_wrong(job: Job, payout: Payout, transfer: gateway.Transfer, done: _Done) -> None:
@@ -589,9 +591,11 @@ Answer = gateway.Transfer | gateway.StripeRefused | gateway.StripeUncertain
 
 def _ask(payouts: list[Payout]) -> list[tuple[Payout, Answer]]:
     """One call for each, several side by side; what Stripe said is returned, not raised. No database is touched here."""
+    turns = pacing.Turns(len(payouts))
     if len(payouts) <= 1 or settings.STRIPE_CONNECTIONS == 1:
-        return [(payout, _asked(payout)) for payout in payouts]
-    return list(zip(payouts, _callers(settings.STRIPE_CONNECTIONS).map(_asked, payouts), strict=True))
+        return [(payout, _asked(payout, turns)) for payout in payouts]
+    answers = _callers(settings.STRIPE_CONNECTIONS).map(partial(_asked, turns=turns), payouts)
+    return list(zip(payouts, answers, strict=True))
 
 
 @lru_cache(maxsize=1)
@@ -600,15 +604,15 @@ def _callers(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, thread_name_prefix="transfer")
 
 
-def _asked(payout: Payout) -> Answer:
+def _asked(payout: Payout, turns: pacing.Turns) -> Answer:
     try:
-        return _create_transfer(payout)
+        return _create_transfer(payout, turns)
     except (gateway.StripeRefused, gateway.StripeUncertain) as error:
         return error
 
 
-def _create_transfer(payout: Payout) -> gateway.Transfer:
-    pacing.wait_for_turn()
+def _create_transfer(payout: Payout, turns: pacing.Turns) -> gateway.Transfer:
+    turns.wait()
     try:
         return gateway.create_transfer(
             amount_minor=payout.amount.to_minor(),
@@ -671,7 +675,7 @@ class _Sending:
         return gateway.find_transfer(group_of(self.payout))
 
     def call(self) -> gateway.Transfer:
-        return _create_transfer(self.payout)
+        return _create_transfer(self.payout, pacing.Turns(1))
 
     def book(self, answer: gateway.Transfer) -> None:
         _book_sent(self.payout, answer, self.job)

@@ -112,7 +112,7 @@ def test_payables_age_from_the_day_they_fell_due_and_payouts_pay_the_oldest_firs
         lease_expires_at=clock.now(),
         attempt=1,
     )
-    transfers._intend(run, PayeeAccountFactory(party=alice))
+    transfers._intend(run, [PayeeAccountFactory(party=alice).party_id])
 
     (row,) = books.aged_payables()
     assert row.by_age == dollars(30, 30, 0, 0, 0, 0) and row.can_be_paid

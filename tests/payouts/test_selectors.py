@@ -41,7 +41,7 @@ def test_earnings_say_where_every_micro_is(db: Any, alice: Any, bob: Any) -> Non
     payee = PayeeAccountFactory(party=alice)
     held = jobs.claim(PayoutRun, request_payout_run(currency="USD", key="run").pk)
     assert held is not None
-    _intend(held, payee)
+    _intend(held, [payee.party_id])
     sell(OrderFactory(offers=[offer]))
 
     for status, where in (("intended", "in_transit"), ("sent", "sent"), ("paid", "paid")):

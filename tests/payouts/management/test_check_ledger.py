@@ -61,7 +61,7 @@ def books(db: Any, alice: Any, bob: Any, carol: Any) -> Iterator[None]:
     clock.advance(timedelta(days=40))
     held = jobs.claim(PayoutRun, request_payout_run(currency="USD", key="run").pk)
     assert held is not None
-    _intend(held, payee)
+    _intend(held, [payee.party_id])
     assert check_books().findings == []
     sql("SET CONSTRAINTS ALL IMMEDIATE")
     for table in TABLES:

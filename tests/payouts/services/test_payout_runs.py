@@ -40,7 +40,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Stripe:
     monkeypatch.setattr(gateway, "create_transfer", stripe.create_transfer)
     monkeypatch.setattr(gateway, "find_transfer", stripe.find_transfer)
     monkeypatch.setattr(attempts.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(pacing, "wait_for_turn", lambda: 0.0)
+    monkeypatch.setattr(pacing.Turns, "wait", lambda self: 0.0)
     return stripe
 
 
@@ -205,7 +205,7 @@ def test_a_run_above_the_limit_waits_for_a_second_person(told: Stripe, db: Any, 
     with pytest.raises(NotAllowed, match="Only staff"):
         transfers.approve_payout_run(run=run, by=User.objects.create_user("eve@example.org", "x"))
     with pytest.raises(IntegrityError, match="awaiting_approval"), transaction.atomic():
-        transfers._intend(run, PayeeAccount.objects.get(party=first))
+        transfers._intend(run, [first.pk])
     execute(run)
     assert (run.state, told.keys) == (State.AWAITING_APPROVAL, [])
 
@@ -374,8 +374,51 @@ def test_workers_draw_from_one_bucket_and_stay_below_the_rate() -> None:
     assert time.monotonic() - started > (60 - 10) / 100 * 0.95  # a tenth of a second's worth may come at once
 
 
+@override_settings(STRIPE_REQUESTS_PER_SECOND=100)
+def test_a_batch_draws_its_turns_a_few_at_once_and_stays_below_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    take = pacing.Turns._draw
+    monkeypatch.setattr(pacing.Turns, "_draw", lambda self: (take(self), drawn.append(len(self._drawn))))
+    turns, started = pacing.Turns(38), time.monotonic()
+    workers = [threading.Thread(target=lambda n=n: [turns.wait() for _ in range(n)]) for n in (10, 20, 8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    assert time.monotonic() - started > (38 - 10) / 100 * 0.95
+    assert drawn == [5, 5, 5, 5, 5, 5, 5, 3]  # so Redis was asked eight times, and nothing is drawn that nobody uses
+    with pytest.raises(ValueError, match="More turns"):
+        turns.wait()
+
+
+@override_settings(STRIPE_REQUESTS_PER_SECOND=100)
+def test_a_back_off_holds_for_turns_that_were_drawn_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "_local", pacing._Local())
+    turns = pacing.Turns(5)
+    turns.wait()
+
+    pacing.back_off(retry_after_seconds=0.4, number=0)
+    started = time.monotonic()
+    turns.wait()
+
+    assert time.monotonic() - started > 0.35
+
+
+@override_settings(STRIPE_REQUESTS_PER_SECOND=10)
+def test_after_a_back_off_nothing_has_flowed_in_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "_local", pacing._Local())
+    pacing.back_off(retry_after_seconds=0.3, number=0)
+    started = time.monotonic()
+    for _ in range(3):
+        pacing.wait_for_turn()
+
+    assert time.monotonic() - started > (0.3 + 3 / 10) * 0.95
+
+
 @override_settings(STRIPE_REQUESTS_PER_SECOND=1_000)
 def test_a_back_off_holds_for_the_next_of_any_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "_local", pacing._Local())
     slept: list[float] = []
     monkeypatch.setattr(pacing.time, "sleep", slept.append)
 

@@ -44,7 +44,7 @@ def two_months(db: Any, alice: Any, bob: Any, carol: Any) -> tuple[datetime, dat
     run = PayoutRun.objects.create(
         key="april", currency="USD", due_until=clock.now(), status="running", lease_expires_at=clock.now(), attempt=1
     )
-    transfers._intend(run, payee)
+    transfers._intend(run, [payee.party_id])
     return march, clock.now()
 
 

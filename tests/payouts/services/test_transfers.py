@@ -395,7 +395,7 @@ def test_only_what_may_still_have_been_sent_is_looked_up_for_a_bank_payout(
     run = funded()
     with jobs.claimed(PayoutRun, run.pk) as held:
         assert held
-        transfers._intend(held, PayeeAccount.objects.get(party=alice))
+        transfers._intend(held, [alice.pk])
     payout = Payout.objects.get()
     asked: list[str] = []
     monkeypatch.setattr(gateway, "transfers_in_payout", lambda **_: ["tr_of_nobody"])
@@ -419,7 +419,7 @@ def test_a_bank_payout_may_be_heard_of_before_its_transfer_was_booked(funded: An
     with jobs.claimed(PayoutRun, run.pk) as held:
         assert held
         for payee in PayeeAccount.objects.order_by("pk"):
-            transfers._intend(held, payee)
+            transfers._intend(held, [payee.party_id])
     payout = Payout.objects.get(party=alice)
     gateway.create_transfer(
         amount_minor=payout.amount.to_minor(),

@@ -24,7 +24,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Stripe:
     monkeypatch.setattr(gateway, "create_transfer", stripe.create_transfer)
     monkeypatch.setattr(gateway, "find_transfer", stripe.find_transfer)
     monkeypatch.setattr(attempts.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(pacing, "wait_for_turn", lambda: 0.0)
+    monkeypatch.setattr(pacing.Turns, "wait", lambda self: 0.0)
     return stripe
 
 

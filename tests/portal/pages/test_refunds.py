@@ -14,7 +14,6 @@ from payouts.models import (
     Dispute,
     DisputeAnswer,
     JournalEntry,
-    PayeeAccount,
     Payment,
     Payout,
     PayoutRun,
@@ -268,7 +267,7 @@ def _pay_out_everything(party: Party) -> Payout:
     Payment.objects.update(settled_at=clock.now())
     clock.advance(timedelta(days=31))
     run = PayoutRun.objects.create(currency="USD", due_until=clock.now(), key="all")
-    transfers._intend(run, PayeeAccount.objects.get(party=party))
+    transfers._intend(run, [party.pk])
     payout = Payout.objects.get()
     transfers._book_sent(
         payout,
