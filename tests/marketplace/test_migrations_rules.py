@@ -11,10 +11,11 @@ from marketplace.models import (
     DatasetVersion,
     Disclosure,
     Offer,
+    Party,
     RecordCopy,
     TrainedModel,
 )
-from tests.factories.marketplace import DatasetFactory, LicenseFactory, PublishedVersionFactory
+from tests.factories.marketplace import DatasetFactory, LicenseFactory, PartyFactory, PublishedVersionFactory
 
 APPEND_ONLY = [AuditEvent, Attestation, Offer, Citation, RecordCopy]
 
@@ -50,6 +51,26 @@ def test_evidence_only_grows(evidence, model, statement):
         execute(statement.format(model._meta.db_table))
 
     assert model.objects.count() == n_rows
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM marketplace_party WHERE id = %s",
+        "UPDATE marketplace_party SET id = id + 1000000 WHERE id = %s",
+        "TRUNCATE marketplace_party CASCADE -- %s",
+    ],
+)
+def test_a_party_stays(db, statement):
+    """Also one that nothing names yet: a line that is being made may."""
+    party = PartyFactory(name="Nobody's")
+
+    with pytest.raises(IntegrityError, match="of a party is refused"), transaction.atomic():
+        execute(statement % party.pk)
+    party.name = "Somebody's"
+    party.save()
+
+    assert list(Party.objects.filter(pk=party.pk).values_list("name", flat=True)) == ["Somebody's"]
 
 
 @pytest.mark.parametrize(
