@@ -129,9 +129,12 @@ class DivisionLine(models.Model):
         RIGHTS_HOLDER = "rights_holder"
         LABELLER = "labeller"
 
-    # The indexes below begin with each of the two.
-    division = models.ForeignKey(Division, models.PROTECT, related_name="lines", db_index=False)
-    party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="division_lines", db_index=False)
+    # The indexes below begin with each of the two. No foreign keys in the database: both are looked up for each statement's lines
+    # at once (migration `0021_lines_without_row_checks`), and neither a division nor a party is ever deleted.
+    division = models.ForeignKey(Division, models.PROTECT, related_name="lines", db_constraint=False, db_index=False)
+    party = models.ForeignKey(
+        "marketplace.Party", models.PROTECT, related_name="division_lines", db_constraint=False, db_index=False
+    )
     role = models.CharField(max_length=13, choices=Role)
     n_records = models.PositiveBigIntegerField()
     weight = models.BigIntegerField()  # records when by count, parts per quadrillion when by result

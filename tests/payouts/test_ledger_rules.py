@@ -10,8 +10,10 @@ import pytest
 from django.db import DatabaseError, IntegrityError, ProgrammingError, connection, transaction
 
 from payouts import ledger
-from payouts.models import JournalEntry
+from payouts.models import DivisionLine, JournalEntry
 from portal.roles import APP
+from tests.factories.marketplace import OrderFactory
+from tests.factories.payouts import sell
 
 ENTRY = (
     "INSERT INTO payouts_journalentry (key, kind, currency, n_legs, booked_at, created_at)"
@@ -94,7 +96,7 @@ def test_an_honest_entry_passes(role: str | None) -> None:
         (2, [(0, 0, 5)], "declares 2 legs and has 1"),
         (3, [(0, 0, 5), (1, 1, -5)], "declares 3 legs and has 2"),
         (2, [(0, 0, 5), (1, 1, -4)], "sum to 1, not 0"),
-        (2, [(0, 0, 5), (1, 2, -5)], "1 of its legs are not in USD"),
+        (2, [(0, 0, 5), (1, 2, -5)], "its leg 1 is in EUR, not in USD"),
     ],
     ids=["empty", "one leg", "fewer than declared", "unbalanced", "two currencies"],
 )
@@ -108,6 +110,58 @@ def test_what_is_no_balanced_entry_does_not_commit(role: str | None, n_legs: int
         commit_would_pass()
 
     assert ledger.balances() == {"cash:pending:EUR": 5, "cash:pending:USD": 5, "pool:7:USD": -5, "pool:8:EUR": -5}
+
+
+def test_currencies_are_checked_for_each_leg_of_a_statement(role: str | None) -> None:
+    """Whichever leg of however many entries it is; an entry in one currency whose accounts are both in another balances, too."""
+    cash, pool, euro = accounts()
+    (euros,) = sql("SELECT id FROM payouts_account WHERE code = 'pool:8:EUR'")
+
+    with (
+        pytest.raises(IntegrityError, match="entry sale:4 refused: its leg 0 is in EUR, not in USD"),
+        transaction.atomic(),
+    ):
+        (right,), (wrong,) = sql(ENTRY, "sale:3", 2), sql(ENTRY, "sale:4", 2)
+        sql(
+            "INSERT INTO payouts_posting (entry_id, leg, account_id, amount_micros) VALUES"
+            " (%s, 0, %s, 1), (%s, 1, %s, -1), (%s, 0, %s, 1), (%s, 1, %s, -1)",
+            *(right, cash, right, pool, wrong, euro, wrong, euros),
+        )
+
+    assert ledger.balances() == {"cash:pending:EUR": 5, "cash:pending:USD": 5, "pool:7:USD": -5, "pool:8:EUR": -5}
+
+
+def test_an_account_is_of_a_party_that_there_is(role: str | None) -> None:
+    with pytest.raises(IntegrityError, match="there is no party 999999"), transaction.atomic():
+        sql(
+            "INSERT INTO payouts_account (code, kind, currency, party_id, created_at)"
+            " VALUES ('payable:999999:USD', 'liability', 'USD', 999999, now())"
+        )
+
+    assert sql("SELECT count(*) FROM payouts_account WHERE party_id IS NOT NULL") == (0,)
+
+
+@pytest.mark.parametrize("missing", ["division", "party"])
+def test_a_line_is_of_a_division_and_a_party_that_there_are(role: str | None, missing: str) -> None:
+    sql("RESET ROLE")
+    paid = sell(OrderFactory())
+    assert paid.order is not None
+    line = DivisionLine.objects.filter(division__order_line__order=paid.order).latest("pk")
+    n_lines = DivisionLine.objects.count()
+    if role:
+        sql(f'SET ROLE "{role}"')
+
+    with pytest.raises(IntegrityError, match=f"there is no {missing} 999999"), transaction.atomic():
+        sql(
+            "INSERT INTO payouts_divisionline (division_id, party_id, role, n_records, weight, amount_micros, due_at, created_at)"
+            " SELECT coalesce(%s, division_id), coalesce(%s, party_id),"
+            " 'labeller', 1, 1, 1, now(), now() FROM payouts_divisionline WHERE id = %s",
+            999_999 if missing == "division" else None,
+            999_999 if missing == "party" else None,
+            line.pk,
+        )
+
+    assert DivisionLine.objects.count() == n_lines
 
 
 @pytest.mark.parametrize("n_legs", [0, 1, 1_001])
