@@ -858,9 +858,9 @@ class _Transport(stripe.HTTPClient):
         self._timeout = urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds)
         self._pools = lru_cache(maxsize=8)(self._pool_for)  # by host
 
-    def request(
+    def request(  # type: ignore[override] # bytes, as the SDK's own clients give
         self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None, **_: Any
-    ) -> tuple[bytes, int, Mapping[str, str]]:  # type: ignore[override] # the SDK's own clients give bytes, too
+    ) -> tuple[bytes, int, Mapping[str, str]]:
         parts = urlsplit(url)
         try:
             answer = self._pools(parts.scheme, parts.netloc).request(
@@ -875,7 +875,7 @@ class _Transport(stripe.HTTPClient):
 
     def _pool_for(self, scheme: str, host: str) -> urllib3.PoolManager:
         given: dict[str, Any] = {
-            "maxsize": max(settings.STRIPE_CONNECTIONS, 1),
+            "maxsize": max(settings.STRIPE_CONNECTIONS, 32),  # also a web process, by its threads
             "timeout": self._timeout,
             "retries": False,
             "ca_certs": stripe.ca_bundle_path,
