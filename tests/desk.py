@@ -58,7 +58,9 @@ class Desk:
         shown = code_of(self.user) if code is None else code
         headers = {"Idempotency-Key": key or f"act-{next(_numbers)}"} | ({"One-Time-Code": shown} if shown else {})
         answer = self.client.post(BASE + path, data, format="json", headers=headers)
-        assert answer.status_code == status, answer.content
+        assert answer.status_code == status, b"".join(answer) if answer.streaming else answer.content
+        if answer["Content-Type"] not in ("application/json", "application/problem+json"):
+            return answer
         self._hold(answer, "post")
         return answer.json()
 

@@ -23,7 +23,7 @@ def test_ready_means_database_migrations_and_broker(client, db):
 
 def test_a_missing_migration_is_named(client, db):
     (last,) = MigrationLoader(connection).graph.leaf_nodes("payouts")
-    MigrationRecorder(connection).record_surplus(*last)
+    MigrationRecorder(connection).record_unapplied(*last)
 
     response = client.get("/readyz")
 

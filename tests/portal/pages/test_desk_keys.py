@@ -47,7 +47,7 @@ def test_a_key_is_made_after_a_fresh_second_factor_and_shown_once(ann: User) -> 
     assert (key.user, key.scopes) == (ann, ["desk:act", "desk:read"])
     listed = assert_page(browser.get(PAGE))
     assert text not in listed and key.prefix in listed and "ann@desk.example" in listed and "0 acts" in listed
-    assert "staff_key.made" in assert_page(browser.get("/desk/audit/"))
+    assert "staff key made" in assert_page(browser.get("/desk/audit/"))
     client = APIClient()
     client.credentials(HTTP_AUTHORIZATION=f"Bearer {text}")
     assert client.get("/api/v1/desk/refunds/").status_code == 200
@@ -83,6 +83,6 @@ def test_anyone_of_the_staff_revokes_a_key(desk: Client) -> None:
 
 
 def test_the_desk_leads_to_it_and_the_docs_tell_of_it(desk: Client) -> None:
-    assert 'href="/desk/keys/"' in desk.get("/desk/").content.decode()
+    assert 'href="/desk/keys/"' in desk.get("/desk/audit/").content.decode()
     docs = desk.get("/api/v1/docs/").content.decode()
     assert "/api/v1/desk/payout-runs/" in docs and "sk_desk_" in docs and "One-Time-Code" in docs

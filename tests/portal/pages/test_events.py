@@ -83,7 +83,7 @@ def test_events_are_found_by_their_state_and_by_what_they_are(desk: Client, ann:
     assert found("state=proposed") == set()
     assert found("q=acct_7") == found("q=payout") == {"evt_2"}
     assert "No event is found" in assert_page(desk.get("/desk/events/?q=nothing"))
-    assert "1 of Stripe’s events" in assert_page(desk.get("/desk/"))
+    assert "1 event of Stripe’s that could not be applied" in assert_page(desk.get("/desk/"))
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
