@@ -21,10 +21,13 @@ from tests.desk import BASE, Desk, code_of
 
 #: The acts that only propose, stop or look; every other one needs the person's one-time code.
 WITHOUT_CODE = {
+    "applications/",
+    "applications/{id}/reject/",
     "corrections/{id}/reject/",
     "divisions/{id}/corrections/",
     "manual-entries/",
     "manual-entries/{id}/reject/",
+    "outgoing-transfers/{id}/reject/",
     "payout-runs/{id}/pause/",
     "payout-runs/{id}/reject/",
     "rail-exports/",
@@ -32,7 +35,10 @@ WITHOUT_CODE = {
     "receipts/",
     "receipts/{id}/reject/",
     "reconciliations/",
+    "refunds/{id}/sent/",
     "stripe-events/{id}/retry/",
+    "unapplied/",
+    "unapplied/{id}/returns/",
 }
 #: A POST for its code alone, which does nothing that could be done twice: so without an Idempotency-Key.
 READ_BY_CODE = "rail-exports/{id}/csv/"
