@@ -85,7 +85,7 @@ def test_staff_refund_it_and_may_say_that_it_cannot_be_sent(paid: Order, carol: 
     payment = Payment.objects.get()
     page = f"/desk/payments/{payment.pk}/"
     text = assert_page(ann.get(page))
-    assert "by bank transfer IN 1" in text and "not paid yet" not in text and "Stripe’s fee" not in text
+    assert "Paid by transfer IN 1" in text and "not paid yet" not in text and "Stripe’s fee" not in text
     asked = {"key": "k", "amount": "40.00", "reason": "goodwill", "note": "late"}
     to_send = ann.post(page, asked).url
     assert to_send == f"/desk/bank/refunds/{Refund.objects.get().pk}/"
@@ -137,7 +137,7 @@ def test_money_that_fits_no_invoice_is_recorded_confirmed_and_applied(order: Ord
     assert ann.post(decide, {"act": "approve"}).status_code == 403
     assert ben.post(decide, {"act": "approve"}).url == "/desk/bank/"
     assert Payment.objects.get().status == "paid"
-    assert "by bank transfer IN 1, IN 2" in assert_page(ann.get(f"/desk/payments/{Payment.objects.get().pk}/"))
+    assert "Paid by transfer IN 1, IN 2" in assert_page(ann.get(f"/desk/payments/{Payment.objects.get().pk}/"))
     back = {
         "act": "return",
         "return-amount": "15.00",
