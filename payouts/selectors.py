@@ -27,12 +27,14 @@ from payouts.models import (
     EventSettlement,
     IssuedStatement,
     ManualEntry,
+    OutgoingTransfer,
     PayeeAccount,
     Payment,
     Payout,
     PayoutRun,
     PlannedPayout,
     RailPayout,
+    ReceiptApplication,
     Reclaim,
     Refund,
     Reminder,
@@ -613,6 +615,20 @@ def debts() -> list[Debt]:
     parties = Party.objects.in_bulk({party for party, _ in owing})
     found = [Debt(parties[party], amount) for (party, _), amount in owing.items()]
     return sorted(found, key=lambda debt: (-debt.amount.micros, debt.party.pk))
+
+
+def outgoing_found() -> QuerySet[OutgoingTransfer]:
+    """Every transfer out of our bank account, newest first."""
+    return OutgoingTransfer.objects.select_related("recorded_by", "decided_by", "returned_by").order_by("-pk")
+
+
+def applications_found() -> QuerySet[ReceiptApplication]:
+    """Every use of money that fits no invoice for one, newest first."""
+    return (
+        ReceiptApplication.objects.select_related("proposed_by", "decided_by")
+        .prefetch_related("uses__receipt")
+        .order_by("-pk")
+    )
 
 
 def reversible_payouts_of(party: Party, currency: str) -> QuerySet[Payout]:

@@ -38,9 +38,13 @@ CLOSES_AFTER = timedelta(days=3)
 LOCK_WAIT_MILLISECONDS = 5_000
 
 
+#: What an obstacle may be about, each settled at one place.
+ABOUT = ("looks", "proof", "balances", "events", "manual", "receipts", "bank", "rails")
+
+
 @dataclass(frozen=True)
 class Obstacle:
-    """One thing that is open, in words, and by what it is settled: `looks`, `proof`, `balances`, `events`, `manual`, `receipts`, `rails`."""
+    """One thing that is open, in words, and by what it is settled: `ABOUT`."""
 
     about: str
     text: str

@@ -241,8 +241,13 @@ def _post(transfer: OutgoingTransfer, stage: str, *, micros: int) -> None:
 
 
 def _hold(refund: Refund) -> tuple[Payment, Refund]:
-    """Locked in the order in which refunds lock: the payment, then the refund."""
-    assert refund.payment_id is not None  # a surplus charge goes back to its card
+    """Locked in the order in which refunds lock: the payment, then the refund.
+
+    Raises:
+        TransferNotPossible: it is of a surplus charge.
+    """
+    if refund.payment_id is None:
+        raise TransferNotPossible(f"Refund {refund.pk} is of a charge that is for nothing; it goes back to its card.")
     payment = (
         Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=refund.payment_id)
     )

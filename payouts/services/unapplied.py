@@ -179,7 +179,9 @@ def unapplied() -> list[Unapplied]:
     today = clock.today()
     return [
         Unapplied(receipt, left, (today - receipt.received_on).days)
-        for receipt in booked.prefetch_related("uses__application", "returns").order_by("received_on", "pk")
+        for receipt in booked.select_related("recorded_by", "decided_by")
+        .prefetch_related("uses__application", "returns")
+        .order_by("received_on", "pk")
         if (left := receipt.left)
     ]
 

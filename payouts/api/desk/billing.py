@@ -47,9 +47,9 @@ class DeskInvoiceOutput(serializers.ModelSerializer):
 
 
 class ReceiptOutput(serializers.ModelSerializer):
-    """recorded → booked or rejected."""
+    """recorded → booked or rejected. Without a payment it fits no invoice: `payer` is whom the statement names."""
 
-    buyer = DeskPartyOutput(source="payment.asked_of")
+    buyer = DeskPartyOutput(source="payment.asked_of", default=None, allow_null=True)
     amount = MoneyField()
     recorded_by = PersonField("recorded_by")
     decided_by = PersonField("decided_by")
@@ -60,6 +60,8 @@ class ReceiptOutput(serializers.ModelSerializer):
             "id",
             "payment",
             "buyer",
+            "payer",
+            "note",
             "amount",
             "reference",
             "received_on",
@@ -78,10 +80,14 @@ class ReceiptInput(serializers.Serializer):
     received_on = serializers.DateField()
 
     def validate_invoice(self, reference: str) -> Document:
-        found = find_document(Document.objects.filter(kind="INV").select_related("payment"), reference)
-        if found is None:
-            raise serializers.ValidationError("There is no such invoice.")
-        return found
+        return invoice_named(reference)
+
+
+def invoice_named(reference: str) -> Document:
+    found = find_document(Document.objects.filter(kind="INV").select_related("payment"), reference)
+    if found is None:
+        raise serializers.ValidationError("There is no such invoice.")
+    return found
 
 
 class TaxRateOutput(serializers.ModelSerializer):
@@ -123,6 +129,9 @@ class InvoiceFilter(serializers.Serializer):
 
 class ReceiptFilter(serializers.Serializer):
     status = serializers.ChoiceField(choices=BankReceipt.Status.choices, required=False)
+    fits_invoice = serializers.BooleanField(
+        required=False, default=None, allow_null=True, help_text="Only what pays an invoice, or only what fits none."
+    )
 
 
 class TaxRateFilter(serializers.Serializer):
@@ -161,7 +170,8 @@ class InvoiceDetail(DeskView):
     get=extend_schema(summary="Transfers to our bank account", operation_id="desk_receipts_list"),
     post=extend_schema(
         summary="Record a transfer that pays an invoice",
-        description="Nothing is booked until somebody else confirms it. Needs no one-time code.",
+        description="Nothing is booked until somebody else confirms it. What fits no invoice is recorded at `desk/unapplied/`. Needs "
+        "no one-time code.",
         operation_id="desk_receipts_record",
         request=ReceiptInput,
         responses={201: ReceiptOutput},
@@ -175,7 +185,10 @@ class ReceiptList(DeskList, DeskAct):
     answers = 201
 
     def get_queryset(self) -> QuerySet[BankReceipt]:
-        return receipts_found().filter(**self.asked())
+        asked = self.asked()
+        fits_invoice = asked.pop("fits_invoice")
+        found = receipts_found().filter(**asked)
+        return found if fits_invoice is None else found.filter(payment__isnull=not fits_invoice)
 
     def act(self, **given: Any) -> Any:
         payment = given.pop("invoice").payment
@@ -205,7 +218,7 @@ class _Decide(DeskAct):
 @extend_schema_view(
     post=extend_schema(
         summary="Confirm and book a transfer",
-        description="Another person than the one who recorded it.",
+        description="Another person than the one who recorded it. What fits no invoice is held for its payer.",
         operation_id="desk_receipts_approve",
         request=None,
         responses=ReceiptOutput,

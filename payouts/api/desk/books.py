@@ -396,13 +396,23 @@ class ClosedPeriodDetail(ClosedPeriodOutput):
         return ClosedBalanceOutput(period.balances.order_by("pk"), many=True).data
 
 
+class ObstacleOutput(serializers.Serializer):
+    about = serializers.ChoiceField(
+        choices=closing.ABOUT,
+        help_text="Where it is settled. looks: `reconciliations/`; proof: `proofs/`; balances: at the desk; events: "
+        "`stripe-events/`; manual: `manual-entries/`; receipts: `receipts/`; bank: `outgoing-transfers/` and `applications/`; "
+        "rails: `rail-exports/`.",
+    )
+    text = serializers.CharField()
+
+
 class NextPeriodOutput(serializers.Serializer):
     """The month that can be closed next, and what stands in the way."""
 
     month = serializers.CharField(help_text="2026-03")
     ends_at = serializers.DateTimeField()
     is_over = serializers.BooleanField()
-    obstacles = serializers.ListField(child=serializers.CharField())
+    obstacles = ObstacleOutput(many=True)
 
 
 class ClosePeriodInput(serializers.Serializer):

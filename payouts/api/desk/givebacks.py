@@ -47,6 +47,7 @@ from payouts.selectors import (
 )
 from payouts.services import clawbacks, recoveries
 from payouts.services.disputes import EVIDENCE_FIELDS, MAX_EVIDENCE, answer_dispute
+from payouts.services.outgoing import refunds_to_send
 from payouts.services.refunds import request_refund
 
 #: What staff may say; the others are said by the buyer's right, a corrected report, or Stripe's dashboard.
@@ -99,24 +100,42 @@ class PaymentPartOutput(serializers.Serializer):
 
 
 class DeskRefundOutput(serializers.ModelSerializer):
-    """intended → pending → sent; or refused or failed, and booked back. `status` is of the work at Stripe."""
+    """intended → pending → sent; or refused or failed, and booked back. `status` is of the work at Stripe.
+
+    Of a surplus charge there is no payment, and no buyer whose it would be.
+    """
 
     amount = MoneyField()
     requested_by = PersonField("requested_by", help_text="null: of right, or made in Stripe's dashboard.")
-    buyer = DeskPartyOutput(source="payment.asked_of")
+    buyer = DeskPartyOutput(source="payment.asked_of", default=None, allow_null=True)
+    surplus_charge = serializers.CharField(source="surplus.charge_id", default=None, allow_null=True)
+    method = serializers.ChoiceField(
+        choices=Payment.Method.choices, help_text="To the card by Stripe; or by bank transfer, which a person sends."
+    )
+    sentence = serializers.CharField(help_text="How it stands and what it waits for, as the buyer reads it.")
+    transfer = serializers.IntegerField(
+        source="transfer.pk",
+        default=None,
+        allow_null=True,
+        help_text="Of one by bank: what carries it, at `desk/outgoing-transfers/{id}/`.",
+    )
 
     class Meta:
         model = Refund
         fields = [
             "id",
             "payment",
+            "surplus_charge",
             "buyer",
             "line",
             "amount",
+            "method",
             "reason",
             "note",
             "state",
             "status",
+            "sentence",
+            "transfer",
             "requested_by",
             "refund_id",
             "refusal_code",
@@ -158,6 +177,10 @@ class RefundInput(serializers.Serializer):
 
 class RefundFilter(serializers.Serializer):
     state = serializers.ChoiceField(choices=Refund.State.choices, required=False)
+    method = serializers.ChoiceField(choices=Payment.Method.choices, required=False)
+    to_send = serializers.BooleanField(
+        required=False, default=False, help_text="Only those by bank that no transfer carries yet."
+    )
     payment = serializers.IntegerField(required=False, min_value=1, max_value=2**63 - 1)
 
 
@@ -189,7 +212,8 @@ class PaymentDetail(DeskDetail):
 @extend_schema_view(
     post=extend_schema(
         summary="Give back an amount of a payment",
-        description="It is intended at once and made at Stripe by a worker; read how it stands at `desk/refunds/{id}/`.",
+        description="It is intended at once and made at Stripe by a worker; read how it stands at `desk/refunds/{id}/`. What was "
+        "paid by bank transfer goes back by one, which a person sends.",
         operation_id="desk_payments_refund",
         request=RefundInput,
         responses={201: DeskRefundOutput},
@@ -215,7 +239,11 @@ class RefundList(DeskList):
     filter_class = RefundFilter
 
     def get_queryset(self) -> QuerySet[Refund]:
-        return refunds_found().filter(**self.asked())
+        asked = self.asked()
+        found = refunds_found()
+        if asked.pop("to_send"):
+            found = found.filter(pk__in=refunds_to_send().values("pk"))
+        return found.filter(**asked)
 
 
 @extend_schema_view(get=extend_schema(summary="One refund", operation_id="desk_refunds_retrieve"))

@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from payouts.api.desk import billing, books, divisions, givebacks, rails, runs, watch
+from payouts.api.desk import bank, billing, books, divisions, givebacks, rails, runs, watch
 
 paths = [
     path("payout-runs/", runs.PayoutRunList.as_view()),
@@ -22,6 +22,8 @@ paths = [
     path("payments/<int:id>/refunds/", givebacks.PaymentRefunds.as_view()),
     path("refunds/", givebacks.RefundList.as_view()),
     path("refunds/<int:id>/", givebacks.RefundDetail.as_view()),
+    path("refunds/<int:id>/sent/", bank.RefundSent.as_view()),
+    path("refunds/<int:id>/refuse/", bank.RefundRefuse.as_view()),
     path("disputes/", givebacks.DisputeList.as_view()),
     path("disputes/<int:id>/", givebacks.DisputeDetail.as_view()),
     path("disputes/<int:id>/answer/", givebacks.DisputeAnswerView.as_view()),
@@ -47,6 +49,18 @@ paths = [
     path("receipts/<int:id>/", billing.ReceiptDetail.as_view()),
     path("receipts/<int:id>/approve/", billing.ReceiptApprove.as_view()),
     path("receipts/<int:id>/reject/", billing.ReceiptReject.as_view()),
+    path("unapplied/", bank.UnappliedList.as_view()),
+    path("unapplied/<int:id>/", bank.UnappliedDetail.as_view()),
+    path("unapplied/<int:id>/returns/", bank.UnappliedReturn.as_view()),
+    path("applications/", bank.ApplicationList.as_view()),
+    path("applications/<int:id>/", bank.ApplicationDetail.as_view()),
+    path("applications/<int:id>/approve/", bank.ApplicationApprove.as_view()),
+    path("applications/<int:id>/reject/", bank.ApplicationReject.as_view()),
+    path("outgoing-transfers/", bank.OutgoingTransferList.as_view()),
+    path("outgoing-transfers/<int:id>/", bank.OutgoingTransferDetail.as_view()),
+    path("outgoing-transfers/<int:id>/approve/", bank.OutgoingTransferApprove.as_view()),
+    path("outgoing-transfers/<int:id>/reject/", bank.OutgoingTransferReject.as_view()),
+    path("outgoing-transfers/<int:id>/returned/", bank.OutgoingTransferReturned.as_view()),
     path("tax-rates/", billing.TaxRateList.as_view()),
     path("tax-rates/<int:id>/end/", billing.TaxRateEnd.as_view()),
     path("rail-exports/", rails.RailExportList.as_view()),
@@ -74,11 +88,18 @@ paths = [
     path("periods/", books.PeriodList.as_view()),
     path("periods/next/", books.NextPeriodView.as_view()),
     path("periods/<str:month>/", books.PeriodDetail.as_view()),
+    path("proofs/", watch.ProofList.as_view()),
+    path("proofs/latest/", watch.LatestProof.as_view()),
+    path("proofs/<int:id>/", watch.ProofDetail.as_view()),
+    path("proofs/<int:id>/findings/", watch.ProofFindings.as_view()),
     path("reconciliations/", watch.ReconciliationList.as_view()),
     path("reconciliations/<int:id>/", watch.ReconciliationDetail.as_view()),
     path("reconciliations/<int:id>/differences/", watch.ReconciliationDifferences.as_view()),
     path("stripe-events/", watch.StripeEventList.as_view()),
     path("stripe-events/<int:id>/", watch.StripeEventDetail.as_view()),
     path("stripe-events/<int:id>/retry/", watch.StripeEventRetry.as_view()),
+    path("stripe-events/<int:id>/settlements/", watch.StripeEventSettlements.as_view()),
+    path("settlements/<int:id>/confirm/", watch.SettlementConfirm.as_view()),
+    path("settlements/<int:id>/reject/", watch.SettlementReject.as_view()),
     path("audit/", watch.AuditList.as_view()),
 ]

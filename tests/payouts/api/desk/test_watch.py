@@ -1,4 +1,4 @@
-"""Reconciliation, Stripe's events and the audit log by a key."""
+"""Reconciliation, proofs of the books, Stripe's events and the audit log by a key."""
 
 import json
 from typing import Any
@@ -6,10 +6,48 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from marketplace.models import AuditEvent
+from marketplace.models import AuditEvent, StaffAct
 from marketplace.services import audit
-from payouts.models import ReconciliationDifference, ReconciliationRun, StripeEvent
+from payouts import tasks
+from payouts.models import EventSettlement, ReconciliationDifference, ReconciliationRun, Refund, StripeEvent
+from payouts.services.proofs import check_books
 from tests.desk import Desk
+from tests.payouts.services.test_proving import plant
+from tests.payouts.services.test_settlements import paid_for_a_cancelled_order
+
+
+def test_everything_is_compared_where_it_is_asked_for(ann: Desk) -> None:
+    new = ann.act("reconciliations/", None, 201, code="")
+    full = ann.act("reconciliations/", {"is_full": True}, 201, code="")
+    ann.refused("reconciliations/", {"is_full": "perhaps"}, "/is_full", code="")
+
+    assert (new["is_full"], full["is_full"], full["since"]) == (False, True, None)
+    assert [one["id"] for one in ann.get("reconciliations/", is_full=True)["results"]] == [full["id"]]
+    assert [one["id"] for one in ann.get("reconciliations/", is_full=False)["results"]] == [new["id"]]
+    assert [one["id"] for one in ann.get("reconciliations/")["results"]] == [full["id"], new["id"]]
+    assert AuditEvent.objects.filter(action="reconciliation.requested", detail__full=True).count() == 1
+
+
+def test_a_proof_of_the_books_is_asked_for_without_a_code_and_read_with_its_findings(ann: Desk) -> None:
+    ann.get("proofs/latest/", 404)
+    made, again = (ann.act("proofs/", None, 201, key="k", code="") for _ in range(2))
+    assert made == again and (made["status"], made["n_findings"]) == ("queued", None)
+    assert made["requested_by"] == "ann@desk.example"
+    ann.get("proofs/latest/", 404)  # it has not ended
+    plant(3)
+    tasks.execute_proof(made["id"])
+
+    latest = ann.get("proofs/latest/")
+
+    assert (latest["id"], latest["status"], latest["n_findings"]) == (made["id"], "done", 3)
+    assert latest["checked"]["entries"] == 3
+    assert ann.get(f"proofs/{made['id']}/") == latest
+    page = ann.get(f"proofs/{made['id']}/findings/", page_size=2)
+    found = page["results"] + ann.get(page["next"])["results"]
+    assert [one["code"] for one in found] == ["clearing_not_empty"] * 3 and "clearing:upfront:900" in found[0]["detail"]
+    assert ann.get("proofs/", status="done")["results"] == [latest]
+    assert ann.get("proofs/", status="failed")["results"] == []
+    assert AuditEvent.objects.get(action="proof.requested").actor == ann.user
 
 
 def test_a_look_is_asked_for_without_a_code_and_read_with_its_differences(ann: Desk) -> None:
@@ -75,6 +113,125 @@ def test_events_are_found_and_a_failed_one_tried_again(ann: Desk) -> None:
     for one in (done, failed):
         assert ann.act(f"stripe-events/{one.pk}/retry/", None, 409, code="")["code"] == "event_not_failed"
     assert AuditEvent.objects.filter(action="stripe_event.retried").count() == 1
+
+
+def broken(number: int = 1) -> StripeEvent:
+    return told(number, status="failed", error_code="payment_mismatch", error_message="Of no payment of ours.")
+
+
+def test_an_event_is_settled_otherwise_by_two_people(ann: Desk, ann_again: Desk, ben: Desk) -> None:
+    event = broken()
+    path = f"stripe-events/{event.pk}/"
+    asked = {"act": "explained", "reason": "Of our other shop."}
+    assert [one["id"] for one in ann.get("stripe-events/", state="failed")["results"]] == [event.pk]
+    made, again = (ann.act(f"{path}settlements/", asked, 201, key="k", code="") for _ in range(2))
+    decide = f"settlements/{made['id']}/"
+    assert made == again and (made["status"], made["proposed_by"], made["amount"]) == (
+        "proposed",
+        "ann@desk.example",
+        None,
+    )
+    assert ann.get("stripe-events/", state="proposed")["results"][0]["is_proposed"] is True
+    for desk in (ann, ann_again):
+        assert desk.act(f"{decide}confirm/", {}, 403)["code"] == "four_eyes"
+    ben.refused(f"{decide}confirm/", {}, "One-Time-Code", status=403, code="")
+    assert ben.act(f"{path}settlements/", asked, 409, code="")["code"] == "settlement_not_possible"
+    assert StripeEvent.unsettled().count() == 1
+
+    confirmed = ben.act(f"{decide}confirm/", {"note": "Seen."})
+
+    assert (confirmed["status"], confirmed["decided_by"], confirmed["note"]) == (
+        "confirmed",
+        "ben@desk.example",
+        "Seen.",
+    )
+    seen = ann.get(path)
+    assert (seen["is_settled"], seen["is_proposed"], seen["settlements"]) == (True, False, [confirmed])
+    assert [one["id"] for one in ann.get("stripe-events/", state="settled")["results"]] == [event.pk]
+    assert ann.get("stripe-events/", state="failed")["results"] == []
+    assert not StripeEvent.unsettled().exists()
+    assert ben.act(f"{decide}reject/", {"note": "No."}, 409, code="")["code"] == "already_decided"
+    assert ann.act(f"{path}retry/", None, 409, code="")["code"] == "event_not_failed"
+
+
+def test_a_settlement_is_rejected_with_a_reason_and_without_a_code(ann: Desk, ben: Desk) -> None:
+    event = broken()
+    made = ann.act(f"stripe-events/{event.pk}/settlements/", {"act": "explained", "reason": "r"}, 201, code="")
+    path = f"settlements/{made['id']}/"
+    ben.refused(f"{path}reject/", {}, "/note", code="")
+
+    rejected = ben.act(f"{path}reject/", {"note": "It is ours."}, code="")
+
+    assert (rejected["status"], rejected["note"]) == ("rejected", "It is ours.")
+    assert ben.act(f"{path}confirm/", {}, 409)["code"] == "already_decided"
+    assert StripeEvent.unsettled().get() == event
+
+
+@pytest.mark.parametrize(
+    ("given", "pointers", "status"),
+    [
+        ({"act": "explained"}, ["/reason"], 422),
+        ({"act": "explained", "reason": " "}, ["/reason"], 422),
+        ({"act": "explained", "reason": "x" * 2_001}, ["/reason"], 422),
+        ({"act": "forgotten", "reason": "r"}, ["/act"], 422),
+        ({"act": "refund", "reason": "r"}, [], 409),  # there is no charge behind it
+    ],
+)
+def test_a_settlement_that_cannot_be_leaves_nothing(ann: Desk, given: Any, pointers: list[str], status: int) -> None:
+    event = broken()
+
+    ann.refused(f"stripe-events/{event.pk}/settlements/", given, *pointers, status=status, code="")
+
+    assert EventSettlement.objects.count() == StaffAct.objects.count() == 0
+
+
+def test_an_event_that_was_applied_needs_no_settlement(ann: Desk) -> None:
+    event = told(1, status="done")
+    asked = {"act": "explained", "reason": "r"}
+
+    refused = ann.act(f"stripe-events/{event.pk}/settlements/", asked, 409, code="")
+
+    assert refused["code"] == "settlement_not_possible" and EventSettlement.objects.count() == 0
+
+
+def test_what_was_paid_for_nothing_goes_back_and_is_read_with_its_event(
+    stripe: Any, carol: Any, ann: Desk, ben: Desk
+) -> None:
+    paid_for_a_cancelled_order(stripe, carol)
+    event = StripeEvent.unsettled().get(type="checkout.session.completed")
+    path = f"stripe-events/{event.pk}/"
+    asked = {"act": "refund", "reason": "It was cancelled."}
+    made = ann.act(f"{path}settlements/", asked, 201, code="")
+    assert made["amount"] == {"amount": "100.00", "currency": "USD"} and made["charge_id"].startswith("ch_")
+    assert ann.get(path)["surplus_charges"] == [] and Refund.objects.count() == 0  # nothing is booked yet
+
+    confirmed = ben.act(f"settlements/{made['id']}/confirm/")
+
+    (charge,) = ann.get(path)["surplus_charges"]
+    (refund,) = ann.get("refunds/")["results"]
+    assert confirmed["status"] == "confirmed"
+    assert (charge["left"]["amount"], charge["refunds"]) == ("0.00", [refund["id"]])
+    assert (refund["payment"], refund["buyer"], refund["surplus_charge"]) == (None, None, made["charge_id"])
+    assert (refund["reason"], refund["method"], refund["requested_by"]) == ("surplus", "stripe", "ben@desk.example")
+    assert check_books().findings == []
+    sent = {"reference": "OUT 1", "sent_on": "2026-01-01"}
+    assert ann.act(f"refunds/{refund['id']}/sent/", sent, 409, code="")["code"] == "transfer_not_possible"
+    assert ann.act(f"refunds/{refund['id']}/refuse/", {"note": "n"}, 409)["code"] == "transfer_not_possible"
+
+
+def test_a_stripe_that_is_silent_or_refuses_us_changes_nothing(
+    stripe: Any, carol: Any, ann: Desk, settings: Any
+) -> None:
+    paid_for_a_cancelled_order(stripe, carol)
+    event = StripeEvent.unsettled().get(type="checkout.session.completed")
+    path, asked = f"stripe-events/{event.pk}/settlements/", {"act": "refund", "reason": "It was cancelled."}
+
+    settings.STRIPE_API_KEY = "sk_test_of_somebody_else"
+    assert ann.act(path, asked, 503, code="")["code"] == "stripe_unavailable"
+    stripe.handle.kill()
+    assert ann.act(path, asked, 503, code="")["code"] == "stripe_unavailable"
+
+    assert EventSettlement.objects.count() == StaffAct.objects.count() == 0
 
 
 @pytest.fixture
