@@ -297,6 +297,10 @@ SPECTACULAR_SETTINGS = {
         "PayoutStatus": "payouts.models.Payout.Status",
         "PayoutRunState": "payouts.models.PayoutRun.State",
         "RefundState": "payouts.models.Refund.State",
+        "ReceiptStatus": "payouts.models.BankReceipt.Status",
+        "ProposalStatus": "payouts.models.ReceiptApplication.Status",
+        "OutgoingTransferStatus": "payouts.models.OutgoingTransfer.Status",
+        "SettlementStatus": "payouts.models.EventSettlement.Status",
     },
 }
 
