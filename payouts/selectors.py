@@ -988,13 +988,13 @@ def unpaid_invoices() -> QuerySet[Document]:
     )
 
 
-def references_paid_by(payment: Payment) -> list[str]:
-    """The bank statement's numbers of the transfers that paid it; none where Stripe took it."""
+def receipts_that_paid(payment: Payment) -> QuerySet[BankReceipt]:
+    """The transfers that paid it, by themselves or as money that had fitted no invoice; none where Stripe took it."""
     booked = BankReceipt.objects.filter(
         Q(payment=payment) | Q(uses__application__payment=payment, uses__application__status="booked"),
         status=BankReceipt.Status.BOOKED,
     )
-    return list(booked.order_by("received_on", "pk").values_list("reference", flat=True))
+    return booked.distinct().order_by("received_on", "pk")
 
 
 @dataclass(frozen=True)

@@ -249,15 +249,15 @@ def export_file(*, export: RailExport, user: User) -> Iterator[str]:
         actor=user,
         action="rail_export.downloaded",
         target=f"rail_export:{export.pk}",
-        after={"payouts": export.payouts.exclude(status=RailPayout.Status.DROPPED).count()},
+        after={"payouts": export.payouts.filter(status=RailPayout.Status.INTENDED).count()},
     )
     return _export_rows(export)
 
 
 def _export_rows(export: RailExport) -> Iterator[str]:
-    """No cell acts as a formula."""
+    """What is still to be sent: a file that is made once more must not pay anybody twice. No cell acts as a formula."""
     yield written(COLUMNS)
-    payouts = export.payouts.exclude(status=RailPayout.Status.DROPPED).select_related("party", "details")
+    payouts = export.payouts.filter(status=RailPayout.Status.INTENDED).select_related("party", "details")
     for payout in payouts.order_by("pk").iterator(chunk_size=500):
         account = bank_details.opened(payout.details) if payout.details is not None else bank_details.NONE
         yield written(

@@ -35,7 +35,7 @@ from payouts.models import (
     SurplusCharge,
     TransferReversal,
 )
-from payouts.services import attempts, clawbacks, documents, movements
+from payouts.services import attempts, clawbacks, documents, movements, recoveries
 from payouts.services.reconciliation import Difference
 
 logger = logging.getLogger(__name__)
@@ -262,13 +262,16 @@ def refund_surplus(
         made_at_stripe: the refund that somebody has made in Stripe's dashboard already.
 
     Raises:
-        NotRefundable: less of it is left.
+        NotRefundable: less of it is left, or it was returned by a manual entry.
     """
     held = SurplusCharge.objects.select_for_update(of=("self",)).get(pk=surplus.pk)
     if known := held.refunds.filter(key=key).first():
         return known
     if amount > left_of(held):
         raise NotRefundable(f"{left_of(held)} of charge {held.charge_id} is left to give back, {amount} is too much.")
+    recoveries.lock(amount.currency)  # no two take the same balance
+    if made_at_stripe is None and amount.micros > -ledger.balance(chart.surplus(amount.currency)):
+        raise NotRefundable(f"{chart.surplus(amount.currency)} holds less: a manual entry has returned it.")
     now = clock.now()
     refund = Refund.objects.create(
         status=jobs.Job.Status.QUEUED if made_at_stripe is None else jobs.Job.Status.DONE,

@@ -128,7 +128,7 @@ def propose(*, event: StripeEvent, act: EventSettlement.Act, reason: str, user: 
             if (known.act, known.reason, known.proposed_by_id) == (act, reason, user.pk):
                 return known  # a second click
             raise SettlementNotPossible(f"{known.proposed_by} has proposed a settlement; it is to be decided first.")
-        if not _is_open(event):
+        if not is_open(event):
             raise SettlementNotPossible("This event needs no settlement: it did not fail, or it is settled.")
         settlement = EventSettlement.objects.create(
             event=event,
@@ -245,10 +245,13 @@ def _book(surplus: Surplus, event: StripeEvent) -> SurplusCharge:
     return row
 
 
-def _is_open(event: StripeEvent) -> bool:
-    """It failed and nobody has settled it, or the refund of its surplus charge did not go through."""
+def is_open(event: StripeEvent) -> bool:
+    """It failed and nobody has settled it, or the refund of its surplus charge did not go through and nobody said what became of it."""
     if StripeEvent.unsettled().filter(pk=event.pk).exists():
         return True
+    last = event.settlements.filter(status=Status.CONFIRMED).order_by("-pk").first()
+    if last is not None and last.act == Act.EXPLAINED:
+        return False  # it went back some other way
     return any(refunds.left_of(charge) for charge in event.surplus_charges.all())
 
 

@@ -29,7 +29,7 @@ from payouts.models import (
     ReconciliationRun,
     StripeEvent,
 )
-from payouts.services import clawbacks, disputes, recoveries, refunds, unapplied
+from payouts.services import clawbacks, disputes, outgoing, recoveries, refunds, unapplied
 from payouts.services.proving import latest_proof
 from portal.pages.forms import DisputeAnswerForm, RefundForm, ReversalForm, WriteOffForm
 from portal.second_factor import StaffRequest, staff_only
@@ -75,6 +75,8 @@ def _decisions() -> list[Decision]:
         (ManualEntry.objects.filter(decision=None).count(), "manual entr{ies} to approve", "desk-manual-list"),
         (payouts.corrections_waiting().count(), "correction{s} of a division to approve", "desk-divisions"),
         (payouts.receipts_waiting().count(), "bank transfer{s} to confirm", "desk-invoices"),
+        (payouts.unmatched_receipts_waiting().count(), "transfer{s} that fit no invoice to confirm", "desk-bank"),
+        (outgoing.refunds_to_send().count(), "refund{s} to send by bank transfer", "desk-bank"),
         (
             RailExport.objects.filter(status=RailExport.Status.AWAITING).count(),
             "export{s} over another rail to approve",
@@ -171,7 +173,7 @@ def payment(request: StaffRequest, payment_id: int) -> HttpResponseBase:
         "left": left,
         "form": form if left else None,
         "refunds": found.refunds.select_related("requested_by").prefetch_related("transfers"),
-        "transfers": payouts.references_paid_by(found),
+        "transfers": [one.reference for one in payouts.receipts_that_paid(found)],
         "documents": found.documents.order_by("pk"),
         "disputes": found.disputes.prefetch_related("answers"),
     }

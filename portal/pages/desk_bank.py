@@ -146,7 +146,7 @@ def refund(request: StaffRequest, refund_id: int) -> HttpResponseBase:
         "refund": found,
         "payment": found.payment,
         "transfer": transfer,
-        "receipts": found.payment.receipts.filter(status=BankReceipt.Status.BOOKED),
+        "receipts": payouts.receipts_that_paid(found.payment),
         "sent": sent if is_open else None,
         "not_sent": not_sent if is_open else None,
         "returned": returned if transfer is not None and transfer.status == OutgoingTransfer.Status.BOOKED else None,

@@ -44,7 +44,7 @@ def event(request: StaffRequest, event_id: int) -> HttpResponseBase:
     problem, surplus, why_not = "", None, ""
     booked = found.surplus_charges.first()
     is_open = StripeEvent.unsettled().filter(pk=found.pk).exists()
-    may_be_settled = is_open or (booked is not None and bool(refunds.left_of(booked)))
+    may_be_settled = settlements.is_open(found)
     proposal = found.settlements.filter(status=EventSettlement.Status.PROPOSED).select_related("proposed_by").first()
     if may_be_settled and proposal is None:
         try:

@@ -273,6 +273,12 @@ def test_a_refund_that_comes_back_waits_for_another_decision(stripe: Any, carol:
     manual_entries.approve(manual=entry, user=ben)
     assert reconcile().differences == []
     assert check_books().findings == []
+    with pytest.raises(SettlementNotPossible):  # the card does not get it as well
+        settlements.propose(event=event, act=REFUND, reason="Again.", user=ann)
+    with pytest.raises(NotRefundable, match="manual entry"), transaction.atomic():
+        refunds.refund_surplus(
+            surplus=SurplusCharge.objects.get(), amount=Money(1_000_000, "USD"), note="again", user=ann, key="again"
+        )
 
 
 def test_a_charge_is_never_both_paid_and_surplus(stripe: Any, carol: Any, ann: User, ben: User) -> None:

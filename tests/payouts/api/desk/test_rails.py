@@ -66,6 +66,8 @@ def test_what_stripe_does_not_reach_is_exported_by_two_people_and_confirmed(
     sent = ann.act(f"{act}sent/", {"reference": "B-1"})
     assert (sent["status"], sent["reference"], sent["confirmed_by"]) == ("sent", "B-1", "ann@desk.example")
     assert ledger.balances(prefix="bank") == {}
+    told = ann.client.post(f"{BASE}{path}csv/", headers={"One-Time-Code": code_of(ann.user)})
+    assert list(csv.DictReader(io.StringIO(told.getvalue().decode()))) == []  # made once more, it pays nobody twice
     returned = ann.act(f"{act}returned/", {"reference": "B-2"})
     assert returned["status"] == "returned"
     assert ann.act(f"{act}sent/", {"reference": "B-3"}, 422)["code"] == "invalid_input"
