@@ -12,21 +12,29 @@ RULES = """
 CREATE FUNCTION payouts_require_intent(what text, key_of text, party bigint, currency_of text, micros bigint, promised text)
 RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
+    entry bigint;
     payable bigint;
+    is_promised boolean;
     balance numeric;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended('payouts:' || currency_of, 0));
-    SELECT a.id INTO payable FROM payouts_journalentry e
-        JOIN payouts_posting p ON p.entry_id = e.id JOIN payouts_account a ON a.id = p.account_id
-        JOIN payouts_posting q ON q.entry_id = e.id JOIN payouts_account b ON b.id = q.account_id
-        WHERE e.key = key_of AND a.code = 'payable:' || party || ':' || currency_of AND p.amount_micros = micros
-            AND b.code = promised AND q.amount_micros = -micros;
-    IF payable IS NULL THEN
+    -- From the entry to its few legs: the other way, PostgreSQL might read every leg that `promised` ever had.
+    SELECT id INTO entry FROM payouts_journalentry WHERE key = key_of;
+    SELECT max(a.id) FILTER (WHERE a.code = 'payable:' || party || ':' || currency_of AND p.amount_micros = micros),
+            coalesce(bool_or(a.code = promised AND p.amount_micros = -micros), false) INTO payable, is_promised
+        FROM (SELECT account_id, amount_micros FROM payouts_posting WHERE entry_id = entry OFFSET 0) p
+        JOIN payouts_account a ON a.id = p.account_id;
+    IF payable IS NULL OR NOT is_promised THEN
         RAISE EXCEPTION '% refused: there is no % of its amount, %, in the journal', what, split_part(key_of, ':', 3), micros
             USING ERRCODE = 'check_violation';
     END IF;
+    -- By pairs, in the order of the account's own index: see `ledger.postings_between`.
     SELECT coalesce(s.balance_micros, 0) + coalesce((
-            SELECT sum(p.amount_micros) FROM payouts_posting p WHERE p.account_id = payable AND p.id > coalesce(s.up_to, 0)
+            SELECT sum(p.amount_micros) FROM (
+                SELECT amount_micros FROM payouts_posting
+                WHERE (account_id, id) > (payable, coalesce(s.up_to, 0)) AND (account_id, id) <= (payable, 9223372036854775807)
+                ORDER BY account_id, id OFFSET 0
+            ) p
         ), 0) INTO balance
         FROM (SELECT payable AS account_id) a LEFT JOIN LATERAL (
             SELECT up_to, balance_micros FROM payouts_balancesnapshot b WHERE b.account_id = a.account_id

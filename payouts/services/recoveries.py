@@ -62,9 +62,9 @@ def owing(parties: Iterable[int] | None = None) -> dict[tuple[int, str], Money]:
 
 
 # By the latest snapshot and what came after it, so that it costs the same however long somebody has been earning and owing.
-_BALANCE = """coalesce(s.balance_micros, 0) + coalesce((
-    SELECT sum(p.amount_micros) FROM payouts_posting p WHERE p.account_id = a.id AND p.id > coalesce(s.up_to, 0)
-), 0)"""
+_BALANCE = f"""coalesce(s.balance_micros, 0) + coalesce((
+    SELECT sum(amount_micros) FROM {ledger.postings_between("a.id", "coalesce(s.up_to, 0)")}
+), 0)"""  # noqa: S608
 _LATEST = """LEFT JOIN LATERAL (
     SELECT up_to, balance_micros FROM payouts_balancesnapshot WHERE account_id = a.id ORDER BY up_to DESC LIMIT 1
 ) s ON true"""
