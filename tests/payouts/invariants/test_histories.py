@@ -177,6 +177,9 @@ class History(Office):
         self.buy_by_invoice(0, 0)
         self.a_transfer_arrives(0, 0)
         self.the_second_looks_at_the_statement(0, True)
+        self.world.advance(31)  # past the hold of whoever is new
+        self.divide_and_settle()
+        self.a_payout_run("USD")
         self.world.advance(days)
         self.divide_and_settle()
 
