@@ -1,6 +1,6 @@
 """Entries that no service makes, with four eyes: one of the staff proposes, another one posts or rejects.
 
-What the rows of other services prove (payables, pools, what is on its way) cannot be moved by hand: a refund, a write-off or
+Payables, pools and what is on its way cannot be moved by hand: rows of other services prove them, and a refund, a write-off or
 a correction is the way. Cash at Stripe moves only with the balance transaction that it books, which reconciliation then finds.
 """
 

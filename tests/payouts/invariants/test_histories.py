@@ -1,5 +1,7 @@
 """Random histories of money, against a real PostgreSQL and the local Stripe, with every invariant looked at after each act.
 
+What the office does in them (invoices, the bank, tax, corrections, held runs, other rails) is `office.py`'s.
+
 Hypothesis interleaves sales, results, royalties, payouts, refunds, disputes, onboarding, write-offs, webhooks (late, twice, in any
 order, or never), the two clocks, time-outs after success and deaths of workers in the middle of a call. After each act
 `check_books` has to find nothing; whenever a history comes to rest, and at its end, the ledger has to be Stripe's to the cent.
