@@ -264,10 +264,13 @@ def _booked_as_divided(division: Division) -> Iterator[Finding]:
             SELECT 'payable:' || party_id || ':' || %(currency)s AS code, -sum(amount_micros) AS micros
             FROM payouts_divisionline WHERE division_id = %(division)s GROUP BY party_id
             UNION ALL SELECT %(source)s, %(amount)s
+        ), entries AS MATERIALIZED (
+            SELECT id FROM payouts_journalentry WHERE key LIKE %(keys)s AND kind = %(kind)s
+        ), legs AS MATERIALIZED (
+            SELECT p.account_id, sum(p.amount_micros) AS micros
+            FROM entries e JOIN payouts_posting p ON p.entry_id = e.id GROUP BY p.account_id
         ), booked AS (
-            SELECT a.code, sum(p.amount_micros) AS micros
-            FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id JOIN payouts_account a ON a.id = p.account_id
-            WHERE e.key LIKE %(keys)s AND e.kind = %(kind)s GROUP BY a.code
+            SELECT a.code, legs.micros FROM legs JOIN payouts_account a ON a.id = legs.account_id
         )
         SELECT code FROM owed FULL JOIN booked USING (code) WHERE owed.micros IS DISTINCT FROM booked.micros LIMIT 1
         """,
@@ -818,12 +821,16 @@ WITH owed AS (
     WHERE l.clawback_id = %(clawback)s GROUP BY 1
     UNION ALL
     SELECT 'loss', loss_micros FROM payouts_clawback WHERE id = %(clawback)s
+), entries AS MATERIALIZED (
+    SELECT id FROM payouts_journalentry WHERE key LIKE %(keys)s
+), legs AS MATERIALIZED (
+    SELECT p.account_id, sum(p.amount_micros) AS micros
+    FROM entries e JOIN payouts_posting p ON p.entry_id = e.id GROUP BY p.account_id
 ), booked AS (
     SELECT CASE WHEN a.party_id IS NOT NULL THEN 'party ' || a.party_id WHEN starts_with(a.code, 'pool:') THEN 'pool'
             WHEN starts_with(a.code, 'tax:') THEN 'tax' WHEN starts_with(a.code, 'revenue:platform_fee:') THEN 'fee'
-            WHEN starts_with(a.code, 'expense:losses:') THEN 'loss' END AS name, sum(p.amount_micros) AS micros
-    FROM payouts_journalentry e JOIN payouts_posting p ON p.entry_id = e.id JOIN payouts_account a ON a.id = p.account_id
-    WHERE e.key LIKE %(keys)s GROUP BY 1
+            WHEN starts_with(a.code, 'expense:losses:') THEN 'loss' END AS name, sum(legs.micros) AS micros
+    FROM legs JOIN payouts_account a ON a.id = legs.account_id GROUP BY 1
 )
 SELECT name, coalesce(booked.micros, 0), coalesce(owed.micros * %(sign)s, 0) FROM owed FULL JOIN booked USING (name)
 WHERE name IS NOT NULL AND coalesce(booked.micros, 0) <> coalesce(owed.micros * %(sign)s, 0) ORDER BY name LIMIT 1
