@@ -50,7 +50,7 @@ def closed(month: date) -> StatementRun:
 @pytest.fixture
 def issued(db: Any, alice: Any, bob: Any, carol: Any) -> list[IssuedStatement]:
     """A sale in March, its pool released by a result in April; both months are closed and alice's two statements issued."""
-    clock.advance(datetime(2028, 3, 10, tzinfo=UTC) - clock.now())
+    clock.advance(datetime(2028, 3, 10, 12, tzinfo=UTC) - clock.now())
     dan = PartyFactory()
     version = PublishedVersionFactory(contributions={alice: 2, bob: 1}, labellers={dan: 3}, dataset__title="=SUM(A1)")
     order = OrderFactory(buyer=carol, offers=[OfferFactory(version=version, labellers_bps=1_000)])
@@ -218,7 +218,7 @@ def test_owners_are_mailed_once_in_words_and_html(issued: list[IssuedStatement],
 
 
 def test_a_later_month_waits_for_the_earlier_ones_statements(db: Any, alice: Any, carol: Any) -> None:
-    clock.advance(datetime(2028, 3, 10, tzinfo=UTC) - clock.now())
+    clock.advance(datetime(2028, 3, 10, 12, tzinfo=UTC) - clock.now())
     for _ in range(2):
         version = PublishedVersionFactory(contributions={alice: 1})
         sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
@@ -239,7 +239,7 @@ def test_a_later_month_waits_for_the_earlier_ones_statements(db: Any, alice: Any
 def test_a_run_that_was_interrupted_goes_on_where_it_was(
     db: Any, alice: Any, bob: Any, carol: Any, monkeypatch: Any
 ) -> None:
-    clock.advance(datetime(2028, 3, 10, tzinfo=UTC) - clock.now())
+    clock.advance(datetime(2028, 3, 10, 12, tzinfo=UTC) - clock.now())
     sell(
         OrderFactory(
             buyer=carol, offers=[OfferFactory(version=PublishedVersionFactory(contributions={alice: 1, bob: 1}))]
@@ -271,7 +271,7 @@ def test_pages_csv_and_pdf_are_the_partys_alone(issued: list[IssuedStatement], a
 
     text = assert_page(browser.get(page))
     assert issued[1].number in text and "It does not change any more" in text and "=SUM(A1), version 1" in text
-    assert "13 Apr 2028 , as rights holder of 1 record" in text and "2028-04-13" not in text
+    assert "14 Apr 2028 , as rights holder of 1 record" in text and "2028-04-14" not in text
     assert "$54.00 28.5714 % $15.428571 28.57 % 27.57 % to 29.57 %" in text
     assert browser.get("/earnings/2028-04/").url == page  # the month's own address leads to what was issued
     pdf = browser.get(f"{page[:-1]}.pdf")
