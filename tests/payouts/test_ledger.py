@@ -224,9 +224,7 @@ def test_a_balance_does_not_read_what_others_were_posted(db: Any) -> None:
         _post_often(cursor, 5_000)
         cursor.execute("ANALYZE payouts_posting")
         # What these cost rises with the table; here they would hide which index is left.
-        cursor.execute(
-            "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off"
-        )
+        cursor.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
         ledger.take_snapshots()
         ledger.post(key="later", kind=SALE, postings={"cash:pending:USD": 1, "in_transit:USD": -1})
         read = {}
