@@ -52,29 +52,20 @@ def net(*, parties: Collection[int], currency: str) -> None:
 
 def owing(parties: Iterable[int] | None = None) -> dict[tuple[int, str], Money]:
     """(party, currency) → what it owes; of everybody, or of some."""
-    statement = f"SELECT party_id, currency, micros FROM ({_OWING}) owing"  # noqa: S608
+    statement = _OWING
     given = None if parties is None else list(parties)
     if given is not None:
-        statement += " WHERE party_id = ANY(%(parties)s)"
+        statement += " AND party_id = ANY(%(parties)s)"
     with connection.cursor() as cursor:
         cursor.execute(f"{statement} ORDER BY party_id, currency", {"parties": given})
         return {(party, currency): Money(int(micros), currency) for party, currency, micros in cursor.fetchall()}
 
 
-# By the latest snapshot and what came after it, so that it costs the same however long somebody has been earning and owing.
-_BALANCE = f"""coalesce(s.balance_micros, 0) + coalesce((
-    SELECT sum(amount_micros) FROM {ledger.postings_between("a.id", "coalesce(s.up_to, 0)")}
-), 0)"""  # noqa: S608
-_LATEST = """LEFT JOIN LATERAL (
-    SELECT up_to, balance_micros FROM payouts_balancesnapshot WHERE account_id = a.id ORDER BY up_to DESC LIMIT 1
-) s ON true"""
-_OWING = f"""SELECT * FROM (
-    SELECT a.party_id, a.currency, {_BALANCE} AS micros FROM payouts_account a {_LATEST} WHERE a.code ~ '^receivable:'
-) held WHERE micros > 0"""  # noqa: S608
+_OWING = f"SELECT party_id, currency, micros FROM {ledger.ACCOUNTS} WHERE code ~ '^receivable:' AND micros > 0"  # noqa: S608
 _OWING_AND_OWED = f"""
 SELECT owing.party_id, owing.currency FROM ({_OWING}) owing
-JOIN payouts_account a ON a.code = 'payable:' || owing.party_id || ':' || owing.currency {_LATEST}
-WHERE {_BALANCE} < 0 ORDER BY owing.party_id, owing.currency
+JOIN {ledger.ACCOUNTS} ON accounts.code = 'payable:' || owing.party_id || ':' || owing.currency
+WHERE accounts.micros < 0 ORDER BY owing.party_id, owing.currency
 """  # noqa: S608
 
 
