@@ -288,7 +288,7 @@ class _DecideApplication(DeskAct):
 
     def act(self, **given: Any) -> Any:
         decided = unapplied.decide_application(application=self.get_object(), approved=self.approved, by=self.person)
-        return ApplicationOutput(applications_found().get(pk=decided.pk)).data
+        return self.told(decided.pk)
 
 
 @extend_schema_view(
@@ -360,7 +360,7 @@ class RefundRefuse(_OfRefund):
 
     def act(self, **given: Any) -> Any:
         refused = outgoing.refuse_refund(refund=self.get_object(), by=self.person, **given)
-        return DeskRefundOutput(refunds_found().get(pk=refused.pk)).data
+        return self.told(refused.pk)
 
 
 # --- transfers out of the bank ----------------------------------------------------------------------------------------
@@ -392,9 +392,6 @@ class _OutgoingAct(DeskAct):
 
     def get_queryset(self) -> QuerySet[OutgoingTransfer]:
         return outgoing_found()
-
-    def told(self, pk: int) -> Any:
-        return OutgoingTransferOutput(outgoing_found().get(pk=pk)).data
 
 
 @extend_schema_view(

@@ -106,6 +106,11 @@ class DeskAct(DeskView):
     def act(self, **given: Any) -> Any:
         raise NotImplementedError
 
+    def told(self, pk: int) -> Any:
+        """The row as it is now, read anew as the view's own lists read it."""
+        assert self.serializer_class is not None
+        return self.serializer_class(self.get_queryset().get(pk=pk)).data
+
     def once(self) -> str:
         """The key that a service is given: of this person's request, and short enough for every table."""
         return service_key(self.person, idempotency_key(self.request))

@@ -212,7 +212,7 @@ class _Decide(DeskAct):
 
     def act(self, **given: Any) -> Any:
         decided = receipts.decide_receipt(receipt=self.get_object(), approved=self.approved, by=self.person)
-        return ReceiptOutput(receipts_found().get(pk=decided.pk)).data
+        return self.told(decided.pk)
 
 
 @extend_schema_view(

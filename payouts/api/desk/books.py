@@ -638,9 +638,6 @@ class _ManualAct(DeskAct):
     def get_queryset(self) -> QuerySet[ManualEntry]:
         return manual_entries_found()
 
-    def told(self, pk: int) -> Any:
-        return ManualEntryOutput(manual_entries_found().get(pk=pk)).data
-
 
 @extend_schema_view(
     post=extend_schema(

@@ -291,7 +291,7 @@ class _Decide(DeskAct):
 
     def act(self, **given: Any) -> Any:
         decided = corrections.decide_correction(correction=self.get_object(), approved=self.approved, by=self.person)
-        return DeskCorrectionOutput(corrections_found().get(pk=decided.pk)).data
+        return self.told(decided.pk)
 
 
 @extend_schema_view(

@@ -384,9 +384,6 @@ class _DisputeAct(DeskAct):
     def get_queryset(self) -> QuerySet[Dispute]:
         return disputes_found()
 
-    def told(self, pk: int) -> Any:
-        return DeskDisputeDetail(disputes_found().get(pk=pk)).data
-
 
 @extend_schema_view(
     post=extend_schema(
