@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import F, Func, Q
 from django.utils import timezone
 
 from marketplace.jobs import Job
@@ -113,6 +113,14 @@ class Payment(models.Model):
         return licensee
 
 
+class BankReceiptQuerySet(models.QuerySet["BankReceipt"]):
+    def with_left(self) -> "BankReceiptQuerySet":
+        """Money that fits no invoice and is not used up, by the database's own rule (migration `0031_bank_rules`); see `left`."""
+        left = Func("pk", function="payouts_left_of_receipt", output_field=models.BigIntegerField())
+        unapplied = self.filter(payment=None, status=BankReceipt.Status.BOOKED).alias(left_of_it=left)
+        return unapplied.exclude(left_of_it=0).prefetch_related("uses__application", "returns")
+
+
 class BankReceipt(models.Model):
     """A transfer that arrived in our bank account: recorded by one person, booked when another confirms it.
 
@@ -136,6 +144,8 @@ class BankReceipt(models.Model):
     recorded_at = models.DateTimeField()  # business time
     decided_by = models.ForeignKey("marketplace.User", models.PROTECT, null=True, related_name="+")
     decided_at = models.DateTimeField(null=True)
+
+    objects = BankReceiptQuerySet.as_manager()
 
     class Meta:
         ordering = ["-pk"]

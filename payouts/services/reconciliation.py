@@ -821,15 +821,12 @@ def _waiting_at_the_bank() -> Iterator[Difference]:
                 happened_at=begun,
                 amount=row.amount,
             )
-    unapplied = BankReceipt.objects.filter(
-        payment=None, status="booked", received_on__lt=(now - UNAPPLIED_LIMIT).date()
-    ).prefetch_related("uses__application", "returns")
-    for receipt in unapplied.order_by("pk"):
-        if left := receipt.left:
-            yield Difference(
-                "unapplied_too_long",
-                f"{left} of {receipt} since {receipt.received_on}",
-                subject=f"receipt:{receipt.pk}",
-                happened_at=receipt.decided_at,
-                amount=left,
-            )
+    unapplied = BankReceipt.objects.with_left().filter(received_on__lt=(now - UNAPPLIED_LIMIT).date())
+    for receipt in unapplied.order_by("pk").iterator(chunk_size=PAGE):
+        yield Difference(
+            "unapplied_too_long",
+            f"{receipt.left} of {receipt} since {receipt.received_on}",
+            subject=f"receipt:{receipt.pk}",
+            happened_at=receipt.decided_at,
+            amount=receipt.left,
+        )

@@ -175,14 +175,11 @@ class Unapplied:
 
 def unapplied() -> list[Unapplied]:
     """What is booked and not used up, the oldest first."""
-    booked = BankReceipt.objects.filter(payment=None, status=BankReceipt.Status.BOOKED)
+    held = BankReceipt.objects.with_left().select_related("recorded_by", "decided_by")
     today = clock.today()
     return [
-        Unapplied(receipt, left, (today - receipt.received_on).days)
-        for receipt in booked.select_related("recorded_by", "decided_by")
-        .prefetch_related("uses__application", "returns")
-        .order_by("received_on", "pk")
-        if (left := receipt.left)
+        Unapplied(receipt, receipt.left, (today - receipt.received_on).days)
+        for receipt in held.order_by("received_on", "pk")
     ]
 
 
