@@ -17,8 +17,9 @@ was. What came of them is small and committed, benchmarks/attribution/truths/DIG
 
     python -m benchmarks.attribution.truth [WORLD ...] [--target 0.3] [--minutes 30]
 
-goes on from var/bench until every owner's standard error is at most the target in points, or the minutes of processor time are
-over, and writes these files. Runs that another machine made are not mixed with these: its sums may differ.
+adds a part to them: sets of its own, retrained until every owner's standard error, of all parts together, is at most the target in
+points, or the minutes of processor time are over. Parts are independent measurements, each on one machine, and each number is their
+mean, weighted by the inverse of its variance: what a machine cannot do in an hour, several hours or machines can.
 """
 
 import argparse
@@ -63,6 +64,7 @@ class Truth:
     none: float
     n_run: int
     seconds: float  # of one thread
+    n_part: int = 1  # independent measurements that this is the mean of
 
     def noise_in_tv(self) -> float:
         """What the truth's own error adds, on average, to a perfect estimate's TV."""
@@ -88,9 +90,19 @@ def of(task: Task, *, target: float = TARGET, seconds: float = float("inf")) -> 
     return measure(task, target=target, seconds=seconds)
 
 
-def measure(task: Task, *, target: float = TARGET, seconds: float = float("inf")) -> Truth:
-    """Retrain until the widest owner's standard error is `target`, or so many seconds of processor time are spent here."""
-    path = CACHE / f"game-{task.digest[:16]}.npz"
+def measure(
+    task: Task,
+    *,
+    target: float = TARGET,
+    seconds: float = float("inf"),
+    part: int = 0,
+    told: Truth | None = None,
+) -> Truth:
+    """One part: retrain until the widest owner's standard error is `target`, or so many seconds of processor time are spent here.
+
+    The target is of this part together with what earlier parts have `told`; what is returned is this part alone.
+    """
+    path = CACHE / f"game-{task.digest[:16]}{f'-{part}' if part else ''}.npz"
     f, spent = np.zeros(0), 0.0
     if path.exists():
         with np.load(path) as kept:
@@ -101,14 +113,15 @@ def measure(task: Task, *, target: float = TARGET, seconds: float = float("inf")
     while True:
         over = time.process_time() - begun >= seconds
         if len(f) >= CHUNK and (over or len(f) >= 1.2 * looked + CHUNK):  # to look costs as much as some runs
-            truth, looked = estimate(task, f, ends, spent), len(f)
+            truth, looked = estimate(task, f, ends, spent, part=part), len(f)
+            widest = (together(told, truth) if told else truth).errors.max()
             if sys.stderr.isatty():
-                told = f"\r{len(f):,} runs, {spent:.0f} s, ± {100 * truth.errors.max():.2f} points at most  "
-                print(told, end="", file=sys.stderr, flush=True)
-            if over or truth.errors.max() <= target:
+                line = f"\r{len(f):,} runs, {spent:.0f} s, ± {100 * widest:.2f} points at most  "
+                print(line, end="", file=sys.stderr, flush=True)
+            if over or widest <= target:
                 return truth
         started = time.process_time()
-        more = replays(torch.from_numpy(masks(task, f, len(f), CHUNK)).float()).double().numpy()
+        more = replays(torch.from_numpy(masks(task, f, len(f), CHUNK, part=part)).float()).double().numpy()
         f, spent = np.concatenate([f, more]), spent + time.process_time() - started
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -117,44 +130,46 @@ def measure(task: Task, *, target: float = TARGET, seconds: float = float("inf")
         partial.replace(path)
 
 
-def masks(task: Task, f: Array, start: int, count: int) -> NDArray[np.bool_]:
-    """(count, n): the sets of the runs from `start` on, which must be a multiple of CHUNK; `f` of the pilot decides their sizes."""
-    n = task.n_train
+def masks(task: Task, f: Array, start: int, count: int, *, part: int = 0) -> NDArray[np.bool_]:
+    """(count, n): the sets of a part's runs from `start` on, a multiple of CHUNK; `f` of the part's pilot decides their sizes."""
+    n, of_part = task.n_train, (part,) if part else ()
     found = []
     for chunk in range(start // CHUNK, -(-(start + count) // CHUNK)):
-        rng = np.random.Generator(np.random.PCG64(seed_of(task.digest, "game", chunk)))
-        edges = np.concatenate([[0], np.cumsum(probabilities(task, f if chunk * CHUNK >= PILOT else None))])
+        rng = np.random.Generator(np.random.PCG64(seed_of(task.digest, "game", *of_part, chunk)))
+        learnt = probabilities(task, f if chunk * CHUNK >= PILOT else None, part=part)
+        edges = np.concatenate([[0], np.cumsum(learnt)])
         u = (np.arange(CHUNK) + rng.random(CHUNK)) / CHUNK  # stratified
         k = np.clip(np.searchsorted(edges, u, side="right"), 1, n - 1)
         found.append(rng.permuted(np.tile(np.arange(n), (CHUNK, 1)), axis=1) < k[:, None])
     return np.concatenate(found)[:count]
 
 
-_LEARNT: dict[str, Array] = {}
+_LEARNT: dict[tuple[str, int], Array] = {}
 
 
-def probabilities(task: Task, f: Array | None) -> Array:
+def probabilities(task: Task, f: Array | None, *, part: int = 0) -> Array:
     """(n − 1,): q(k) of the sizes 1 … n − 1; without runs σ is taken for constant."""
     n = task.n_train
     t = np.arange(1, n) / n
     q = 1 / np.sqrt(t * (1 - t))
     if f is not None:
-        if task.digest not in _LEARNT:
-            S = masks(task, f, 0, PILOT)
+        key = (task.digest, part)
+        if key not in _LEARNT:
+            S = masks(task, f, 0, PILOT, part=part)
             k = S.sum(1)
             left = _adjusted(task, S, f[:PILOT], (q / q.sum())[k - 1], np.arange(PILOT) % FOLDS)[0]
             at, of = (np.log(x) for x in (S.sum(1) / n, left**2 + 1e-12))
-            _LEARNT[task.digest] = np.exp(0.5 * np.polyval(np.polyfit(at, of, 3), np.log(t)))
-        q = q * np.maximum(_LEARNT[task.digest], 0.1 * _LEARNT[task.digest].max())
+            _LEARNT[key] = np.exp(0.5 * np.polyval(np.polyfit(at, of, 3), np.log(t)))
+        q = q * np.maximum(_LEARNT[key], 0.1 * _LEARNT[key].max())
     return q / q.sum()
 
 
-def estimate(task: Task, f: Array, ends: list[float], seconds: float) -> Truth:
+def estimate(task: Task, f: Array, ends: list[float], seconds: float, *, part: int = 0) -> Truth:
     n, owners = task.n_train, task.owners.numpy()
     q = np.tile(probabilities(task, None), (len(f), 1))
     if len(f) > PILOT:
-        q[PILOT:] = probabilities(task, f)
-    S = masks(task, f, 0, len(f))
+        q[PILOT:] = probabilities(task, f, part=part)
+    S = masks(task, f, 0, len(f), part=part)
     k = S.sum(1)
     t, chance = k / n, q[np.arange(len(f)), k - 1]
     left, base = _adjusted(task, S, f, chance, np.arange(len(f)) % FOLDS)
@@ -174,31 +189,6 @@ def estimate(task: Task, f: Array, ends: list[float], seconds: float) -> Truth:
     )
 
 
-def estimate_by_prefixes(task: Task, f: Array, ends: list[float], seconds: float) -> Truth:
-    """From `f`, (pairs, 2, n − 1): the values of the prefixes of random permutations and of their reverses (Castro et al. 2009).
-
-    Such runs were kept by an earlier version of this module. The standard error is that of the mean over pairs.
-    """
-    n, owners, total = task.n_train, task.owners.numpy(), ends[0] - ends[1]
-    values = np.zeros((len(f), n))
-    for pair in range(len(f)):
-        order = np.random.Generator(np.random.PCG64(seed_of(task.digest, pair))).permutation(n)
-        for way, path in zip((order, order[::-1]), f[pair], strict=True):
-            values[pair, way] += np.diff([ends[1], *path, ends[0]]) / 2
-    shares = values @ np.eye(owners.max() + 1)[owners] / total
-    root = np.sqrt(len(f))
-    return Truth(
-        shares.mean(0),
-        shares.std(0, ddof=1) / root,
-        values.mean(0),
-        values.std(0, ddof=1) / root,
-        total,
-        ends[1],
-        f.size,
-        seconds,
-    )
-
-
 def together(a: Truth, b: Truth) -> Truth:
     """Two independent measurements of one task, each number weighted by the inverse of its variance."""
 
@@ -208,7 +198,17 @@ def together(a: Truth, b: Truth) -> Truth:
 
     shares, errors = mean(a.shares, a.errors, b.shares, b.errors)
     values, value_errors = mean(a.values, a.value_errors, b.values, b.value_errors)
-    return Truth(shares, errors, values, value_errors, a.total, a.none, a.n_run + b.n_run, a.seconds + b.seconds)
+    return Truth(
+        shares,
+        errors,
+        values,
+        value_errors,
+        a.total,
+        a.none,
+        a.n_run + b.n_run,
+        a.seconds + b.seconds,
+        a.n_part + b.n_part,
+    )
 
 
 def _adjusted(task: Task, S: NDArray[np.bool_], f: Array, q: Array, fold: NDArray[np.int64]) -> tuple[Array, Array]:
@@ -428,15 +428,12 @@ def main() -> None:
         task = make_task(WORLDS[name], seed=given.seed)
         if (difference := check(task)) > 1e-3 * WORLDS[name].is_smooth + 0.1:
             raise SystemExit(f"{name}: the loop differs from the engine's replays by {difference:.1e}")
-        truth = measure(task, target=given.target / 100, seconds=60 * given.minutes)
-        if (prefixes := CACHE / f"truth-{task.digest[:16]}.npz").exists():
-            with np.load(prefixes) as kept:
-                other = estimate_by_prefixes(
-                    task, kept["f"], [truth.none + truth.total, truth.none], float(kept["seconds"])
-                )
-            truth = together(truth, other)
         path = COMMITTED / f"{task.digest[:16]}.json"
-        if not path.exists() or json.loads(path.read_text())["n_run"] < truth.n_run:
+        truth = Truth.from_json(json.loads(path.read_text())) if path.exists() else None
+        if truth is None or truth.errors.max() > given.target / 100:
+            part = truth.n_part if truth else 0
+            found = measure(task, target=given.target / 100, seconds=60 * given.minutes, part=part, told=truth)
+            truth = together(truth, found) if truth else found
             COMMITTED.mkdir(exist_ok=True)
             command = f"python -m benchmarks.attribution.truth {name} --seed {given.seed} --target {given.target:g}"
             entry = {"world": name, "seed": given.seed, "digest": task.digest, "command": command, **truth.to_json()}

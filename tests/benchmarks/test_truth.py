@@ -109,3 +109,24 @@ def test_an_interrupted_measurement_goes_on_with_the_same_runs(task, tmp_path, m
     np.testing.assert_array_equal(whole.shares, parts.shares)
     again = truth.measure(task, target=0, seconds=0.0)
     assert again.n_run == 512 and len(asked) == 2  # nothing is run twice
+
+
+def test_a_further_part_has_sets_of_its_own_and_ends_when_both_together_are_fine(
+    task, every_set, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(truth, "CACHE", tmp_path)
+    f = replay_values(task, torch.from_numpy(every_set).float()).double().numpy()
+    place = {tuple(s): v for s, v in zip(every_set, f, strict=True)}
+    monkeypatch.setattr(
+        truth, "replayer", lambda task: lambda w: torch.tensor([place[tuple(row)] for row in (w > 0).numpy()])
+    )
+    first = truth.measure(task, target=0.006)
+
+    second = truth.measure(task, target=0.0045, part=1, told=first)
+
+    both = truth.together(first, second)
+    assert both.errors.max() <= 0.0045 < second.errors.max()
+    assert (both.n_part, both.n_run) == (2, first.n_run + second.n_run)
+    wanted = np.bincount(OWNERS, shapley(f, every_set)) / both.total
+    assert np.abs((both.shares - wanted) / both.errors).max() < 4
+    assert not np.array_equal(truth.masks(task, f, 0, 512), truth.masks(task, f, 0, 512, part=1))
