@@ -80,6 +80,7 @@ CREATE TABLE IF NOT EXISTS answers (  -- by idempotency key
     body TEXT NOT NULL,
     PRIMARY KEY (account, key)
 );
+CREATE INDEX IF NOT EXISTS answers_by_age ON answers (answered_at);  -- every request forgets the old ones
 
 CREATE TABLE IF NOT EXISTS deliveries (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
