@@ -74,7 +74,7 @@ State, Outcome = PayoutRun.State, PlannedPayout.Outcome
 #: How long after its last try a refused payout's transfer is looked for: no HTTP call sleeps longer.
 LATE = timedelta(days=2)
 #: So many payouts are intended, noted as tried, and booked in a transaction each.
-AT_ONCE = 100
+AT_ONCE = 250
 SHARD_SECONDS = 60
 NO_FUNDS = "balance_insufficient"
 #: What waits for somebody is looked at again so often, should nobody wake it.
