@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,9 +29,21 @@ def quick_passwords(settings: Any) -> None:
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 
-def switch_off(trigger: str, *, table: str) -> None:
-    """Inside a test's transaction: as the owner of the database could, so that what its rules refuse can be looked for."""
+@contextmanager
+def as_owner() -> Iterator[None]:
+    """Inside a test's transaction: what the owner of the tables may do, and no service."""
     with connection.cursor() as cursor:
+        cursor.execute("SELECT current_user")
+        (role,) = cursor.fetchone()
+        cursor.execute("SET LOCAL ROLE NONE")
+    yield
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT set_config('role', %s, true)", [role])
+
+
+def switch_off(trigger: str, *, table: str) -> None:
+    """As the owner could, so that what the database's rules refuse can be looked for."""
+    with as_owner(), connection.cursor() as cursor:
         cursor.execute(f"SET CONSTRAINTS ALL IMMEDIATE; ALTER TABLE {table} DISABLE TRIGGER {trigger}")
         cursor.execute("SET CONSTRAINTS ALL DEFERRED")
 

@@ -201,6 +201,7 @@ def test_what_is_no_vat_id_of_the_country_is_refused(country: str, given: str, c
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.as_owner
 def test_a_paid_order_has_one_invoice_that_nobody_can_change(carol: Any, alice: Any) -> None:
     payment = sell_asked(order_of(carol, alice, 50))
 

@@ -96,6 +96,7 @@ def test_closing_keeps_the_trial_balance_queues_the_statements_and_is_logged_onc
     ]
 
 
+@pytest.mark.as_owner
 def test_a_kept_balance_that_was_changed_is_found(april: None, staff: User) -> None:
     close_period(starts_on=MARCH, by=staff)
     assert [one.code for one in check_books().findings] == []
@@ -172,6 +173,7 @@ def test_a_full_look_that_found_something_stands_until_a_full_one_finds_nothing(
     assert obstacles() == []
 
 
+@pytest.mark.as_owner
 def test_a_proof_that_found_something_and_none_at_all_are_obstacles(april: None) -> None:
     proved(3)
     assert obstacles() == [("proof", "The latest proof of the books found 3 things wrong.")]
@@ -210,6 +212,7 @@ EVIDENCE = [
 ]
 
 
+@pytest.mark.as_owner
 @pytest.mark.parametrize(("sql", "why"), EVIDENCE)
 def test_the_database_refuses_to_change_a_closing_or_to_skip_a_month(
     april: None, staff: User, sql: str, why: str

@@ -615,6 +615,7 @@ def test_an_answer_that_cannot_be_is_refused_and_leaves_nothing_behind(
     clean()
 
 
+@pytest.mark.as_owner
 def test_postgresql_keeps_a_dispute_and_what_it_decided(stripe: Any, alice: Any) -> None:
     paid_with(stripe, DISPUTES, {alice: 1})
     hear(stripe)

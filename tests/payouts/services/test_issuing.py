@@ -92,6 +92,7 @@ def test_a_statement_recomputes_and_so_does_its_download(issued: list[IssuedStat
     assert out.getvalue().count(f"{issued[1].number}: all 3 rows recompute") == 2
 
 
+@pytest.mark.as_owner
 def test_a_line_that_was_tampered_with_in_the_database_is_named(issued: list[IssuedStatement], alice: Any) -> None:
     """Somebody with the owner's rights gives alice a micro more, in the line and in the issued statement."""
     april = issued[1]
@@ -178,6 +179,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.as_owner
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_issued_is_refused_any_change(issued: list[IssuedStatement], change: str) -> None:
     with connection.cursor() as cursor:
@@ -186,6 +188,7 @@ def test_what_was_issued_is_refused_any_change(issued: list[IssuedStatement], ch
         cursor.execute(change)
 
 
+@pytest.mark.as_owner
 def test_nothing_joins_a_statement_after_it_was_issued(issued: list[IssuedStatement]) -> None:
     with connection.cursor() as cursor:  # as if an earlier transaction had issued it
         cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
@@ -339,6 +342,7 @@ def test_membership_is_what_makes_a_notice(issued: list[IssuedStatement]) -> Non
     assert JournalEntry.objects.exists()
 
 
+@pytest.mark.as_owner
 def test_a_statement_opens_by_the_last_one_and_not_by_summing_up_a_life_again(
     issued: list[IssuedStatement], alice: Any
 ) -> None:
@@ -363,6 +367,7 @@ def test_a_statement_opens_by_the_last_one_and_not_by_summing_up_a_life_again(
     assert statements._payable(alice, before=clock.now() + timedelta(days=1)) == {"USD": before["USD"] + 7}
 
 
+@pytest.mark.as_owner
 def test_a_statement_that_does_not_say_what_was_booked_is_found(issued: list[IssuedStatement]) -> None:
     assert check_books().findings == []
     with connection.cursor() as cursor:

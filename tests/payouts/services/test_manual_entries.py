@@ -117,6 +117,7 @@ def test_the_database_refuses_other_legs_than_were_approved(ann: User, ben: User
         commit_would_pass()
 
 
+@pytest.mark.as_owner
 def test_the_database_refuses_the_proposers_approval_later_legs_and_any_change(
     ann: User, ben: User, alice: Any
 ) -> None:

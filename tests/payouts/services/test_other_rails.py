@@ -120,6 +120,7 @@ def test_who_is_not_reached_accrues_and_is_paid_over_another_rail(unserved: Any,
     }
 
 
+@pytest.mark.as_owner
 def test_what_came_back_is_owed_again(unserved: Any, ann: User, ben: User) -> None:
     export = propose_export(user=ann, currency="USD", key="e1")
     funded(ann, ben, 30)

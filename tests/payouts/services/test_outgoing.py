@@ -187,6 +187,7 @@ def test_strangers_wrong_days_and_reused_references_are_refused(order: Order, ca
     assert refund.transfers.count() == 1 and balances("bank") == {"bank:USD": 119 * DOLLAR}
 
 
+@pytest.mark.as_owner
 def test_the_database_refuses_shortcuts(order: Order, carol: Any, ann: User, ben: User) -> None:
     refund = refunds.refund_of_right(order=order, user=carol.user)
     transfer = sent(refund, ann)

@@ -26,6 +26,7 @@ def plant(n: int) -> None:
         ledger.post(key=f"planted {number}", kind=JournalEntry.Kind.UPFRONT, postings=postings)
 
 
+@pytest.mark.as_owner
 def test_the_books_are_proved_each_business_day_and_what_was_found_is_kept(db: Any, caplog: Any) -> None:
     sell(OrderFactory())
     before = clock.now()

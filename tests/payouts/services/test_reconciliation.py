@@ -186,6 +186,7 @@ def test_what_is_booked_between_two_readings_of_cash_is_no_difference(db: Any, s
     assert len(calls) >= 1
 
 
+@pytest.mark.as_owner
 def test_each_look_is_kept_with_the_cause_and_the_day_since_which_a_difference_is_known(
     db: Any, stripe: Any, caplog: Any
 ) -> None:

@@ -584,6 +584,7 @@ def test_the_same_key_asks_once_and_another_request_under_it_is_refused(told: To
 # --- the database -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.as_owner
 def test_postgresql_refuses_more_than_was_paid_and_any_change(told: Told, staff: User) -> None:
     payment = sell(order_of(PublishedVersionFactory()))
     refund = back(payment, 60 * DOLLAR, staff)

@@ -443,6 +443,7 @@ def test_a_royalty_is_divided_by_the_result_that_its_invoice_was_made_by(
     assert check_books().findings == []
 
 
+@pytest.mark.as_owner
 def test_a_royalty_that_another_result_divided_is_found(measured: AttributionResult, version: Any, alice: Any) -> None:
     """Only the owner of the tables could write it."""
     invoice = report(measured)

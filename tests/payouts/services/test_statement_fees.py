@@ -33,6 +33,7 @@ from tests.factories.attribution import DisclosureFactory, ModelFactory, Publish
 from tests.factories.marketplace import LicenseFactory, OfferFactory, OrderFactory, PublishedVersionFactory
 from tests.factories.payouts import collect, sell
 from tests.pages import assert_page, signed_in
+from tests.payouts.conftest import as_owner
 
 
 def usd(amount: str) -> Money:
@@ -221,7 +222,7 @@ def replaced(issued: IssuedStatement, text: str, format: int = statements.FORMAT
     """The statement over another file, as only the owner of the tables could make it."""
     digest = sha256(text.encode()).hexdigest()
     default_storage.save(issuing._file_name(digest), File(io.BytesIO(gzip.compress(text.encode()))))
-    with connection.cursor() as cursor:
+    with as_owner(), connection.cursor() as cursor:
         cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
         cursor.execute("ALTER TABLE payouts_issuedstatement DISABLE TRIGGER append_only")
         cursor.execute(
