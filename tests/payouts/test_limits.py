@@ -98,8 +98,11 @@ def test_a_payment_covers_what_it_is_for_and_stays_what_it_was(db: Any) -> None:
         Payment.objects.create(order=order, currency="USD", amount_micros=order.total_micros - 10_000)
     with refused("is less than"):
         Payment.objects.create(order=order, currency="EUR", amount_micros=order.total_micros)
+    unpaid = Payment.objects.create(order=OrderFactory(), currency="USD", amount_micros=order.total_micros)
+    with refused("is less than"):
+        Payment.objects.filter(pk=unpaid.pk).update(amount_micros=unpaid.amount_micros - 1)
     payment = sell(order)
-    Payment.objects.update(settled_at=timezone.now())
+    Payment.objects.filter(pk=payment.pk).update(settled_at=timezone.now())
 
     for changes in (
         {"amount_micros": 1},

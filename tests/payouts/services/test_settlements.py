@@ -182,6 +182,19 @@ def test_four_eyes_see_every_settlement(stripe: Any, carol: Any, ann: User, ben:
         EventSettlement.objects.update(status="confirmed", decided_by=ann, decided_at=clock.now())
     with pytest.raises(DatabaseError, match="keeps what was proposed"), transaction.atomic():
         EventSettlement.objects.update(amount_micros=1)
+    with pytest.raises(DatabaseError, match="only staff"), transaction.atomic():
+        left = UserFactory(is_staff=True, is_active=False)
+        EventSettlement.objects.update(status="confirmed", decided_by=left, decided_at=clock.now())
+    with pytest.raises(DatabaseError, match="waits for a second person"), transaction.atomic():
+        EventSettlement.objects.create(
+            event=failed(),
+            act=EXPLAINED,
+            reason="Both at once.",
+            proposed_by=ann,
+            status="confirmed",
+            decided_by=ben,
+            decided_at=clock.now(),
+        )
     assert not SurplusCharge.objects.exists() and not Refund.objects.exists()
 
     with pytest.raises(InvalidInput, match="why it is rejected"):
@@ -306,7 +319,7 @@ def test_an_order_whose_page_took_another_amount_can_be_paid_once_that_went_back
 ) -> None:
     order = OrderFactory(buyer=carol)
     stripe.pay(sales.start_checkout(order=order, **BACK))
-    Payment.objects.update(amount_micros=90_000_000)
+    Payment.objects.update(amount_micros=110_000_000)
     hear_all()
     run(refund_surplus(ann, ben))
     Payment.objects.update(amount_micros=100_000_000)
