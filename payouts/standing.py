@@ -106,7 +106,7 @@ def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterab
         sentence = "More went back to buyers than you were still owed: what you earn next pays it first."
         yield Standing(Code.OWES, of.owed_back, sentence)
     if of.is_over_a_rail:
-        yield from _over_a_rail(party, of)
+        yield from _over_a_rail(party, of, least)
     elif payee is None:
         yield Standing(Code.NOT_SET_UP, due, "Set up payouts with Stripe to be paid; until then it is kept for you.")
     elif not payee.is_ready:
@@ -131,7 +131,7 @@ def _standings(party: Party, of: Earnings, payee: PayeeAccount | None) -> Iterab
         yield Standing(Code.ON_HOLD, first.amount, sentence, until=first.due_at)
 
 
-def _over_a_rail(party: Party, of: Earnings) -> Iterable[Standing]:
+def _over_a_rail(party: Party, of: Earnings, least: Money) -> Iterable[Standing]:
     """Of a payee whom Stripe does not reach."""
     latest = bank_details.latest_of(party)
     sentence = other_rails.waits_for(latest, "your")
@@ -143,6 +143,8 @@ def _over_a_rail(party: Party, of: Earnings) -> Iterable[Standing]:
         )
     elif latest.usable_from > clock.now():
         yield Standing(Code.BANK_DETAILS_HELD, of.payable_now, sentence, until=latest.usable_from)
+    elif of.payable_now and of.payable_now.micros < least.micros:
+        yield _below(least, of.payable_now)
     elif of.payable_now:
         yield Standing(Code.NEXT_TRANSFERS, of.payable_now, sentence)
     if of.rail_on_its_way:
@@ -211,12 +213,15 @@ def _waiting_for_a_run(party: Party, due: Money, least: Money) -> Standing:
                 sentence = "Waits until the buyers' payments are available at Stripe; whoever has waited longest is paid first."
                 return Standing(Code.AWAITING_FUNDS, due, sentence)
     if due.micros < least.micros:
-        return Standing(
-            Code.BELOW_MINIMUM, due, f"Below your threshold of {money(least)}: {money(due)} waits until there is more."
-        )
+        return _below(least, due)
     return Standing(
         Code.NEXT_RUN, due, "Goes out with the next payout run, as soon as Stripe has made the funds available."
     )
+
+
+def _below(least: Money, due: Money) -> Standing:
+    sentence = f"Below your threshold of {money(least)}: {money(due)} waits until there is more."
+    return Standing(Code.BELOW_MINIMUM, due, sentence)
 
 
 def _why_held(party: Party, currency: str, due_at: datetime) -> str:

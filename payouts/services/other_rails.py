@@ -1,6 +1,6 @@
 """Payees whom Stripe does not reach: told so beforehand, they accrue, and staff send it over another rail.
 
-    proposed   by one of the staff: what is due to each of them, nothing booked
+    proposed   by one of the staff: what is due to each of them and not below their minimum, nothing booked
     intended   another one approved: payable → in_transit_rail, out of what the platform's bank account holds
     sent       the bank's reference is confirmed: in_transit_rail → bank
     returned   it came back, or never left: booked back to payable
@@ -10,7 +10,7 @@ does. The file for the other rail names holder, account, bank and address in pla
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from django.db import transaction
@@ -30,11 +30,13 @@ from payouts.models import (
     RailExport,
     RailPayout,
 )
-from payouts.services import bank_details, recoveries, transfers
+from payouts.services import bank_details, plans, recoveries
 from payouts.services.reach import unserved_parties
 
 logger = logging.getLogger(__name__)
 
+#: So many payouts are booked in a statement.
+AT_ONCE = 500
 COLUMNS = [
     "export",
     "payout",
@@ -101,7 +103,7 @@ def propose_export(*, user: User, currency: str, key: str) -> RailExport:
     Raises:
         FourEyes: the user is not of the staff.
         InvalidInput: a currency in which no balance is held.
-        NothingOwed: nothing is due to anybody with bank details, or it is all in an open export.
+        NothingOwed: nothing is due to anybody with bank details, or less than they want at once, or it is all in an open export.
     """
     _require_staff(user)
     if currency not in MINOR_DIGITS:
@@ -116,7 +118,9 @@ def propose_export(*, user: User, currency: str, key: str) -> RailExport:
     if not dues and everybody:
         raise NothingOwed(f"Everybody to whom something in {currency} is due waits for their bank details.")
     if not dues:
-        raise NothingOwed(f"Nothing in {currency} is due to a payee whom Stripe does not reach.")
+        raise NothingOwed(
+            f"Nothing in {currency} is due to a payee whom Stripe does not reach, or less than each of them wants at once."
+        )
     export = RailExport.objects.create(key=key, currency=currency, proposed_by=user, proposed_at=now)
     RailPayout.objects.bulk_create(
         RailPayout(export=export, party=party, details=usable[party.pk], amount_micros=due.micros, currency=currency)
@@ -135,7 +139,9 @@ def propose_export(*, user: User, currency: str, key: str) -> RailExport:
 
 @transaction.atomic
 def approve_export(*, export: RailExport, user: User) -> RailExport:
-    """Book every payout of it as promised, as far as it is still due; not where the payee has changed their bank details since.
+    """Book every payout of it as promised, as far as it is still due.
+
+    Dropped is whoever has changed their bank details since, or has less due by now than they want at once.
 
     Raises:
         FourEyes: the user proposed it, or is not of the staff.
@@ -148,32 +154,33 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
     RailExport.objects.filter(pk=export.pk).update(
         status=RailExport.Status.APPROVED, decided_by=user, decided_at=clock.now()
     )
-    promised = 0
-    usable = bank_details.usable_of(list(export.payouts.values_list("party", flat=True)))
-    for payout in export.payouts.order_by("pk"):
-        amount = min(payout.amount, _due(Party.objects.get(pk=payout.party_id), export.currency))
-        if payout.party_id not in usable or usable[payout.party_id].pk != payout.details_id:
-            amount = Money(0, export.currency)
-        if not amount:
-            RailPayout.objects.filter(pk=payout.pk).update(status=RailPayout.Status.DROPPED)
+    payouts = list(export.payouts.order_by("pk"))
+    parties = [payout.party_id for payout in payouts]
+    recoveries.net(parties=parties, currency=export.currency)
+    payable = _payable(parties, export.currency)
+    least = plans.minimums(parties, export.currency)
+    usable = bank_details.usable_of(parties)
+    now = clock.now()
+    dropped: list[int] = []
+    intended: list[RailPayout] = []
+    for payout in payouts:
+        party = payout.party_id
+        micros = min(payout.amount_micros, payable[party])
+        is_same_account = party in usable and usable[party].pk == payout.details_id
+        if not is_same_account or micros < least[party]:
+            dropped.append(payout.pk)
             continue
-        RailPayout.objects.filter(pk=payout.pk).update(
-            status=RailPayout.Status.INTENDED, amount_micros=amount.micros, intended_at=clock.now()
-        )
-        ledger.post(
-            key=f"rail:{payout.pk}:intent",
-            kind=JournalEntry.Kind.RAIL_INTENT,
-            postings={
-                chart.payable(payout.party_id, export.currency): amount.micros,
-                chart.in_transit_rail(export.currency): -amount.micros,
-            },
-        )
-        promised += amount.micros
-    # Liabilities stand below zero: what is promised to buyers, or held for payers, pays no payee.
-    promised_to = (chart.in_transit_rail, chart.refunding_bank, chart.unapplied)
-    held = sum(ledger.balances_of([of(export.currency) for of in (chart.bank, *promised_to)]).values())
-    if held < 0:
-        short = Money(-held, export.currency)
+        payout.status, payout.amount_micros, payout.intended_at = RailPayout.Status.INTENDED, micros, now
+        intended.append(payout)
+    RailPayout.objects.filter(pk__in=dropped).update(status=RailPayout.Status.DROPPED)
+    for start in range(0, len(intended), AT_ONCE):
+        batch = intended[start : start + AT_ONCE]
+        RailPayout.objects.bulk_update(batch, ["status", "amount_micros", "intended_at"])
+        ledger.post_many([_intent_of(payout) for payout in batch])
+    promised = sum(payout.amount_micros for payout in intended)
+    held, promised_to_all = plans.bank_micros(export.currency)
+    if held < promised_to_all:
+        short = Money(promised_to_all - held, export.currency)
         raise NothingOwed(
             f"The bank account holds {short} too little for it. Withdraw that from Stripe, book it by a manual entry "
             f"(debit bank:{export.currency}), then approve."
@@ -323,19 +330,36 @@ def _end(payout: RailPayout, user: User, reference: str, *, to: RailPayout.Statu
     return payout
 
 
+def _intent_of(payout: RailPayout) -> ledger.Draft:
+    return ledger.Draft(
+        key=f"rail:{payout.pk}:intent",
+        kind=JournalEntry.Kind.RAIL_INTENT,
+        postings={
+            chart.payable(payout.party_id, payout.currency): payout.amount_micros,
+            chart.in_transit_rail(payout.currency): -payout.amount_micros,
+        },
+        booked_at=payout.intended_at,
+    )
+
+
 def _dues(currency: str) -> list[tuple[Party, Money]]:
-    """Everybody whom Stripe does not reach, with what is due to them and in no open export."""
+    """Everybody whom Stripe does not reach, with what is due to them and in no open export; not what is below their minimum."""
     with_lines = DivisionLine.objects.filter(division__currency=currency, due_at__lte=clock.now())
     open_ones = RailPayout.objects.filter(currency=currency, status__in=["proposed", "intended"])
-    parties = unserved_parties().filter(pk__in=with_lines.values("party")).exclude(pk__in=open_ones.values("party"))
-    return [(party, due) for party in parties.order_by("pk") if (due := _due(party, currency))]
+    unserved = unserved_parties().filter(pk__in=with_lines.values("party")).exclude(pk__in=open_ones.values("party"))
+    parties = {party.pk: party for party in unserved.order_by("pk")}
+    payable, least = _payable(parties.keys(), currency), plans.minimums(parties.keys(), currency)
+    return [(party, Money(payable[pk], currency)) for pk, party in parties.items() if payable[pk] >= least[pk]]
 
 
-def _due(party: Party, currency: str) -> Money:
-    """What may be promised to a party now: due, payable, and in whole minor units."""
-    due = transfers.due_micros(party_id=party.pk, currency=currency, until=clock.now())
-    payable = -ledger.balance(chart.payable(party.pk, currency))
-    return Money(max(0, min(due, payable)), currency).floor_to_minor()
+def _payable(parties: Collection[int], currency: str) -> dict[int, int]:
+    """Party → what may be promised to it now, in micros: due, payable, and in whole minor units."""
+    due = plans.due_of(parties, currency=currency, until=clock.now())
+    held = ledger.balances_of([chart.payable(party, currency) for party in parties])
+    payable = {party: -held.get(chart.payable(party, currency), 0) for party in parties}
+    return {
+        party: Money(max(0, min(due[party], payable[party])), currency).floor_to_minor().micros for party in parties
+    }
 
 
 def _undecided(export: RailExport, user: User) -> RailExport:

@@ -187,6 +187,14 @@ def free_micros(currency: str) -> int:
     return sum(ledger.balances_of(codes).values())
 
 
+def bank_micros(currency: str) -> tuple[int, int]:
+    """What our own bank account holds by the ledger, and what of it is another's: promised to payees and buyers, or held for payers."""
+    promised_to = [of(currency) for of in (chart.in_transit_rail, chart.refunding_bank, chart.unapplied)]
+    balances = ledger.balances_of([chart.bank(currency), *promised_to])
+    held = balances.pop(chart.bank(currency), 0)
+    return held, -sum(balances.values())  # liabilities stand below zero
+
+
 def funded_until(run: PayoutRun) -> int:
     """The position up to which the free funds reach, those that waited longest first: nobody later overtakes them."""
     with connection.cursor() as cursor:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from django.db import DatabaseError, connection, transaction
+from django.test.utils import CaptureQueriesContext
 
 from marketplace import clock
 from marketplace.api.keys import create_api_key
@@ -25,13 +26,20 @@ from payouts.services.other_rails import (
     reject_export,
     waiting_for_details,
 )
+from payouts.services.plans import set_minimum
 from payouts.services.proofs import check_books
 from payouts.services.reach import ask_served_countries, is_served
 from payouts.services.receipts import decide_receipt
 from payouts.services.transfers import due_micros
 from payouts.services.unapplied import record_unapplied
 from payouts.standing import standings_of
-from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
+from tests.factories.marketplace import (
+    OfferFactory,
+    OrderFactory,
+    PartyFactory,
+    PublishedVersionFactory,
+    UserFactory,
+)
 from tests.factories.payouts import pay_out, sell
 
 DOLLAR = 1_000_000
@@ -186,6 +194,55 @@ def test_a_change_before_the_approval_takes_the_payee_out(unserved: Any, ann: Us
     assert export.payouts.get().status == "dropped"
     assert ledger.balance(f"payable:{unserved.pk}:USD") == -30 * DOLLAR
     assert len(list(export_file(export=export, user=ann))) == 1
+
+
+def test_less_than_a_payee_wants_at_once_waits_and_says_so(unserved: Any, ann: User, ben: User) -> None:
+    funded(ann, ben, 30)
+    set_minimum(party=unserved, amount=Money.parse("30.01", "USD"), user=None)
+    with pytest.raises(NothingOwed, match="less than each of them wants at once"):
+        propose_export(user=ann, currency="USD", key="e1")
+    assert waiting_for_details() == []
+    assert [(s.code, s.amount.micros) for s in standings_of(unserved)] == [("below_minimum", 30 * DOLLAR)]
+    set_minimum(party=unserved, amount=Money.parse("30", "USD"), user=None)
+    export = propose_export(user=ann, currency="USD", key="e1")
+    set_minimum(party=unserved, amount=Money.parse("40", "USD"), user=None)
+
+    approve_export(export=export, user=ben)
+
+    assert export.payouts.get().status == "dropped"
+    assert ledger.balance(f"payable:{unserved.pk}:USD") == -30 * DOLLAR
+
+
+def test_what_is_on_hold_stays(unserved: Any, ann: User, carol: Any) -> None:
+    version = PublishedVersionFactory(contributions={unserved: 1})
+    sell(OrderFactory(buyer=carol, offers=[OfferFactory(version=version)]))
+    assert ledger.balance(f"payable:{unserved.pk}:USD") == -60 * DOLLAR
+
+    export = propose_export(user=ann, currency="USD", key="e1")
+
+    assert export.payouts.get().amount_micros == 30 * DOLLAR
+
+
+def test_an_export_asks_as_often_for_three_payees_as_for_one(db: Any, ann: User, ben: User) -> None:
+    ServedCountries.objects.create(platform_country="US", countries=["DE", "US"])
+    funded(ann, ben, 150)
+    asked = []
+    for n_payees in (1, 1, 3):  # the first opens the accounts
+        for party in [PartyFactory(country="CU") for _ in range(n_payees)]:
+            version = PublishedVersionFactory(contributions={party: 1})
+            sell(OrderFactory(offers=[OfferFactory(version=version)]))
+            set_details(party=party, user=party.user, **ACCOUNT)
+        clock.advance(timedelta(days=40))
+        with CaptureQueriesContext(connection) as proposing:
+            export = propose_export(user=ann, currency="USD", key=f"{len(asked)}")
+        with CaptureQueriesContext(connection) as approving:
+            approve_export(export=export, user=ben)
+        asked.append((len(proposing), len(approving)))
+
+    assert export.payouts.filter(status="intended", amount_micros=30 * DOLLAR).count() == 3
+    assert asked[1] == asked[2]
+    assert ledger.balances(prefix="in_transit_rail") == {"in_transit_rail:USD": -150 * DOLLAR}
+    assert [one for one in check_books().findings if one.code != "cash_negative"] == []
 
 
 def test_a_payee_over_another_rail_is_told_what_is_true(unserved: Any, ann: User, ben: User) -> None:
