@@ -23,6 +23,7 @@ from payouts.models import (
     Payout,
     PayoutRun,
     Posting,
+    RailConfirmation,
     RailPayout,
     ReconciliationRun,
     Refund,
@@ -239,6 +240,13 @@ class ReconciliationRunAdmin(ReadOnly, admin.ModelAdmin):
 class StatementRunAdmin(ReadOnly, admin.ModelAdmin):
     list_display = ["period", "status", "attempt", "progress_done", "progress_total", "error_message"]
     list_select_related = ["period"]
+
+
+@admin.register(RailConfirmation)
+class RailConfirmationAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ["pk", "payout", "outcome", "reference", "status", "recorded_by", "decided_by"]
+    list_filter = ["status", "outcome"]
+    list_select_related = ["payout__party", "recorded_by", "decided_by"]
 
 
 @admin.register(RailPayout)

@@ -33,6 +33,7 @@ from payouts.models import (
     Payout,
     PayoutRun,
     PlannedPayout,
+    RailConfirmation,
     RailPayout,
     ReceiptApplication,
     Reclaim,
@@ -620,6 +621,11 @@ def debts() -> list[Debt]:
 def outgoing_found() -> QuerySet[OutgoingTransfer]:
     """Every transfer out of our bank account, newest first."""
     return OutgoingTransfer.objects.select_related("recorded_by", "decided_by", "returned_by").order_by("-pk")
+
+
+def rail_confirmations_found() -> QuerySet[RailConfirmation]:
+    """Everything recorded of payouts over other rails, newest first."""
+    return RailConfirmation.objects.select_related("payout", "recorded_by", "decided_by").order_by("-pk")
 
 
 def applications_found() -> QuerySet[ReceiptApplication]:

@@ -17,7 +17,7 @@ from payouts.models.payments import (
     SurplusCharge,
 )
 from payouts.models.pools import Division, DivisionLine, PayeeCount, RoyaltyPool
-from payouts.models.rails import RailExport, RailPayout, ServedCountries
+from payouts.models.rails import RailConfirmation, RailExport, RailPayout, ServedCountries
 from payouts.models.reconciliation import BooksProof, ProofFinding, ReconciliationDifference, ReconciliationRun
 from payouts.models.refunds import (
     Clawback,
@@ -83,6 +83,7 @@ __all__ = [
     "PlannedPayout",
     "Posting",
     "ProofFinding",
+    "RailConfirmation",
     "RailExport",
     "RailPayout",
     "ReceiptApplication",

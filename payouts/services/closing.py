@@ -23,6 +23,7 @@ from payouts.models import (
     JournalEntry,
     ManualEntry,
     OutgoingTransfer,
+    RailConfirmation,
     RailExport,
     ReceiptApplication,
     ReconciliationRun,
@@ -193,6 +194,13 @@ def _obstacles(ends_at: datetime) -> list[Obstacle]:
             "",
             "s",
             RailExport.objects.filter(proposed_at__lt=ends_at, status=RailExport.Status.AWAITING),
+        ),
+        (
+            "rails",
+            "record{} of what the bank did with payouts over other rails",
+            "",
+            "s",
+            RailConfirmation.objects.filter(recorded_at__lt=ends_at, status=RailConfirmation.Status.RECORDED),
         ),
     ]
     found = []

@@ -2,8 +2,8 @@
 
     proposed   by one of the staff: what is due to each of them and not below their minimum, nothing booked
     intended   another one approved: payable → in_transit_rail, out of what the platform's bank account holds
-    sent       the bank's reference is confirmed: in_transit_rail → bank
-    returned   it came back, or never left: booked back to payable
+    sent       one has recorded the bank's reference, another has seen it: in_transit_rail → bank
+    returned   the same, where it came back, or never left: booked back to payable
 
 It goes to the bank account that the payee has entered (`bank_details`), once that has been held for 72 hours; until then nothing
 does. The file for the other rail names holder, account, bank and address in plain, so each one that is made is in the audit log.
@@ -13,7 +13,8 @@ import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from django.db import transaction
+from django.db import IntegrityError, transaction
+from django.db.models import QuerySet
 
 from marketplace import clock
 from marketplace.csv_cells import cell_text, written
@@ -22,18 +23,22 @@ from marketplace.models import Party, User
 from marketplace.money import MINOR_DIGITS, Money
 from marketplace.services import audit
 from payouts import chart, ledger
-from payouts.errors import AlreadyDecided, FourEyes, NothingOwed
+from payouts.errors import AlreadyDecided, FourEyes, NothingOwed, TransferNotPossible
 from payouts.models import (
     BankDetails,
     DivisionLine,
     JournalEntry,
+    RailConfirmation,
     RailExport,
     RailPayout,
 )
 from payouts.services import bank_details, plans, recoveries
 from payouts.services.reach import unserved_parties
+from payouts.services.receipts import checked_reference
 
 logger = logging.getLogger(__name__)
+
+Outcome = RailConfirmation.Outcome
 
 #: So many payouts are booked in a statement.
 AT_ONCE = 500
@@ -220,27 +225,107 @@ def reject_export(*, export: RailExport, user: User) -> RailExport:
     return export
 
 
-@transaction.atomic
-def confirm_sent(*, payout: RailPayout, user: User, reference: str) -> RailPayout:
-    """The bank has sent it, under this reference; again, nothing happens.
+# --- what the bank did ------------------------------------------------------------------------------------------------
+def record_sent(*, payout: RailPayout, user: User, reference: str) -> RailConfirmation:
+    """Write down that the bank has sent it; nothing is booked. The same again is the same row.
+
+    Args:
+        reference: the bank statement's own number of the transfer.
 
     Raises:
         FourEyes: the user is not of the staff.
-        InvalidInput: no reference, or it was not on its way.
+        InvalidInput: no reference, or the payout is not on its way.
+        TransferNotPossible: the reference is another transfer's, or another record about the payout waits.
     """
-    return _end(payout, user, reference, to=RailPayout.Status.SENT)
+    return _record(payout, user, reference, Outcome.SENT)
+
+
+def record_returned(*, payout: RailPayout, user: User, reference: str) -> RailConfirmation:
+    """Write down that the bank has sent it back, or never sent it; nothing is booked. The same again is the same row.
+
+    Args:
+        reference: the bank statement's own number of what came back.
+
+    Raises:
+        FourEyes, InvalidInput, TransferNotPossible: see `record_sent`.
+    """
+    return _record(payout, user, reference, Outcome.RETURNED)
 
 
 @transaction.atomic
-def confirm_returned(*, payout: RailPayout, user: User, reference: str) -> RailPayout:
-    """The bank has sent it back, or never sent it: it is owed again; again, nothing happens.
+def decide_confirmation(*, confirmation: RailConfirmation, approved: bool, user: User) -> RailConfirmation:
+    """Book what was recorded, or reject the record; the second call with the same decision finds it decided.
+
+    What came back, or never left, is owed to its payee again.
 
     Raises:
-        FourEyes, InvalidInput: see `confirm_sent`.
+        FourEyes: the user is not of the staff, or confirms what they recorded themselves.
+        AlreadyDecided: it was decided otherwise.
     """
-    return _end(payout, user, reference, to=RailPayout.Status.RETURNED)
+    _require_staff(user)
+    recoveries.lock(confirmation.payout.currency)
+    payout = RailPayout.objects.select_for_update(of=("self",)).select_related("party").get(pk=confirmation.payout_id)
+    confirmation = RailConfirmation.objects.select_for_update(of=("self",)).get(pk=confirmation.pk)
+    wanted = RailConfirmation.Status.BOOKED if approved else RailConfirmation.Status.REJECTED
+    if confirmation.status == wanted:
+        return confirmation
+    if confirmation.status != RailConfirmation.Status.RECORDED:
+        raise AlreadyDecided(f"This record was {confirmation.status} already.")
+    if approved and user.pk == confirmation.recorded_by_id:
+        raise FourEyes("You recorded it; another one of the staff must have seen it on the bank’s statement.")
+    confirmation.status, confirmation.decided_by, confirmation.decided_at = wanted, user, clock.now()
+    confirmation.save(update_fields=["status", "decided_by", "decided_at"])
+    if approved:
+        _end(payout, confirmation)
+    else:
+        _note(payout, confirmation, "rail_confirmation.rejected", user)
+    return confirmation
 
 
+def confirmations_waiting() -> QuerySet[RailConfirmation]:
+    """Recorded, and seen by one person only."""
+    return (
+        RailConfirmation.objects.filter(status=RailConfirmation.Status.RECORDED)
+        .select_related("recorded_by", "payout__party")
+        .order_by("pk")
+    )
+
+
+def _record(payout: RailPayout, user: User, reference: str, outcome: RailConfirmation.Outcome) -> RailConfirmation:
+    _require_staff(user)
+    reference = checked_reference(reference)
+    with transaction.atomic():
+        payout = RailPayout.objects.select_for_update(of=("self",)).select_related("party").get(pk=payout.pk)
+        records = payout.confirmations.exclude(status=RailConfirmation.Status.REJECTED)
+        if (known := records.filter(outcome=outcome, reference=reference).first()) is not None:
+            return known
+        can_be = RailPayout.STANDING if outcome == Outcome.RETURNED else [RailPayout.Status.INTENDED]
+        if payout.status not in can_be:
+            raise InvalidInput(f"Rail payout {payout.pk} is {payout.status}; it cannot be {outcome} now.")
+        if (waiting := records.filter(status=RailConfirmation.Status.RECORDED).first()) is not None:
+            raise TransferNotPossible(
+                f"It is recorded as {waiting.outcome} by {waiting.reference}, and waits for a second person. Reject that record "
+                "first if it is wrong."
+            )
+        try:
+            with transaction.atomic():
+                confirmation = RailConfirmation.objects.create(
+                    payout=payout,
+                    outcome=outcome,
+                    reference=reference,
+                    recorded_by=user,
+                    recorded_at=clock.now(),
+                )
+        except IntegrityError as error:
+            raise TransferNotPossible(
+                f"Transfer {reference} is recorded for something else. Give the number that the statement has for this one.",
+                pointers={"/reference": "taken"},
+            ) from error
+        _note(payout, confirmation, "rail_confirmation.recorded", user)
+    return confirmation
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
 def export_file(*, export: RailExport, user: User) -> Iterator[str]:
     """The file for the other rail, as CSV, streamed; that it was made, and by whom, is in the audit log.
 
@@ -288,46 +373,54 @@ def _export_rows(export: RailExport) -> Iterator[str]:
         )
 
 
-def _end(payout: RailPayout, user: User, reference: str, *, to: RailPayout.Status) -> RailPayout:
-    _require_staff(user)
-    if not reference.strip():
-        raise InvalidInput("Give the bank's reference.", pointers={"/reference": "missing"})
-    recoveries.lock(payout.currency)
-    payout = RailPayout.objects.select_for_update().get(pk=payout.pk)
-    if payout.status == to:
-        return payout
-    was = payout.status
-    if was not in RailPayout.STANDING or (to == RailPayout.Status.SENT and was != RailPayout.Status.INTENDED):
-        raise InvalidInput(f"Rail payout {payout.pk} is {was}; it cannot be {to} now.")
-    payout.status, payout.reference = to, reference.strip()[:80]
-    payout.confirmed_by, payout.confirmed_at = user, clock.now()
+def _end(payout: RailPayout, confirmation: RailConfirmation) -> None:
+    """Inside the transaction that holds the payables' lock and both rows: book what two people have seen."""
+    was, outcome = payout.status, RailConfirmation.Outcome(confirmation.outcome)
+    assert confirmation.decided_by is not None
+    payout.status, payout.reference = RailPayout.Status(outcome.value), confirmation.reference
+    payout.confirmed_by, payout.confirmed_at = confirmation.decided_by, confirmation.decided_at
     payout.save(update_fields=["status", "reference", "confirmed_by", "confirmed_at"])
     payable, promised = chart.payable(payout.party_id, payout.currency), chart.in_transit_rail(payout.currency)
     bank = chart.bank(payout.currency)
-    if to == RailPayout.Status.SENT:
+    if outcome == Outcome.SENT:
         kind, debit, credit = JournalEntry.Kind.RAIL_SENT, promised, bank
     elif was == RailPayout.Status.SENT:
         kind, debit, credit = JournalEntry.Kind.RAIL_REVERSAL, bank, payable
     else:
         kind, debit, credit = JournalEntry.Kind.RAIL_REVERSAL, promised, payable
     ledger.post(
-        key=f"rail:{payout.pk}:{to.value}",
+        key=f"rail:{payout.pk}:{outcome.value}",
         kind=kind,
         postings={debit: payout.amount_micros, credit: -payout.amount_micros},
         booked_at=payout.confirmed_at,
     )
     audit.record(
-        actor=user,
-        action=f"rail_payout.{to.value}",
+        actor=confirmation.decided_by,
+        action=f"rail_payout.{outcome.value}",
         target=f"rail_payout:{payout.pk}",
         party=payout.party,
         before={"status": was},
-        after={"status": to.value, "reference": payout.reference},
+        after={"status": outcome.value, "reference": payout.reference, "confirmation": confirmation.pk},
     )
-    if to == RailPayout.Status.RETURNED:
+    if outcome == Outcome.RETURNED:
         recoveries.net(parties=[payout.party_id], currency=payout.currency)
-    logger.info("Ended rail payout=%s status=%s", payout.pk, to)
-    return payout
+    logger.info("Ended rail payout=%s status=%s", payout.pk, outcome)
+
+
+def _note(payout: RailPayout, confirmation: RailConfirmation, action: str, by: User) -> None:
+    audit.record(
+        actor=by,
+        action=action,
+        target=f"rail_payout:{payout.pk}",
+        party=payout.party,
+        after={
+            "confirmation": confirmation.pk,
+            "status": confirmation.status,
+            "outcome": confirmation.outcome,
+            "reference": confirmation.reference,
+        },
+    )
+    logger.info("Rail confirmation=%s payout=%s status=%s", confirmation.pk, payout.pk, confirmation.status)
 
 
 def _intent_of(payout: RailPayout) -> ledger.Draft:

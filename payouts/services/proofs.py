@@ -569,7 +569,7 @@ def _runs() -> Iterator[Finding]:
 
 
 def _rails() -> Iterator[Finding]:
-    """in_transit_rail is what is intended over other rails; each payout has the entries of its status, and only those."""
+    """in_transit_rail is what is intended over other rails; each payout has the entries of its status, as two people confirmed it."""
     for key, is_expected in _rows(
         """
         WITH expected AS (
@@ -589,6 +589,18 @@ def _rails() -> Iterator[Finding]:
         """
     ):
         yield Finding("rail_stage_differs", f"{key} is {'missing' if is_expected else 'too many'}")
+    for payout, status, confirmed in _rows(
+        """
+        SELECT r.id, r.status, c.outcome FROM payouts_railpayout r JOIN LATERAL (
+            SELECT outcome, reference, decided_by_id FROM payouts_railconfirmation
+            WHERE payout_id = r.id AND status = 'booked' ORDER BY id DESC LIMIT 1
+        ) c ON true
+        WHERE (r.status, r.reference, r.confirmed_by_id) IS DISTINCT FROM (c.outcome, c.reference, c.decided_by_id) ORDER BY r.id
+        """
+    ):
+        yield Finding(
+            "rail_confirmation_differs", f"rail payout {payout} is {status}, two people have seen it {confirmed}"
+        )
     sums = RailPayout.objects.filter(status=RailPayout.Status.INTENDED).values("currency")
     intended = {
         chart.in_transit_rail(currency): int(micros)

@@ -43,6 +43,7 @@ from payouts.models import (
     OutgoingTransfer,
     Payment,
     Payout,
+    RailConfirmation,
     RailPayout,
     ReconciliationDifference,
     ReconciliationRun,
@@ -113,6 +114,8 @@ CAUSES = {
     "rail_too_long": "Nobody has confirmed that the bank sent it, or that it came back.",
     "bank_refund_too_long": "It goes back by bank transfer, which a person sends: send it, record it, and have it confirmed; or "
     "say why it cannot be sent.",
+    "rail_confirmation_too_long": "What the bank did with a payout over another rail was recorded, and no second person has confirmed "
+    "or rejected it.",
     "outgoing_too_long": "A transfer out of our bank account was recorded, and no second person has confirmed or rejected it.",
     "receipt_too_long": "A transfer to our bank account was recorded, and no second person has confirmed or rejected it.",
     "unapplied_too_long": "Money in our bank account fits no invoice: apply it to the one it is for, or return it to its payer.",
@@ -809,6 +812,12 @@ def _waiting_at_the_bank() -> Iterator[Difference]:
             "intended_at",
         ),
         ("outgoing_too_long", "transfer", OutgoingTransfer.objects.filter(status="recorded"), "recorded_at"),
+        (
+            "rail_confirmation_too_long",
+            "rail_confirmation",
+            RailConfirmation.objects.filter(status="recorded").select_related("payout"),
+            "recorded_at",
+        ),
         ("receipt_too_long", "receipt", BankReceipt.objects.filter(status="recorded"), "recorded_at"),
     ]
     for code, name, rows, since in waiting:

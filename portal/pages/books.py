@@ -9,6 +9,7 @@ from typing import Any
 
 from django.contrib import messages
 from django.core.paginator import Paginator
+from django.db.models import Prefetch
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
@@ -29,6 +30,7 @@ from payouts.models import (
     ClosedPeriod,
     JournalEntry,
     ManualEntry,
+    RailConfirmation,
     RailExport,
     RailPayout,
     ReconciliationRun,
@@ -385,6 +387,7 @@ def rails(request: StaffRequest) -> HttpResponseBase:
         "key": uuid.uuid4().hex,
         "n_unserved": reach.unserved_parties().count(),
         "waiting": other_rails.waiting_for_details(),
+        "to_confirm": Paginator(other_rails.confirmations_waiting(), PER_PAGE).get_page(request.GET.get("confirm")),
     }
     return render(request, "portal/desk_rails.html", context, status=422 if problem else 200)
 
@@ -405,9 +408,9 @@ def rail_export(request: StaffRequest, export_id: int) -> HttpResponseBase:
         else:
             messages.success(request, "Decided.")
             return redirect("desk-rail-export", export_id=found.pk)
-    page = Paginator(found.payouts.select_related("party", "details", "confirmed_by"), PER_PAGE).get_page(
-        request.GET.get("page")
-    )
+    recorded = Prefetch("confirmations", other_rails.confirmations_waiting(), to_attr="waiting_confirmations")
+    of_export = found.payouts.select_related("party", "details", "confirmed_by").prefetch_related(recorded)
+    page = Paginator(of_export, PER_PAGE).get_page(request.GET.get("page"))
     context = {
         "tab": "rails",
         "export": found,
@@ -433,17 +436,32 @@ def rail_export_csv(request: StaffRequest, export_id: int) -> StreamingHttpRespo
 @staff_only
 @require_POST
 def rail_payout(request: StaffRequest, payout_id: int) -> HttpResponseBase:
-    """The bank sent it, or sent it back."""
+    """Record that the bank sent it, or sent it back."""
     found = get_object_or_404(RailPayout, pk=payout_id)
     form = ReferenceForm(request.POST)
-    act = other_rails.confirm_returned if request.POST.get("act") == "returned" else other_rails.confirm_sent
+    act = other_rails.record_returned if request.POST.get("act") == "returned" else other_rails.record_sent
     try:
         act(payout=found, user=request.user, reference=form.cleaned_data["reference"] if form.is_valid() else "")
     except DomainError as error:
         messages.error(request, error.message)
     else:
-        messages.success(request, "Booked.")
+        messages.success(request, "Recorded. Somebody else confirms it before anything is booked.")
     return redirect("desk-rail-export", export_id=found.export_id)
+
+
+@staff_only
+@require_POST
+def rail_confirmation(request: StaffRequest, confirmation_id: int) -> HttpResponseBase:
+    """Confirm what was recorded, or reject the record."""
+    found = get_object_or_404(RailConfirmation.objects.select_related("payout"), pk=confirmation_id)
+    is_approved = request.POST.get("act") == "approve"
+    try:
+        other_rails.decide_confirmation(confirmation=found, approved=is_approved, user=request.user)
+    except DomainError as error:
+        messages.error(request, error.message)
+    else:
+        messages.success(request, "Booked." if is_approved else "Rejected; nothing was booked.")
+    return redirect("desk-rail-export", export_id=found.payout.export_id)
 
 
 # --- audit log --------------------------------------------------------------------------------------------------------

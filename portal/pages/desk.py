@@ -29,7 +29,7 @@ from payouts.models import (
     ReconciliationRun,
     StripeEvent,
 )
-from payouts.services import clawbacks, disputes, outgoing, recoveries, refunds, unapplied
+from payouts.services import clawbacks, disputes, other_rails, outgoing, recoveries, refunds, unapplied
 from payouts.services.proving import latest_proof
 from portal.pages.forms import DisputeAnswerForm, RefundForm, ReversalForm, WriteOffForm
 from portal.second_factor import StaffRequest, staff_only
@@ -82,6 +82,7 @@ def _decisions() -> list[Decision]:
             "export{s} over another rail to approve",
             "desk-rails",
         ),
+        (other_rails.confirmations_waiting().count(), "transfer{s} over another rail to confirm", "desk-rails"),
         (
             payouts.payouts_at_a_bank_that_refused().count(),
             "payout{s} sent back by the payee’s bank",

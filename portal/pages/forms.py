@@ -581,7 +581,7 @@ class ManualEntryForm(Form):
 
 
 class ReferenceForm(Form):
-    reference = forms.CharField(max_length=80, label="The bank's reference")
+    reference = forms.CharField(max_length=120, label="The bank's reference")
 
 
 class AuditFilterForm(Form):

@@ -87,6 +87,7 @@ urlpatterns = [
     path("desk/rails/<int:export_id>/", books.rail_export, name="desk-rail-export"),
     path("desk/rails/<int:export_id>.csv", books.rail_export_csv, name="desk-rail-export-csv"),
     path("desk/rails/payouts/<int:payout_id>/", books.rail_payout, name="desk-rail-payout"),
+    path("desk/rails/confirmations/<int:confirmation_id>/", books.rail_confirmation, name="desk-rail-confirmation"),
     path("desk/keys/", desk_keys.keys, name="desk-keys"),
     path("desk/keys/<int:key_id>/revoke/", desk_keys.revoke, name="desk-key-revoke"),
     path("desk/audit/", books.audit_log, name="desk-audit"),

@@ -401,7 +401,7 @@ class ObstacleOutput(serializers.Serializer):
         choices=closing.ABOUT,
         help_text="Where it is settled. looks: `reconciliations/`; proof: `proofs/`; balances: at the desk; events: "
         "`stripe-events/`; manual: `manual-entries/`; receipts: `receipts/`; bank: `outgoing-transfers/` and `applications/`; "
-        "rails: `rail-exports/`.",
+        "rails: `rail-exports/` and `rail-confirmations/`.",
     )
     text = serializers.CharField()
 

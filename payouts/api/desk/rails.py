@@ -1,4 +1,4 @@
-"""Payees whom Stripe does not reach: exports over another rail, proposed by one person, approved by another, then confirmed."""
+"""Payees whom Stripe does not reach: exports over another rail, and what the bank did with each payout; both take two people."""
 
 from typing import Any
 
@@ -23,8 +23,11 @@ from payouts.api.desk.base import (
     PersonField,
 )
 from payouts.book_files import as_download
-from payouts.models import RailExport, RailPayout
+from payouts.models import RailConfirmation, RailExport, RailPayout
+from payouts.selectors import rail_confirmations_found
 from payouts.services import other_rails
+
+MAX_ID = 2**63 - 1
 
 
 # --- what is said, and what is asked ----------------------------------------------------------------------------------
@@ -65,13 +68,41 @@ class RailExportInput(serializers.Serializer):
     currency = CurrencyField()
 
 
+class RailConfirmationOutput(serializers.ModelSerializer):
+    """recorded → booked or rejected: that a payout was sent, or came back."""
+
+    amount = MoneyField()
+    recorded_by = PersonField("recorded_by")
+    decided_by = PersonField("decided_by")
+
+    class Meta:
+        model = RailConfirmation
+        fields = [
+            "id",
+            "payout",
+            "outcome",
+            "amount",
+            "reference",
+            "status",
+            "recorded_by",
+            "recorded_at",
+            "decided_by",
+            "decided_at",
+        ]
+
+
 class RailReferenceInput(serializers.Serializer):
-    reference = serializers.CharField(max_length=80, help_text="The bank's.")
+    reference = serializers.CharField(max_length=120, help_text="The bank statement's own number of it.")
 
 
 class RailExportFilter(serializers.Serializer):
     status = serializers.ChoiceField(choices=RailExport.Status.choices, required=False)
     currency = CurrencyField(required=False)
+
+
+class RailConfirmationFilter(serializers.Serializer):
+    status = serializers.ChoiceField(choices=RailConfirmation.Status.choices, required=False)
+    payout = serializers.IntegerField(required=False, min_value=1, max_value=MAX_ID)
 
 
 def _exports() -> QuerySet[RailExport]:
@@ -185,36 +216,108 @@ class RailExportReject(_ExportAct):
         return RailExportOutput(other_rails.reject_export(export=self.get_object(), user=self.person)).data
 
 
+# --- what the bank did ------------------------------------------------------------------------------------------------
 class _PayoutAct(DeskAct):
-    serializer_class = RailPayoutOutput
+    needs_code = False
+    serializer_class = RailConfirmationOutput
     input_class = RailReferenceInput
+    answers = 201
 
     def get_queryset(self) -> QuerySet[RailPayout]:
-        return RailPayout.objects.select_related("party", "confirmed_by")
+        return RailPayout.objects.all()
 
 
 @extend_schema_view(
     post=extend_schema(
-        summary="Confirm that the bank has sent it",
+        summary="Record that the bank has sent a payout",
+        description="Nothing is booked until somebody else confirms it at `desk/rail-confirmations/{id}/approve/`. Needs no "
+        "one-time code.",
         operation_id="desk_rail_payouts_sent",
         request=RailReferenceInput,
-        responses=RailPayoutOutput,
+        responses={201: RailConfirmationOutput},
     )
 )
 class RailPayoutSent(_PayoutAct):
     def act(self, **given: Any) -> Any:
-        return RailPayoutOutput(other_rails.confirm_sent(payout=self.get_object(), user=self.person, **given)).data
+        made = other_rails.record_sent(payout=self.get_object(), user=self.person, **given)
+        return RailConfirmationOutput(made).data
 
 
 @extend_schema_view(
     post=extend_schema(
-        summary="Confirm that it came back, or never left",
-        description="It is owed to the payee again.",
+        summary="Record that a payout came back, or never left",
+        description="Nothing is booked until somebody else confirms it at `desk/rail-confirmations/{id}/approve/`; then it is owed "
+        "to the payee again. Needs no one-time code.",
         operation_id="desk_rail_payouts_returned",
         request=RailReferenceInput,
-        responses=RailPayoutOutput,
+        responses={201: RailConfirmationOutput},
     )
 )
 class RailPayoutReturned(_PayoutAct):
     def act(self, **given: Any) -> Any:
-        return RailPayoutOutput(other_rails.confirm_returned(payout=self.get_object(), user=self.person, **given)).data
+        made = other_rails.record_returned(payout=self.get_object(), user=self.person, **given)
+        return RailConfirmationOutput(made).data
+
+
+@extend_schema_view(
+    get=extend_schema(
+        summary="What was recorded of payouts over other rails, newest first",
+        description="It is recorded at `desk/rail-payouts/{id}/sent/` and `desk/rail-payouts/{id}/returned/`.",
+        operation_id="desk_rail_confirmations_list",
+    )
+)
+class RailConfirmationList(DeskList):
+    serializer_class = RailConfirmationOutput
+    filter_class = RailConfirmationFilter
+
+    def get_queryset(self) -> QuerySet[RailConfirmation]:
+        return rail_confirmations_found().filter(**self.asked())
+
+
+@extend_schema_view(get=extend_schema(summary="One record", operation_id="desk_rail_confirmations_retrieve"))
+class RailConfirmationDetail(DeskDetail):
+    serializer_class = RailConfirmationOutput
+
+    def get_queryset(self) -> QuerySet[RailConfirmation]:
+        return rail_confirmations_found()
+
+
+class _DecideConfirmation(DeskAct):
+    serializer_class = RailConfirmationOutput
+    approved: bool
+
+    def get_queryset(self) -> QuerySet[RailConfirmation]:
+        return rail_confirmations_found()
+
+    def act(self, **given: Any) -> Any:
+        decided = other_rails.decide_confirmation(
+            confirmation=self.get_object(), approved=self.approved, user=self.person
+        )
+        return self.told(decided.pk)
+
+
+@extend_schema_view(
+    post=extend_schema(
+        summary="Confirm and book what the bank did",
+        description="Another person than the one who recorded it: both have seen it on the bank's statement.",
+        operation_id="desk_rail_confirmations_approve",
+        request=None,
+        responses=RailConfirmationOutput,
+    )
+)
+class RailConfirmationApprove(_DecideConfirmation):
+    approved = True
+
+
+@extend_schema_view(
+    post=extend_schema(
+        summary="Reject a record of what the bank did",
+        description="Nothing is booked, and the payout is where it was. Needs no one-time code.",
+        operation_id="desk_rail_confirmations_reject",
+        request=None,
+        responses=RailConfirmationOutput,
+    )
+)
+class RailConfirmationReject(_DecideConfirmation):
+    needs_code = False
+    approved = False

@@ -19,6 +19,7 @@ from payouts.models import (
     OutgoingTransfer,
     Payment,
     PayoutRun,
+    RailConfirmation,
     RailExport,
     RailPayout,
     ReceiptApplication,
@@ -305,5 +306,13 @@ class Office(RuleBasedStateMachine):
         payout = self.one(RailPayout.objects.filter(status__in=["intended", "sent"]), pick)
         if payout is None:
             return
-        end = other_rails.confirm_returned if returned else other_rails.confirm_sent
-        act(lambda: end(payout=payout, user=self.staff, reference="B-1"))
+        record = other_rails.record_returned if returned else other_rails.record_sent
+        act(lambda: record(payout=payout, user=self.staff, reference=f"B-{payout.pk}-{returned}"))
+
+    @there_is(RailConfirmation)
+    @rule(pick=picks, approved=st.sampled_from([True, True, False]))
+    def the_second_has_seen_what_the_other_rail_did(self, pick: int, approved: bool) -> None:
+        confirmation = self.one(other_rails.confirmations_waiting(), pick)
+        if confirmation is None:
+            return
+        act(lambda: other_rails.decide_confirmation(confirmation=confirmation, approved=approved, user=self.second))

@@ -42,6 +42,7 @@ from payouts.models import (
     Payment,
     Payout,
     PayoutRun,
+    RailConfirmation,
     RailPayout,
     ReceiptApplication,
     Refund,
@@ -128,6 +129,7 @@ class History(Office):
             (OutgoingTransfer, "status"),
             (ReceiptApplication, "status"),
             (RailPayout, "status"),
+            (RailConfirmation, "status"),
             (PayoutRun, "state"),
         ):
             for state in model.objects.values_list(name, flat=True):  # type: ignore[attr-defined]

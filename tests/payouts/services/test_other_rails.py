@@ -12,17 +12,27 @@ from marketplace.errors import InvalidInput
 from marketplace.models import ApiKey, AuditEvent, User
 from marketplace.money import Money
 from payouts import ledger
-from payouts.errors import AlreadyDecided, FourEyes, NothingOwed
-from payouts.models import JournalEntry, PayoutRun, RailExport, RailPayout, ServedCountries
+from payouts.errors import AlreadyDecided, FourEyes, NothingOwed, TransferNotPossible
+from payouts.models import (
+    JournalEntry,
+    OutgoingTransfer,
+    PayoutRun,
+    RailConfirmation,
+    RailExport,
+    RailPayout,
+    ServedCountries,
+)
 from payouts.selectors import earnings_of, months_of, open_months_of, paid_out_of
+from payouts.services import outgoing
 from payouts.services.bank_details import set_details
 from payouts.services.manual_entries import approve, propose
 from payouts.services.other_rails import (
     approve_export,
-    confirm_returned,
-    confirm_sent,
+    decide_confirmation,
     export_file,
     propose_export,
+    record_returned,
+    record_sent,
     reject_export,
     waiting_for_details,
 )
@@ -91,6 +101,14 @@ def funded(ann: User, ben: User, dollars: int) -> None:
     approve(manual=manual, user=ben)
 
 
+def confirmed(record: Any, payout: RailPayout, ann: User, ben: User, reference: str) -> None:
+    """What the bank did, recorded by one and seen by another; twice, as a second click would."""
+    for _ in range(2):
+        recorded = record(payout=payout, user=ann, reference=reference)
+    for _ in range(2):
+        decide_confirmation(confirmation=recorded, approved=True, user=ben)
+
+
 def test_who_is_not_reached_accrues_and_is_paid_over_another_rail(unserved: Any, ann: User, ben: User) -> None:
     (is_alice, is_bob) = is_served("CU"), is_served("DE")
     export = propose_export(user=ann, currency="USD", key="e1")
@@ -103,8 +121,7 @@ def test_who_is_not_reached_accrues_and_is_paid_over_another_rail(unserved: Any,
     approve_export(export=export, user=ben)
     rows = list(export_file(export=export, user=ann))
     payout = export.payouts.get()
-    for _ in range(2):
-        confirm_sent(payout=payout, user=ann, reference="SWIFT 1")
+    confirmed(record_sent, payout, ann, ben, "SWIFT 1")
 
     assert ledger.balances(prefix="in_transit_rail") == ledger.balances(prefix="bank") == {}
     assert ledger.balance(f"payable:{unserved.pk}:USD") == 0
@@ -124,6 +141,7 @@ def test_who_is_not_reached_accrues_and_is_paid_over_another_rail(unserved: Any,
         "rail_export.proposed",
         "rail_export.approved",
         "rail_export.downloaded",
+        "rail_confirmation.recorded",
         "rail_payout.sent",
     }
 
@@ -134,21 +152,22 @@ def test_what_came_back_is_owed_again(unserved: Any, ann: User, ben: User) -> No
     funded(ann, ben, 30)
     approve_export(export=export, user=ben)
     payout = export.payouts.get()
-    confirm_sent(payout=payout, user=ann, reference="SWIFT 1")
-    for _ in range(2):
-        confirm_returned(payout=payout, user=ann, reference="SWIFT 2")
+    confirmed(record_sent, payout, ann, ben, "SWIFT 1")
+    confirmed(record_returned, payout, ann, ben, "SWIFT 2")
 
     assert ledger.balance(f"payable:{unserved.pk}:USD") == -30 * DOLLAR
     assert ledger.balances(prefix="bank") == {"bank:USD": 30 * DOLLAR}
     assert due_micros(party_id=unserved.pk, currency="USD", until=clock.now()) == 30 * DOLLAR
     with pytest.raises(InvalidInput, match="is returned"):
-        confirm_sent(payout=payout, user=ann, reference="again")
+        record_sent(payout=payout, user=ann, reference="again")
     assert [one for one in check_books().findings if one.code != "cash_negative"] == []
     with connection.cursor() as cursor:  # somebody with the owner's rights marks it as still out
         cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending
         cursor.execute("ALTER TABLE payouts_railpayout DISABLE TRIGGER USER")
         cursor.execute("UPDATE payouts_railpayout SET status = 'intended'")
-    assert {"rail_stage_differs", "in_transit_differs"} <= {one.code for one in check_books().findings}
+    assert {"rail_stage_differs", "in_transit_differs", "rail_confirmation_differs"} <= {
+        one.code for one in check_books().findings
+    }
 
 
 def test_it_takes_two_people_and_money_in_the_bank(unserved: Any, ann: User, ben: User, alice: Any) -> None:
@@ -256,7 +275,7 @@ def test_a_payee_over_another_rail_is_told_what_is_true(unserved: Any, ann: User
         "Nothing has arrived yet.",
     )
     assert [s.code for s in standings_of(unserved)] == ["transfer_under_way"]
-    confirm_sent(payout=export.payouts.get(), user=ann, reference="SWIFT 1")
+    confirmed(record_sent, export.payouts.get(), ann, ben, "SWIFT 1")
 
     (earned,) = earnings_of(unserved)
     assert (earned.on_its_way_in_words, earned.paid_in_words) == (
@@ -268,7 +287,7 @@ def test_a_payee_over_another_rail_is_told_what_is_true(unserved: Any, ann: User
     month = (clock.now().year, clock.now().month)
     assert month in months_of(unserved) and month in open_months_of(unserved)
     clock.advance(timedelta(days=40))
-    confirm_returned(payout=export.payouts.get(), user=ann, reference="SWIFT 2")
+    confirmed(record_returned, export.payouts.get(), ann, ben, "SWIFT 2")
     assert {s.code: s.is_for_payee for s in standings_of(unserved)} == {
         "next_transfers": False,
         "transfer_returned": True,
@@ -336,6 +355,9 @@ def test_the_database_refuses_shortcuts(unserved: Any, ann: User, alice: Any) ->
         lambda: RailPayout.objects.update(status="intended"),
         lambda: RailPayout.objects.update(amount_micros=31 * DOLLAR),
         lambda: RailPayout.objects.update(status="sent", reference="x", confirmed_by=ann),
+        lambda: RailConfirmation.objects.create(
+            payout=export.payouts.get(), outcome="sent", reference="x", recorded_by=ann, recorded_at=clock.now()
+        ),
         lambda: RailExport.objects.update(status="approved", decided_by=ann, decided_at=clock.now()),
         lambda: RailExport.objects.update(status="approved", decided_by=alice.user, decided_at=clock.now()),
         lambda: RailExport.objects.create(
@@ -352,6 +374,114 @@ def test_the_database_refuses_shortcuts(unserved: Any, ann: User, alice: Any) ->
         with pytest.raises(DatabaseError), transaction.atomic():
             attempt()
     assert export.payouts.get().status == "proposed"
+
+
+@pytest.fixture
+def promised(unserved: Any, ann: User, ben: User) -> RailPayout:
+    export = propose_export(user=ann, currency="USD", key="e1")
+    funded(ann, ben, 30)
+    approve_export(export=export, user=ben)
+    made: RailPayout = export.payouts.get()
+    return made
+
+
+def test_what_the_bank_did_takes_two_people(promised: RailPayout, ann: User, ben: User, alice: Any) -> None:
+    recorded = record_sent(payout=promised, user=ann, reference=" SWIFT  1 ")
+    assert (recorded.status, recorded.reference) == ("recorded", "SWIFT 1")
+
+    for user in (ann, alice.user):
+        with pytest.raises(FourEyes):
+            decide_confirmation(confirmation=recorded, approved=True, user=user)
+    with pytest.raises(FourEyes):
+        record_returned(payout=promised, user=alice.user, reference="x")
+    with pytest.raises(TransferNotPossible, match=r"recorded as sent by SWIFT 1, and waits for a second person"):
+        record_returned(payout=promised, user=ben, reference="SWIFT 2")
+    with pytest.raises(InvalidInput) as refused:
+        record_sent(payout=promised, user=ann, reference="  ")
+
+    assert refused.value.pointers == {"/reference": "missing"}
+    promised.refresh_from_db()
+    assert (promised.status, promised.reference, promised.confirmed_by) == ("intended", "", None)
+    assert ledger.balances(prefix="in_transit_rail") == {"in_transit_rail:USD": -30 * DOLLAR}
+    assert RailConfirmation.objects.count() == 1
+
+
+def test_a_wrong_record_is_rejected_and_its_reference_is_free_again(promised: RailPayout, ann: User, ben: User) -> None:
+    wrong = record_sent(payout=promised, user=ann, reference="SWIFT 1")
+    for _ in range(2):
+        decide_confirmation(confirmation=wrong, approved=False, user=ann)  # whoever was wrong may say so
+    with pytest.raises(AlreadyDecided):
+        decide_confirmation(confirmation=wrong, approved=True, user=ben)
+
+    confirmed(record_returned, promised, ann, ben, "SWIFT 1")
+
+    promised.refresh_from_db()
+    assert (promised.status, promised.reference, promised.confirmed_by) == ("returned", "SWIFT 1", ben)
+    assert ledger.balance(f"payable:{promised.party_id}:USD") == -30 * DOLLAR
+    assert ledger.balances(prefix="in_transit_rail") == {}
+    assert [one for one in check_books().findings if one.code != "cash_negative"] == []
+
+
+def test_a_transfer_on_the_statement_is_one_thing(promised: RailPayout, ann: User, ben: User) -> None:
+    told = {"received_on": clock.today(), "by": ann}
+    receipt = record_unapplied(payer="X", amount=Money.parse("9", "USD"), reference="IN 1", **told)
+    decide_receipt(receipt=receipt, approved=True, by=ben)
+    back = {"receipt": receipt, "amount": Money.parse("4", "USD"), "sent_on": clock.today(), "by": ann}
+    outgoing.record_money_returned(reference="OUT 1", **back)
+    record_sent(payout=promised, user=ann, reference="OUT 2")
+
+    for attempt in (
+        lambda: outgoing.record_money_returned(reference="OUT 2", **back),
+        lambda: (
+            decide_confirmation(confirmation=RailConfirmation.objects.get(), approved=False, user=ann)
+            and record_sent(payout=promised, user=ann, reference="OUT 1")
+        ),
+    ):
+        with pytest.raises(TransferNotPossible) as refused:
+            attempt()
+        assert refused.value.pointers == {"/reference": "taken"}
+
+    assert OutgoingTransfer.objects.count() == 1
+    assert list(RailConfirmation.objects.values_list("status", "reference")) == [("rejected", "OUT 2")]
+
+
+def test_the_database_lets_no_single_person_end_a_payout(
+    promised: RailPayout, ann: User, ben: User, alice: Any
+) -> None:
+    recorded = record_sent(payout=promised, user=ann, reference="SWIFT 1")
+    one, payout = RailConfirmation.objects.filter(pk=recorded.pk), RailPayout.objects.filter(pk=promised.pk)
+    at = clock.now()
+
+    def booked_alone() -> None:
+        one.update(status="booked", decided_by=ben, decided_at=at)
+        with connection.cursor() as cursor:
+            cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
+
+    tries: list[Any] = [
+        lambda: payout.update(status="sent", reference="SWIFT 1", confirmed_by=ben, confirmed_at=at),
+        lambda: payout.update(reference="SWIFT 1"),
+        lambda: one.update(status="booked", decided_by=ann, decided_at=at),
+        lambda: one.update(status="booked", decided_by=alice.user, decided_at=at),
+        lambda: one.update(reference="SWIFT 2"),
+        booked_alone,
+        lambda: one.delete(),
+        lambda: RailConfirmation.objects.create(
+            payout=promised, outcome="returned", reference="SWIFT 2", recorded_by=ann, recorded_at=at
+        ),
+    ]
+    for attempt in tries:
+        with pytest.raises(DatabaseError), transaction.atomic():
+            attempt()
+
+    decide_confirmation(confirmation=recorded, approved=True, user=ben)
+    for attempt in (
+        lambda: payout.update(reference="SWIFT 3"),
+        lambda: payout.update(status="returned", confirmed_by=ann),
+        lambda: one.update(status="rejected"),
+    ):
+        with pytest.raises(DatabaseError), transaction.atomic():
+            attempt()
+    assert payout.get().reference == "SWIFT 1"
 
 
 def test_where_stripe_pays_is_asked_of_stripe_and_kept_when_it_changes(db: Any, stripe: Any) -> None:

@@ -18,13 +18,15 @@ from payouts.models import (
     JournalEntry,
     ManualEntry,
     ProofFinding,
+    RailConfirmation,
     RailExport,
+    RailPayout,
     ReconciliationDifference,
     ReconciliationRun,
     ServedCountries,
     TaxRate,
 )
-from payouts.services import bank_details
+from payouts.services import bank_details, manual_entries
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
 from tests.factories.payouts import sell
 from tests.pages import assert_page, signed_in, with_second_factor
@@ -267,6 +269,42 @@ def test_an_export_over_another_rail_goes_through_the_pages(
     other_desk.post(page, {"act": "reject"})
     assert "rejected" in assert_page(desk.get(page))
     assert "Nothing in EUR is due" in assert_page(desk.post("/desk/rails/", {"currency": "EUR", "key": "e"}), 422)
+
+
+def test_what_the_bank_did_is_recorded_by_one_and_confirmed_by_another(
+    spring: None, desk: Client, other_desk: Client, ann: User, alice: Any
+) -> None:
+    ServedCountries.objects.create(platform_country="US", countries=["US"])
+    account = {"account_holder": "Alice", "account": "DE89370400440532013000", "address": "1 Road, Berlin"}
+    bank_details.set_details(party=alice, user=alice.user, **account)
+    clock.advance(timedelta(days=40))
+    page = desk.post("/desk/rails/", {"currency": "USD", "key": "k"}).url
+    payout = RailPayout.objects.get()
+    manual = manual_entries.propose(
+        user=ann,
+        key="fund",
+        legs={"bank:USD": payout.amount_micros, "equity:owners:USD": -payout.amount_micros},
+        reason="Paid in",
+    )
+    manual_entries.approve(manual=manual, user=UserFactory(is_staff=True))
+    assert other_desk.post(page, {"act": "approve"}).url == page
+    assert "Bank’s reference" in assert_page(desk.get(page))
+    act = f"/desk/rails/payouts/{payout.pk}/"
+    assert "statement" in assert_page(desk.post(act, {"act": "sent", "reference": " "}, follow=True))
+    assert "Somebody else confirms it" in assert_page(desk.post(act, {"act": "sent", "reference": "S 1"}, follow=True))
+
+    decide = f"/desk/rails/confirmations/{RailConfirmation.objects.get().pk}/"
+    for shown in ("/desk/rails/", page):
+        assert "somebody else confirms" in assert_page(desk.get(shown))
+        assert "Confirm" in assert_page(other_desk.get(shown)) and "S 1" in assert_page(other_desk.get(shown))
+    assert "1 transfer over another rail to confirm" in assert_page(desk.get("/desk/"))
+    assert "another one of the staff" in assert_page(desk.post(decide, {"act": "approve"}, follow=True))
+    assert RailPayout.objects.get().status == "intended"
+    assert other_desk.post(decide, {"act": "approve"}).url == page
+
+    assert RailPayout.objects.get().status == "sent"
+    text = assert_page(desk.get(page))
+    assert "S 1" in text and "Recorded, for" not in assert_page(desk.get("/desk/rails/"))
 
 
 def test_the_audit_log_is_filtered_and_paged_and_cannot_be_changed(desk: Client, ann: User, mallory: Any) -> None:

@@ -88,7 +88,9 @@ def test_the_file_takes_a_fresh_second_factor_and_each_is_in_the_audit_log(earni
     assert answers[0].headers["Cache-Control"] == "no-store"
     events = AuditEvent.objects.filter(action="rail_export.downloaded", actor=ann, target=f"rail_export:{export.pk}")
     assert events.count() == 2 and RailExport.objects.count() == 1
-    other_rails.confirm_sent(payout=export.payouts.get(), user=ann, reference="SWIFT 1")
+    sent = other_rails.record_sent(payout=export.payouts.get(), user=ann, reference="SWIFT 1")
+    assert "SWIFT 1" not in assert_page(browser.get("/earnings/"))
+    other_rails.decide_confirmation(confirmation=sent, approved=True, user=ben)
     text = assert_page(browser.get("/earnings/"))
     assert "sent by bank transfer, SWIFT 1" in text and "Sent to your bank by ours" in text
     assert "Confirmed by Stripe" not in text and "The payouts" in text

@@ -61,17 +61,31 @@ def test_what_stripe_does_not_reach_is_exported_by_two_people_and_confirmed(
     (row,) = csv.DictReader(io.StringIO(told.getvalue().decode()))
     assert (row["iban"], row["amount"], told["Cache-Control"]) == ("DE89370400440532013000", "36.00", "no-store")
     act = f"rail-payouts/{payout['id']}/"
-    ann.refused(f"{act}sent/", {"reference": " "}, "/reference")
-    ann.refused(f"{act}sent/", {"reference": "B-1"}, "One-Time-Code", status=403, code="")
-    sent = ann.act(f"{act}sent/", {"reference": "B-1"})
-    assert (sent["status"], sent["reference"], sent["confirmed_by"]) == ("sent", "B-1", "ann@desk.example")
+    ann.refused(f"{act}sent/", {"reference": " "}, "/reference", code="")
+    sent = ann.act(f"{act}sent/", {"reference": "B-1"}, 201, code="")
+    assert (sent["status"], sent["outcome"], sent["recorded_by"]) == ("recorded", "sent", "ann@desk.example")
+    assert ann.act(f"{act}returned/", {"reference": "B-9"}, 409, code="")["code"] == "transfer_not_possible"
+    confirm = f"rail-confirmations/{sent['id']}/"
+    assert ann.act(f"{confirm}approve/", None, 403)["code"] == "four_eyes"
+    ben.refused(f"{confirm}approve/", None, "One-Time-Code", status=403, code="")
+    assert ledger.balances(prefix="bank") == {"bank:USD": 36 * DOLLAR}
+    booked = ben.act(f"{confirm}approve/")
+    assert (booked["status"], booked["decided_by"]) == ("booked", "ben@desk.example")
+    assert ann.get("rail-confirmations/", status="booked", payout=payout["id"])["results"] == [booked]
+    assert ann.get(confirm) == booked and ann.get("rail-confirmations/", status="recorded")["results"] == []
+    (told,) = ann.get(f"{path}payouts/")["results"]
+    assert (told["status"], told["reference"], told["confirmed_by"]) == ("sent", "B-1", "ben@desk.example")
     assert ledger.balances(prefix="bank") == {}
     told = ann.client.post(f"{BASE}{path}csv/", headers={"One-Time-Code": code_of(ann.user)})
     assert list(csv.DictReader(io.StringIO(told.getvalue().decode()))) == []  # made once more, it pays nobody twice
-    returned = ann.act(f"{act}returned/", {"reference": "B-2"})
-    assert returned["status"] == "returned"
-    assert ann.act(f"{act}sent/", {"reference": "B-3"}, 422)["code"] == "invalid_input"
-    assert AuditEvent.objects.get(action="rail_payout.sent").actor == ann.user
+    ann.refused(f"{act}returned/", {"reference": "B-1"}, "/reference", status=409, code="")
+    wrong = ann.act(f"{act}returned/", {"reference": "B-2"}, 201, code="")
+    assert ann.act(f"rail-confirmations/{wrong['id']}/reject/", code="")["status"] == "rejected"
+    returned = ann.act(f"{act}returned/", {"reference": "B-2"}, 201, code="")
+    ben.act(f"rail-confirmations/{returned['id']}/approve/")
+    assert RailPayout.objects.get().status == "returned"
+    assert ann.act(f"{act}sent/", {"reference": "B-3"}, 422, code="")["code"] == "invalid_input"
+    assert AuditEvent.objects.get(action="rail_payout.sent").actor == ben.user
     assert check_books().findings == []
 
 
