@@ -9,7 +9,7 @@ Proposing and booking an application take two people as well: it decides whose m
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 
@@ -173,14 +173,14 @@ class Unapplied:
     days: int
 
 
-def unapplied() -> list[Unapplied]:
+def unapplied() -> QuerySet[BankReceipt]:
     """What is booked and not used up, the oldest first."""
-    held = BankReceipt.objects.with_left().select_related("recorded_by", "decided_by")
+    return BankReceipt.objects.with_left().select_related("recorded_by", "decided_by").order_by("received_on", "pk")
+
+
+def with_age(receipts: Iterable[BankReceipt]) -> list[Unapplied]:
     today = clock.today()
-    return [
-        Unapplied(receipt, receipt.left, (today - receipt.received_on).days)
-        for receipt in held.order_by("received_on", "pk")
-    ]
+    return [Unapplied(receipt, receipt.left, (today - receipt.received_on).days) for receipt in receipts]
 
 
 def applications_waiting() -> QuerySet[ReceiptApplication]:

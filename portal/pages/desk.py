@@ -56,7 +56,8 @@ def desk(request: StaffRequest) -> HttpResponse:
         "refunds": payouts.unfinished_refunds()[:PER_PAGE],
         "debts": payouts.debts(),
         "n_failed_events": StripeEvent.unsettled().count(),
-        "unapplied": unapplied.unapplied(),
+        "n_unapplied": unapplied.unapplied().count(),
+        "unapplied": unapplied.with_age(unapplied.unapplied()[:1]),
         "runs": payouts.payout_runs().exclude(status="done")[:10],
     }
     return render(request, "portal/desk.html", context)

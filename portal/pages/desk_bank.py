@@ -3,8 +3,11 @@
 Whatever is booked here takes two people: one records or proposes, another has seen it on the bank's statement.
 """
 
+from typing import Any
+
 from django.contrib import messages
-from django.db.models import Prefetch
+from django.core.paginator import Page, Paginator
+from django.db.models import Case, Prefetch, QuerySet, When
 from django.http import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_http_methods, require_POST
@@ -15,6 +18,7 @@ from marketplace.web.views.orders import refusal
 from payouts import selectors as payouts
 from payouts.models import BankReceipt, OutgoingTransfer, ReceiptApplication, ReceiptUse, Refund
 from payouts.services import outgoing, unapplied
+from portal.pages.desk import PER_PAGE
 from portal.pages.forms import ApplyForm, NotSentForm, RecordTransferForm, ReturnedForm, ReturnForm, UnappliedForm
 from portal.second_factor import StaffRequest, staff_only
 
@@ -34,15 +38,22 @@ def bank(request: StaffRequest) -> HttpResponseBase:
         else:
             messages.success(request, "Recorded. Somebody else confirms it before anything is booked.")
             return redirect("desk-bank")
+    unused = _page(request, unapplied.unapplied(), "unused")
     context = {
-        "to_send": outgoing.refunds_to_send(),
-        "transfers": outgoing.transfers_waiting(),
-        "receipts": payouts.unmatched_receipts_waiting(),
-        "applications": unapplied.applications_waiting(),
-        "unapplied": unapplied.unapplied(),
+        "to_send": _page(request, outgoing.refunds_to_send(), "send"),
+        "transfers": _page(request, outgoing.transfers_waiting(), "out"),
+        "receipts": _page(request, payouts.unmatched_receipts_waiting(), "arrived"),
+        "applications": _page(request, unapplied.applications_waiting(), "uses"),
+        "unused": unused,
+        "unapplied": unapplied.with_age(unused),
         "form": form,
     }
     return render(request, "portal/desk_bank.html", context, status=422 if form.errors else 200)
+
+
+def _page(request: StaffRequest, rows: QuerySet[Any], name: str) -> Page[Any]:
+    """Each of the lists has its own page, by its own name in the address."""
+    return Paginator(rows, PER_PAGE).get_page(request.GET.get(name))
 
 
 @staff_only
@@ -53,13 +64,14 @@ def receipt(request: StaffRequest, receipt_id: int) -> HttpResponseBase:
         BankReceipt.objects.select_related("recorded_by", "decided_by"), pk=receipt_id, payment=None
     )
     left = found.left
-    others = [one.receipt for one in unapplied.unapplied() if one.receipt.currency == found.currency]
+    of_the_payer_first = Case(When(payer=found.payer, then=0), default=1)
+    others = unapplied.unapplied().filter(currency=found.currency).exclude(pk=found.pk)
     act = request.POST.get("act", "")
     apply = ApplyForm(
         request.POST if act == "apply" else None,
         prefix="apply",
         invoices=payouts.unpaid_invoices().filter(currency=found.currency),
-        others=[one for one in others if one.pk != found.pk],
+        others=list(others.order_by(of_the_payer_first, "received_on", "pk")[:PER_PAGE]),
     )
     returning = ReturnForm(
         request.POST if act == "return" else None,

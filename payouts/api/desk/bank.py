@@ -11,7 +11,6 @@ from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from marketplace import clock
 from marketplace.api.fields import MoneyField
 from payouts.api.desk.base import DeskAct, DeskDetail, DeskList, OffsetPages, PersonField
 from payouts.api.desk.billing import ReceiptOutput, invoice_named
@@ -191,7 +190,7 @@ class UnappliedList(DeskList, DeskAct):
     answers = 201
 
     def list(self, request: Request, *args: Any, **kwargs: Any) -> Response:
-        page = self.paginate_queryset(unapplied.unapplied())
+        page = unapplied.with_age(self.paginate_queryset(unapplied.unapplied()) or [])
         return self.get_paginated_response(UnappliedOutput(page, many=True).data)
 
     def act(self, **given: Any) -> Any:
@@ -216,8 +215,8 @@ class UnappliedDetail(DeskDetail):
 
     def retrieve(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         receipt: BankReceipt = self.get_object()
-        days = (clock.today() - receipt.received_on).days
-        return Response(UnappliedDetailOutput(unapplied.Unapplied(receipt, receipt.left, days)).data)
+        (one,) = unapplied.with_age([receipt])
+        return Response(UnappliedDetailOutput(one).data)
 
 
 @extend_schema_view(

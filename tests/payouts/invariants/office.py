@@ -173,7 +173,7 @@ class Office(RuleBasedStateMachine):
     def it_pays_one_after_all(self, pick: int, some: int) -> None:
         payment = self.one(Payment.objects.filter(status="open", documents__isnull=False).distinct(), pick)
         if payment is not None:
-            money = [one.receipt for one in unapplied.unapplied() if one.receipt.currency == payment.currency][:some]
+            money = list(unapplied.unapplied().filter(currency=payment.currency)[:some])
             act(lambda: unapplied.propose_application(payment=payment, money=money, by=self.staff))
 
     @there_is(ReceiptApplication)
@@ -186,7 +186,7 @@ class Office(RuleBasedStateMachine):
     @there_is(BankReceipt)
     @rule(pick=picks, part=st.sampled_from([0.3, 1.0]))
     def it_goes_back_to_its_payer(self, pick: int, part: float) -> None:
-        left = unapplied.unapplied()
+        left = unapplied.with_age(unapplied.unapplied())
         if left:
             one = left[pick % len(left)]
             amount = Money(max(10_000, int(one.left.micros * part) // 10_000 * 10_000), one.left.currency)

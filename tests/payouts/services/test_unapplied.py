@@ -68,7 +68,9 @@ def test_it_is_held_for_its_payer_once_two_have_seen_it(carol: Any, ann: User, b
     clock.advance(timedelta(days=12))
 
     assert ledger.balances() == {"bank:USD": 60 * DOLLAR, "unapplied:USD": -60 * DOLLAR}
-    assert [(one.receipt.payer, one.left, one.days) for one in unapplied.unapplied()] == [("CAROL GMBH", usd("60"), 12)]
+    assert [(one.receipt.payer, one.left, one.days) for one in unapplied.with_age(unapplied.unapplied())] == [
+        ("CAROL GMBH", usd("60"), 12)
+    ]
     assert check_books().findings == []
     assert AuditEvent.objects.filter(target=f"receipt:{receipt.pk}").count() == 2
 
@@ -93,7 +95,7 @@ def test_a_partial_and_the_rest_pay_an_invoice_together_and_what_is_over_stays(
         unapplied.decide_application(application=proposed, approved=True, by=ben)
     order.refresh_from_db()
     assert (order.status, Payment.objects.get().method, License.objects.count()) == ("paid", "bank", 1)
-    assert [(one.receipt, one.left) for one in unapplied.unapplied()] == [(second, usd("15"))]
+    assert [(one.receipt, one.left) for one in unapplied.with_age(unapplied.unapplied())] == [(second, usd("15"))]
     assert ledger.balance("bank:USD") == 115 * DOLLAR and ledger.balance("unapplied:USD") == -15 * DOLLAR
     assert check_books().findings == []
     # And what it paid goes back like any other that was paid by transfer.
@@ -178,7 +180,7 @@ def test_money_that_came_too_late_is_set_apart_and_sent_back(order: Order, ann: 
     )
     outgoing.decide_transfer(transfer=transfer, approved=True, by=ben)
 
-    assert ledger.balances() == {} and unapplied.unapplied() == []
+    assert ledger.balances() == {} and list(unapplied.unapplied()) == []
     assert check_books().findings == []
 
 

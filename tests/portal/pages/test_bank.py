@@ -3,14 +3,17 @@
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 
 from marketplace import clock
 from marketplace.api.keys import create_api_key
 from marketplace.models import ApiKey, Order
+from marketplace.money import Money
 from payouts import ledger
 from payouts.models import BankReceipt, OutgoingTransfer, Payment, ReceiptApplication, Refund
-from payouts.services import billing, receipts, sales
+from payouts.services import billing, receipts, sales, unapplied
 from payouts.services.proofs import check_books
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
 from tests.pages import assert_page, signed_in, with_second_factor
@@ -160,3 +163,36 @@ def test_the_pages_exist_for_staff_only(paid: Order, carol: Any) -> None:
     for page in ("/desk/bank/", f"/desk/bank/receipts/{receipt.pk}/", "/desk/bank/refunds/1/"):
         assert signed_in(carol).get(page).status_code == 404
         assert Client().get(page).status_code == 404
+
+
+def test_each_list_at_the_bank_has_pages_of_its_own(people: Any, desks: Any) -> None:
+    ann, _ = desks
+    for number in range(51):
+        unapplied.record_unapplied(
+            payer=f"Payer {number}",
+            amount=Money(DOLLAR, "USD"),
+            reference=f"IN {number}",
+            received_on=clock.today(),
+            by=people[0],
+        )
+    with CaptureQueriesContext(connection) as first:
+        text = assert_page(ann.get("/desk/bank/"))
+    with CaptureQueriesContext(connection) as second:
+        rest = assert_page(ann.get("/desk/bank/?arrived=2"))
+
+    assert "Payer 49" in text and "Payer 50" not in text and "Page 1 of 2" in text
+    assert "Payer 50" in rest and "Payer 49" not in rest
+    assert "Payer 49" in assert_page(ann.get("/desk/bank/?out=2&arrived=x"))
+    assert len(first) == len(second)
+    for receipt in BankReceipt.objects.order_by("pk"):
+        receipts.decide_receipt(receipt=receipt, approved=True, by=people[1])
+    with CaptureQueriesContext(connection) as booked:
+        text = assert_page(ann.get("/desk/bank/"))
+    assert "Payer 49" in text and "Payer 50" not in text
+    assert "?unused=2#unapplied-heading" in ann.get("/desk/bank/").content.decode()
+    assert "Payer 50" in assert_page(ann.get("/desk/bank/?unused=2"))
+    assert len(booked) <= len(first) + 3  # what of each page is left is read at once
+    assert "51 transfers, the oldest of Payer 0" in assert_page(ann.get("/desk/"))
+    last = BankReceipt.objects.last()
+    assert last is not None
+    assert assert_page(ann.get(f"/desk/bank/receipts/{last.pk}/")).count("Payer ") <= 52
