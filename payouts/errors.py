@@ -138,6 +138,12 @@ class TransferNotPossible(DomainError):
     code = "transfer_not_possible"
 
 
+class BankShort(DomainError):
+    """Our bank account would not hold what is promised out of it any more; nothing was booked."""
+
+    code = "bank_short"
+
+
 class PeriodClosed(DomainError):
     """The month is closed; a correction is booked in an open one."""
 

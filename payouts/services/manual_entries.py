@@ -1,7 +1,9 @@
 """Entries that no service makes, with four eyes: one of the staff proposes, another one posts or rejects.
 
 Payables, pools and what is on its way cannot be moved by hand: rows of other services prove them, and a refund, a write-off or
-a correction is the way. Cash at Stripe moves only with the balance transaction that it books, which reconciliation then finds.
+a correction is the way. Cash at Stripe moves only with the balance transaction that it books, which reconciliation then finds. Our
+bank account gives only what is not promised to payees and buyers, or held for payers (PostgreSQL refuses the rest, too: migration
+`0036_bank_keeps_promises`).
 """
 
 import logging
@@ -16,8 +18,9 @@ from marketplace.models import User
 from marketplace.money import Money
 from marketplace.services import audit
 from payouts import chart, ledger
-from payouts.errors import AlreadyDecided, FourEyes, PeriodClosed
+from payouts.errors import AlreadyDecided, BankShort, FourEyes, PeriodClosed
 from payouts.models import ClosedPeriod, JournalEntry, ManualDecision, ManualEntry, ManualLeg
+from payouts.services import plans, recoveries
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ def propose(
     Raises:
         FourEyes: the user is not of the staff.
         InvalidInput: an account, amount or date that cannot be, or a missing reason; the pointer names it.
+        BankShort: it would take what is promised out of our bank account.
         PeriodClosed: nothing is booked at that time any more.
     """
     _require_staff(user)
@@ -85,6 +89,7 @@ def propose(
             "The date lies in the future; book it when it has happened.", pointers={"/booked_at": "future"}
         )
     _refuse_closed(booked_at)
+    _refuse_promised(legs, currency)
     manual = ManualEntry.objects.create(
         key=key,
         currency=currency,
@@ -109,6 +114,7 @@ def approve(*, manual: ManualEntry, user: User, note: str = "") -> ManualDecisio
     Raises:
         FourEyes: the user proposed it, or is not of the staff.
         AlreadyDecided: another one was first.
+        BankShort: by now it would take what is promised out of our bank account; reject it, or wait until that holds more.
         PeriodClosed: its month was closed meanwhile.
     """
     return _decide(manual, user, is_approved=True, note=note)
@@ -142,11 +148,11 @@ def _decide(manual: ManualEntry, user: User, *, is_approved: bool, note: str) ->
         raise AlreadyDecided(f"{known.decided_by} has {done} it.")
     entry = None
     if is_approved:
+        legs = {leg.account_code: leg.amount_micros for leg in manual.legs.order_by("pk")}
+        recoveries.lock(manual.currency)  # nothing is promised meanwhile
+        _refuse_promised(legs, manual.currency)
         entry = ledger.post(
-            key=f"manual:{manual.pk}",
-            kind=JournalEntry.Kind.MANUAL,
-            postings={leg.account_code: leg.amount_micros for leg in manual.legs.all()},
-            booked_at=manual.booked_at,
+            key=f"manual:{manual.pk}", kind=JournalEntry.Kind.MANUAL, postings=legs, booked_at=manual.booked_at
         )
     try:
         with transaction.atomic():
@@ -201,6 +207,23 @@ def _check_legs(legs: Mapping[str, int]) -> str:
             f"Debits and credits differ by {Money(abs(total), currency)}.", pointers={"/legs": "do not balance"}
         )
     return str(currency)
+
+
+def _refuse_promised(legs: Mapping[str, int], currency: str) -> None:
+    """Of our bank account nobody takes what is another's; where nothing is, an overdraft is between us and the bank."""
+    bank = chart.bank(currency)
+    taken = -legs.get(bank, 0)
+    if taken <= 0:
+        return
+    held, promised = plans.bank_micros(currency)
+    free = max(held - promised, 0)
+    if promised > 0 and taken > free:
+        raise BankShort(
+            f"{Money(free, currency)} of the {Money(max(held, 0), currency)} in {bank} is free, and this takes {Money(taken, currency)}: "
+            f"{Money(promised, currency)} is promised to payees and buyers, or held for payers. Take less, or withdraw more from "
+            f"Stripe and book that first (debit {bank}).",
+            pointers={f"/legs/{list(legs).index(bank)}": "more than is free"},
+        )
 
 
 def _refuse_closed(booked_at: datetime) -> None:

@@ -9,7 +9,7 @@ from marketplace import clock
 from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, User
 from payouts import ledger
-from payouts.errors import AlreadyDecided, FourEyes
+from payouts.errors import AlreadyDecided, BankShort, FourEyes
 from payouts.models import JournalEntry, ManualDecision, ManualEntry, ManualLeg
 from payouts.services.manual_entries import approve, propose, reject
 from tests.factories.marketplace import UserFactory
@@ -96,6 +96,72 @@ def test_bad_proposals_name_what_is_wrong_and_leave_nothing(ann: User, changes: 
 
     assert list(refused.value.pointers) == [pointer]
     assert not ManualEntry.objects.exists() and not AuditEvent.objects.exists()
+
+
+def fund(ann: User, ben: User, dollars: int) -> None:
+    legs = {"bank:USD": dollars * 1_000_000, "equity:owners:USD": -dollars * 1_000_000}
+    approve(manual=proposed(ann, key=f"fund {dollars}", legs=legs), user=ben)
+
+
+def promise(key: str, dollars: int, *, to: str = "in_transit_rail:USD") -> None:
+    ledger.post(
+        key=key,
+        kind=JournalEntry.Kind.RAIL_INTENT,
+        postings={"revenue:other:USD": dollars * 1_000_000, to: -dollars * 1_000_000},
+    )
+
+
+def taking(dollars: int) -> dict[str, int]:
+    return {"equity:owners:USD": dollars * 1_000_000, "bank:USD": -dollars * 1_000_000}
+
+
+@pytest.mark.parametrize("to", ["in_transit_rail:USD", "refunding_bank:USD", "unapplied:USD"])
+def test_nobody_takes_what_is_promised_out_of_the_bank(ann: User, ben: User, to: str) -> None:
+    fund(ann, ben, 100)
+    promise("rail", 70, to=to)
+
+    with pytest.raises(
+        BankShort, match=r"30\.00 USD of the 100\.00 USD in bank:USD is free, and this takes 31\.00"
+    ) as refused:
+        proposed(ann, legs=taking(31))
+    assert refused.value.pointers == {"/legs/1": "more than is free"}
+    manual, more = proposed(ann, key="a", legs=taking(30)), proposed(ann, key="b", legs=taking(20))
+    approve(manual=manual, user=ben)
+    with pytest.raises(BankShort, match=r"0\.00 USD of the 70\.00 USD"):
+        approve(manual=more, user=ben)
+    commit_would_pass()
+
+    assert ledger.balance("bank:USD") == 70_000_000
+    assert not ManualDecision.objects.filter(manual=more).exists()
+    reject(manual=more, user=ben, note="The bank holds too little.")
+
+
+def test_where_nothing_is_promised_an_overdraft_is_booked_as_it_is(ann: User, ben: User) -> None:
+    fund(ann, ben, 10)
+
+    approve(manual=proposed(ann, legs=taking(12)), user=ben)
+    commit_would_pass()
+    fund(ann, ben, 1)  # what comes in is booked however short it leaves the account
+    commit_would_pass()
+
+    assert ledger.balance("bank:USD") == -1_000_000
+
+
+def test_the_database_refuses_to_take_what_is_promised(ann: User, ben: User) -> None:
+    fund(ann, ben, 100)
+    manual = proposed(ann, legs=taking(31))
+    promise("rail", 70)
+    with pytest.raises(DatabaseError, match="leaves 69000000, of which 70000000 are promised"), transaction.atomic():
+        entry = ledger.post(
+            key=f"manual:{manual.pk}",
+            kind=JournalEntry.Kind.MANUAL,
+            postings=taking(31),
+            booked_at=manual.booked_at,
+        )
+        ManualDecision.objects.create(manual=manual, is_approved=True, entry=entry, decided_by=ben)
+        commit_would_pass()
+
+    assert ledger.balance("bank:USD") == 100_000_000
 
 
 def test_the_database_refuses_a_manual_entry_that_nobody_approved(ann: User) -> None:
