@@ -10,6 +10,8 @@ import environ
 from csp.constants import NONE, SELF
 from django.core.exceptions import ImproperlyConfigured
 
+from payouts.approval_limits import read_limits
+
 BASE_DIR = Path(__file__).resolve().parent.parent
 env = environ.Env()
 
@@ -226,8 +228,11 @@ STRIPE_CONNECT_WEBHOOK_SECRET = env("STRIPE_CONNECT_WEBHOOK_SECRET", default="")
 #: Stripe allows 100 requests a second with a live key and 25 with a test key; what else asks it needs some of them.
 STRIPE_REQUESTS_PER_SECOND = env.float("STRIPE_REQUESTS_PER_SECOND", default=20.0)
 STRIPE_CONNECTIONS = env.int("STRIPE_CONNECTIONS", default=8)  # of one payments worker, side by side
-#: Whole units of the currency; a payout run of more waits for a second person.
-PAYOUT_RUN_APPROVAL_ABOVE = env.int("PAYOUT_RUN_APPROVAL_ABOVE", default=10_000)
+#: Currency → whole units; a payout run of more waits for a second person.
+try:
+    PAYOUT_RUN_APPROVAL_ABOVE = read_limits(env("PAYOUT_RUN_APPROVAL_ABOVE", default="10000"))
+except ValueError as error:
+    raise ImproperlyConfigured(f"PAYOUT_RUN_APPROVAL_ABOVE: {error}") from error
 RESIDUAL_PROCESS = env("RESIDUAL_PROCESS", default="web")  # web, ingest, attribution, default, payments, beat
 if not IS_DEMO:
     if STRIPE_API_BASE:

@@ -63,11 +63,14 @@ class PayoutRun(Job):
 
 
 class ApprovalLimit(models.Model):
-    """Above it a payout run needs a second person; append-only, the latest counts.
+    """Above it a payout run in the currency needs a second person; append-only, the latest counts.
 
     `migrate` writes it from `PAYOUT_RUN_APPROVAL_ABOVE`, as the owner of the tables: the application can read it, not raise it.
     """
 
+    currency = models.CharField(
+        max_length=3, blank=True, default=""
+    )  # none: of every currency, as once there was one limit
     above_micros = models.BigIntegerField()
     set_at = models.DateTimeField(default=timezone.now)
 
@@ -76,7 +79,12 @@ class ApprovalLimit(models.Model):
         constraints = [models.CheckConstraint(condition=Q(above_micros__gte=0), name="approval_limit_not_negative")]
 
     def __str__(self) -> str:
-        return f"{self.above_micros} since {self.set_at:%Y-%m-%d}"
+        return f"{self.above_micros} {self.currency} since {self.set_at:%Y-%m-%d}"
+
+    @classmethod
+    def of(cls, currency: str, *, using: str = "default") -> "ApprovalLimit | None":
+        """The one that counts, as PostgreSQL chooses it (`payouts_approval_above`)."""
+        return cls.objects.using(using).filter(currency__in=["", currency]).first()
 
 
 class PayoutShard(Job):

@@ -105,13 +105,13 @@ WHERE l.due_at > %(until)s AND d.currency = %(currency)s
 """
 
 
-def approval_above_micros() -> int:
+def approval_above_micros(currency: str) -> int:
     """Above it a run waits for a second person: the setting, or the limit that PostgreSQL holds it against if that is lower.
 
     `migrate` makes the two equal, as the owner of the tables.
     """
-    held = ApprovalLimit.objects.first()
-    return min(settings.PAYOUT_RUN_APPROVAL_ABOVE * MICROS, held.above_micros if held else 0)
+    held = ApprovalLimit.of(currency)
+    return min(settings.PAYOUT_RUN_APPROVAL_ABOVE[currency] * MICROS, held.above_micros if held else 0)
 
 
 def write_plan(run: PayoutRun) -> None:
@@ -132,7 +132,7 @@ def write_plan(run: PayoutRun) -> None:
         )
         counted = {outcome: (n, int(micros)) for outcome, n, micros in cursor.fetchall()}
     n_planned, micros = counted.pop("planned", (0, 0))
-    is_above = micros > approval_above_micros()
+    is_above = micros > approval_above_micros(run.currency)
     run.write(
         planned_at=clock.now(),
         n_planned=n_planned,

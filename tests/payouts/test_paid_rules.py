@@ -400,6 +400,32 @@ def test_the_limit_is_not_the_applications_to_raise(planned: int, role: str | No
         sql("UPDATE payouts_payoutrun SET approval_above_micros = 10000000000 WHERE id = %s", planned)
 
 
+def test_each_currency_has_its_own_limit(limit: int, role: str | None, alice: Any) -> None:
+    sql("RESET ROLE")
+    ApprovalLimit.objects.create(currency="JPY", above_micros=1_500_000 * DOLLAR)
+    runs = {}
+    for currency in ("USD", "EUR", "JPY"):
+        runs[currency] = PayoutRun.objects.create(currency=currency, due_until=timezone.now(), key=currency)
+        runs[currency].planned_payouts.create(
+            position=0, party=alice, amount_micros=10 * DOLLAR, oldest_due_at=timezone.now()
+        )
+    if role:
+        sql(f'SET ROLE "{role}"')
+
+    sql(PLAN, 10 * DOLLAR, "sending", runs["JPY"].pk)
+    for currency in ("USD", "EUR"):  # what was written down for none in particular is of every other one
+        with pytest.raises(IntegrityError, match="above 9000000, and nobody approved"), transaction.atomic():
+            sql(PLAN, 10 * DOLLAR, "sending", runs[currency].pk)
+    sql("RESET ROLE")
+    ApprovalLimit.objects.create(above_micros=DOLLAR)  # the latest counts, whatever it is for
+    if role:
+        sql(f'SET ROLE "{role}"')
+    with pytest.raises(IntegrityError, match="above what needs no approval"), transaction.atomic():
+        sql(RUN.replace("'USD'", "'JPY'"), "small", "planning")
+        small = sql("SELECT id FROM payouts_payoutrun WHERE key = 'small'")[0]
+        sql(PAYOUT.replace("'USD'", "'JPY'"), small, alice.pk, 2 * DOLLAR, "intended", None)
+
+
 def test_nothing_above_the_limit_is_intended_while_a_run_is_still_planning(
     limit: int, role: str | None, alice: Any
 ) -> None:

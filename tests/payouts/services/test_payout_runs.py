@@ -193,7 +193,7 @@ def test_what_stripe_has_no_funds_for_keeps_its_place_in_the_run(told: Stripe, d
 # --- a person's word --------------------------------------------------------------------------------------------------
 
 
-@override_settings(PAYOUT_RUN_APPROVAL_ABOVE=14)
+@override_settings(PAYOUT_RUN_APPROVAL_ABOVE={"USD": 14})
 def test_a_run_above_the_limit_waits_for_a_second_person(told: Stripe, db: Any, staff: User, colleague: User) -> None:
     first, second = owed(10, 5)
     run = execute(request_payout_run(currency="USD", key="one", user=staff))
@@ -220,7 +220,7 @@ def test_a_run_above_the_limit_waits_for_a_second_person(told: Stripe, db: Any, 
     assert list(actions) == [("payout_run.requested", staff.pk), ("payout_run.approved", colleague.pk)]
 
 
-@override_settings(PAYOUT_RUN_APPROVAL_ABOVE=9)
+@override_settings(PAYOUT_RUN_APPROVAL_ABOVE={"USD": 9})
 def test_an_approved_run_pays_no_more_than_was_planned(told: Stripe, db: Any, colleague: User) -> None:
     (party,) = owed(10)
     run = execute(request_payout_run(currency="USD", key="one"))
@@ -236,7 +236,7 @@ def test_an_approved_run_pays_no_more_than_was_planned(told: Stripe, db: Any, co
         )
 
 
-@override_settings(PAYOUT_RUN_APPROVAL_ABOVE=9)
+@override_settings(PAYOUT_RUN_APPROVAL_ABOVE={"USD": 9})
 def test_a_rejected_run_sends_nothing_and_the_next_plans_anew(told: Stripe, db: Any, staff: User) -> None:
     (party,) = owed(10)
     run = execute(request_payout_run(currency="USD", key="one"))
@@ -247,7 +247,7 @@ def test_a_rejected_run_sends_nothing_and_the_next_plans_anew(told: Stripe, db: 
     execute(run)
 
     assert (run.status, run.state, sent()) == ("done", State.REJECTED, [])
-    with override_settings(PAYOUT_RUN_APPROVAL_ABOVE=100):
+    with override_settings(PAYOUT_RUN_APPROVAL_ABOVE={"USD": 100}):
         execute(request_payout_run(currency="USD", key="two"))
     assert sent() == [(party.pk, 10)]
 

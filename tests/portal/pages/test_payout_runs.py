@@ -65,7 +65,7 @@ def test_a_run_is_started_and_its_failures_are_named(told: Stripe, finance: Any,
     assert "Refused by Stripe" in text
 
 
-@override_settings(PAYOUT_RUN_APPROVAL_ABOVE=1)
+@override_settings(PAYOUT_RUN_APPROVAL_ABOVE={"USD": 1})
 def test_a_colleague_approves_and_the_starter_cannot(told: Stripe, finance: Any, client: Any, alice: Any) -> None:
     earn({alice: 1}, price="30")
     PayeeAccountFactory(party=alice)

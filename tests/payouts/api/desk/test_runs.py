@@ -77,7 +77,7 @@ def test_whom_a_run_passes_over_is_counted(told: Stripe, ann: Desk, alice: Any) 
     assert ann.get(f"payees/{alice.pk}/")["onboarding"] == "not_started"
 
 
-@override_settings(PAYOUT_RUN_APPROVAL_ABOVE=1)
+@override_settings(PAYOUT_RUN_APPROVAL_ABOVE={"USD": 1})
 def test_another_person_approves_and_no_second_key_makes_another_person(
     due: None, ann: Desk, ann_again: Desk, ben: Desk
 ) -> None:
@@ -97,7 +97,7 @@ def test_another_person_approves_and_no_second_key_makes_another_person(
     assert ben.act(f"{path}approve/", None, 409)["code"] == "payout_run_state"
 
 
-@override_settings(PAYOUT_RUN_APPROVAL_ABOVE=1)
+@override_settings(PAYOUT_RUN_APPROVAL_ABOVE={"USD": 1})
 def test_a_run_is_rejected_with_a_reason_and_without_a_code(due: None, ann: Desk, ben: Desk) -> None:
     run = ann.act("payout-runs/", USD, 201)
     execute(PayoutRun.objects.get())
