@@ -157,7 +157,7 @@ class NotClosable(DomainError):
 
 
 class FourEyes(DomainError):
-    """Whoever proposed it cannot approve it, and only staff may do either."""
+    """Two people have to look at it: whoever proposed, recorded or started it cannot also approve it."""
 
     code = "four_eyes"
     status = 403

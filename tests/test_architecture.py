@@ -116,6 +116,17 @@ def test_only_the_ledger_writes_postings() -> None:
     assert writers == {"payouts/ledger.py"}
 
 
+def test_one_check_says_who_is_staff() -> None:
+    askers = {
+        str(path.relative_to(ROOT))
+        for path in _files(*(f"{package}/services" for package in STORY if (ROOT / package / "services").is_dir()))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "is_staff"
+    }
+
+    assert askers == {"marketplace/services/authority.py"}
+
+
 def test_tasks_are_leaves() -> None:
     tasks = [f"{package}.tasks" for package in STORY]
 

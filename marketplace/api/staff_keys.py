@@ -29,6 +29,7 @@ from rest_framework.response import Response
 from marketplace.errors import InvalidInput, KeyReused, NotAllowed, SecondFactorNeeded, TooManyCodes
 from marketplace.models import StaffAct, StaffKey, User
 from marketplace.services import audit
+from marketplace.services.authority import require_staff
 
 PREFIX = "sk_desk_"
 CODE_HEADER = "One-Time-Code"
@@ -47,7 +48,8 @@ def create_staff_key(*, user: User, name: str, scopes: list[str], days: int) -> 
     """
     user = User.objects.select_for_update().get(pk=user.pk)  # whoever ends their being staff waits, and finds this key
     factor = Authenticator.objects.filter(user=user, type=Authenticator.Type.TOTP).first()
-    if not (user.is_staff and user.is_active) or factor is None:
+    require_staff(user=user, to="have a key to the desk")
+    if factor is None:
         raise NotAllowed("Only staff with a second factor can have a key to the desk.")
     if not name.strip() or len(name) > 80:
         raise InvalidInput("Name it in 1 to 80 characters: where will it live?", pointers={"name": "missing"})
@@ -87,8 +89,7 @@ def revoke_staff_key(*, key: StaffKey, user: User) -> None:
     Raises:
         NotAllowed: the user is no active staff.
     """
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed("Only staff can revoke a key to the desk.")
+    require_staff(user=user, to="revoke a key to the desk")
     if StaffKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=timezone.now()):
         audit.record(actor=user, action="staff_key.revoked", target=f"staff_key:{key.pk}", user=key.user_id)
 

@@ -1,4 +1,4 @@
-"""Who may act in a party's name; every service that writes for a party asks here."""
+"""Who may act in a party's name, or at the desk; every service that writes for a party or for staff asks here."""
 
 from marketplace.errors import NotAllowed
 from marketplace.models import Membership, Party, User
@@ -27,3 +27,13 @@ def require_editor(*, user: User, party: Party, to: str) -> Membership:
     if membership is None:
         raise NotAllowed(f"Only an owner or editor of {party.name} can {to}; ask one of them.")
     return membership
+
+
+def require_staff(*, user: User | None, to: str) -> None:
+    """Let only active staff go on; that two of them take part is for the service to ask (`payouts.errors.FourEyes`).
+
+    Raises:
+        NotAllowed: nobody, or somebody else; `to` completes the sentence.
+    """
+    if user is None or not (user.is_staff and user.is_active):
+        raise NotAllowed(f"Only staff can {to}.")

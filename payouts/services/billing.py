@@ -18,10 +18,10 @@ from stdnum.gb import vat as british_vat
 from stdnum.no import mva as norwegian_vat
 
 from marketplace import clock
-from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, Party, User
 from marketplace.money import Money
-from marketplace.services.authority import require_authority
+from marketplace.services.authority import require_authority, require_staff
 from payouts import chart, gateway
 from payouts.models import BillingProfile, Payment, RoyaltyInvoice, TaxRate
 from payouts.services import documents
@@ -224,8 +224,7 @@ def add_tax_rate(
         NotAllowed: the user is not staff.
         InvalidInput: it overlaps another of the jurisdiction, begins in the past, or is no rate.
     """
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed("Only staff can set tax rates.")
+    require_staff(user=user, to="set tax rates")
     if not re.fullmatch(r"[A-Z]{2}(-[A-Z0-9]{1,3})?", jurisdiction):
         raise InvalidInput(
             f"{jurisdiction} is no place; write DE, or US-CA (ISO 3166).", pointers={"/jurisdiction": "no place"}
@@ -263,8 +262,7 @@ def end_tax_rate(*, rate: TaxRate, last_day: date, user: User) -> TaxRate:
         NotAllowed: the user is not staff.
         InvalidInput: a day that has passed or comes before its first, or it has another last day.
     """
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed("Only staff can set tax rates.")
+    require_staff(user=user, to="set tax rates")
     rate = TaxRate.objects.select_for_update(of=("self",)).get(pk=rate.pk)
     if rate.valid_until == last_day:
         return rate

@@ -12,10 +12,11 @@ from django.db.models import Max, Q, Sum
 
 from attribution.models import AttributionResult
 from marketplace import clock
-from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, User
 from marketplace.money import Money
-from payouts.errors import CorrectionNotPossible, ResultNotPublished
+from marketplace.services.authority import require_staff
+from payouts.errors import CorrectionNotPossible, FourEyes, ResultNotPublished
 from payouts.models import (
     CorrectionLine,
     Dispute,
@@ -50,7 +51,7 @@ def propose_correction(
         ResultNotPublished: its shares may still change.
         CorrectionNotPossible: another one waits, its payment is disputed, or nothing would change.
     """
-    _require_staff(by)
+    require_staff(user=by, to="correct a division")
     if not reason.strip():
         raise InvalidInput("Say what went wrong, in words: the payees read it.", pointers={"/reason": "missing"})
     if result is not None and result.status != AttributionResult.Status.PUBLISHED:
@@ -106,10 +107,11 @@ def decide_correction(*, correction: DivisionCorrection, approved: bool, by: Use
     """Book a proposed correction, or reject it; the second call with the same decision finds it decided.
 
     Raises:
-        NotAllowed: the user is not staff, or approves what they proposed themselves.
+        NotAllowed: the user is not staff.
+        FourEyes: the user proposed it.
         CorrectionNotPossible: it was decided otherwise, its payment is disputed, or the division has changed since.
     """
-    _require_staff(by)
+    require_staff(user=by, to="correct a division")
     payment = _hold_payment(correction.division)
     correction = (
         DivisionCorrection.objects.select_for_update(of=("self",))
@@ -122,7 +124,7 @@ def decide_correction(*, correction: DivisionCorrection, approved: bool, by: Use
     if correction.status != Status.PROPOSED:
         raise CorrectionNotPossible(f"This correction was {correction.status} already.")
     if approved and by.pk == correction.proposed_by_id:
-        raise NotAllowed("Somebody else has to approve it: you proposed it.")
+        raise FourEyes("Somebody else has to approve it: you proposed it.")
     if approved:
         _book(correction, payment)
     correction.status, correction.decided_by, correction.decided_at = wanted, by, clock.now()
@@ -216,11 +218,6 @@ def _hold_payment(division: Division) -> Payment:
     if payment.disputes.filter(status__in=Dispute.OPEN).exists():
         raise CorrectionNotPossible("Its payment is disputed at the card's bank; correct it once that is decided.")
     return payment
-
-
-def _require_staff(user: User) -> None:
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed("Only staff can correct a division.")
 
 
 def _note(correction: DivisionCorrection, action: str, by: User) -> None:

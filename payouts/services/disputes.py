@@ -15,9 +15,10 @@ from datetime import timedelta
 from django.db import transaction
 
 from marketplace import clock, jobs
-from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, User
 from marketplace.money import Money
+from marketplace.services.authority import require_staff
 from marketplace.services.licenses import resume_licenses, suspend_licenses
 from payouts import chart, gateway
 from payouts.errors import DisputeNotAnswerable, PaymentMismatch
@@ -87,8 +88,7 @@ def answer_dispute(
         InvalidInput: no evidence, an unknown field, or too long a text.
         DisputeNotAnswerable: it was answered, or is closed.
     """
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed("Only staff can answer a dispute.")
+    require_staff(user=user, to="answer a dispute")
     texts = {name: text.strip() for name, text in (evidence or {}).items() if text.strip()}
     for name, text in texts.items():
         if name not in EVIDENCE_FIELDS or len(text) > MAX_EVIDENCE:

@@ -17,6 +17,7 @@ from marketplace.errors import InvalidInput
 from marketplace.models import User
 from marketplace.money import Money
 from marketplace.services import audit
+from marketplace.services.authority import require_staff
 from payouts import chart, ledger
 from payouts.errors import AlreadyDecided, BankShort, FourEyes, PeriodClosed
 from payouts.models import ClosedPeriod, JournalEntry, ManualDecision, ManualEntry, ManualLeg
@@ -60,12 +61,12 @@ def propose(
         balance_transaction_id: Stripe's, wherever the entry moves cash at Stripe.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: an account, amount or date that cannot be, or a missing reason; the pointer names it.
         BankShort: it would take what is promised out of our bank account.
         PeriodClosed: nothing is booked at that time any more.
     """
-    _require_staff(user)
+    require_staff(user=user, to="propose a manual entry")
     if known := ManualEntry.objects.filter(key=key).first():
         return known
     if not reason.strip():
@@ -112,7 +113,8 @@ def approve(*, manual: ManualEntry, user: User, note: str = "") -> ManualDecisio
     """Post a proposal, once.
 
     Raises:
-        FourEyes: the user proposed it, or is not of the staff.
+        NotAllowed: the user is not staff.
+        FourEyes: the user proposed it.
         AlreadyDecided: another one was first.
         BankShort: by now it would take what is promised out of our bank account; reject it, or wait until that holds more.
         PeriodClosed: its month was closed meanwhile.
@@ -124,7 +126,7 @@ def reject(*, manual: ManualEntry, user: User, note: str) -> ManualDecision:
     """Decide that a proposal is never posted. Whoever proposed it asks another one to reject it, too.
 
     Raises:
-        FourEyes, AlreadyDecided: see `approve`.
+        NotAllowed, FourEyes, AlreadyDecided: see `approve`.
         InvalidInput: no reason was given.
     """
     if not note.strip():
@@ -134,7 +136,7 @@ def reject(*, manual: ManualEntry, user: User, note: str) -> ManualDecision:
 
 @transaction.atomic
 def _decide(manual: ManualEntry, user: User, *, is_approved: bool, note: str) -> ManualDecision:
-    _require_staff(user)
+    require_staff(user=user, to="decide on a manual entry")
     with connection.cursor() as cursor:
         # Two who decide at once wait here. The row itself cannot be locked: whoever may lock it could change it.
         cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"manual_entry:{manual.pk}"])
@@ -233,8 +235,3 @@ def _refuse_closed(booked_at: datetime) -> None:
             f"The month of {booked_at:%d %B %Y} is closed; book it in an open one and name the date in the reason.",
             pointers={"/booked_at": "closed"},
         )
-
-
-def _require_staff(user: User) -> None:
-    if not (user.is_active and user.is_staff):
-        raise FourEyes("Only staff propose and decide manual entries.")

@@ -22,6 +22,7 @@ from marketplace.errors import InvalidInput
 from marketplace.models import Party, User
 from marketplace.money import MINOR_DIGITS, Money
 from marketplace.services import audit
+from marketplace.services.authority import require_staff
 from payouts import chart, ledger
 from payouts.errors import AlreadyDecided, FourEyes, NothingOwed, TransferNotPossible
 from payouts.models import (
@@ -106,11 +107,11 @@ def propose_export(*, user: User, currency: str, key: str) -> RailExport:
     """Gather what is due to everybody whom Stripe does not reach, in one currency; the same key proposes once.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: a currency in which no balance is held.
         NothingOwed: nothing is due to anybody with bank details, or less than they want at once, or it is all in an open export.
     """
-    _require_staff(user)
+    require_staff(user=user, to="export payouts")
     if currency not in MINOR_DIGITS:
         raise InvalidInput(f"No balance is held in {currency!r}.", pointers={"/currency": "unknown"})
     if known := RailExport.objects.filter(key=key).first():
@@ -149,11 +150,12 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
     Dropped is whoever has changed their bank details since, or has less due by now than they want at once.
 
     Raises:
-        FourEyes: the user proposed it, or is not of the staff.
+        NotAllowed: the user is not staff.
+        FourEyes: the user proposed it.
         AlreadyDecided: another one was first.
         NothingOwed: the platform's bank account does not hold enough.
     """
-    _require_staff(user)
+    require_staff(user=user, to="approve an export")
     recoveries.lock(export.currency)
     export = _undecided(export, user)
     RailExport.objects.filter(pk=export.pk).update(
@@ -206,9 +208,9 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
 def reject_export(*, export: RailExport, user: User) -> RailExport:
     """
     Raises:
-        FourEyes, AlreadyDecided: see `approve_export`.
+        NotAllowed, FourEyes, AlreadyDecided: see `approve_export`.
     """
-    _require_staff(user)
+    require_staff(user=user, to="reject an export")
     export = _undecided(export, user)
     RailExport.objects.filter(pk=export.pk).update(
         status=RailExport.Status.REJECTED, decided_by=user, decided_at=clock.now()
@@ -233,7 +235,7 @@ def record_sent(*, payout: RailPayout, user: User, reference: str) -> RailConfir
         reference: the bank statement's own number of the transfer.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no reference, or the payout is not on its way.
         TransferNotPossible: the reference is another transfer's, or another record about the payout waits.
     """
@@ -247,7 +249,7 @@ def record_returned(*, payout: RailPayout, user: User, reference: str) -> RailCo
         reference: the bank statement's own number of what came back.
 
     Raises:
-        FourEyes, InvalidInput, TransferNotPossible: see `record_sent`.
+        NotAllowed, InvalidInput, TransferNotPossible: see `record_sent`.
     """
     return _record(payout, user, reference, Outcome.RETURNED)
 
@@ -259,10 +261,11 @@ def decide_confirmation(*, confirmation: RailConfirmation, approved: bool, user:
     What came back, or never left, is owed to its payee again.
 
     Raises:
-        FourEyes: the user is not of the staff, or confirms what they recorded themselves.
+        NotAllowed: the user is not staff.
+        FourEyes: the user confirms what they recorded themselves.
         AlreadyDecided: it was decided otherwise.
     """
-    _require_staff(user)
+    require_staff(user=user, to="say how a payout ended")
     recoveries.lock(confirmation.payout.currency)
     payout = RailPayout.objects.select_for_update(of=("self",)).select_related("party").get(pk=confirmation.payout_id)
     confirmation = RailConfirmation.objects.select_for_update(of=("self",)).get(pk=confirmation.pk)
@@ -292,7 +295,7 @@ def confirmations_waiting() -> QuerySet[RailConfirmation]:
 
 
 def _record(payout: RailPayout, user: User, reference: str, outcome: RailConfirmation.Outcome) -> RailConfirmation:
-    _require_staff(user)
+    require_staff(user=user, to="say how a payout ended")
     reference = checked_reference(reference)
     with transaction.atomic():
         payout = RailPayout.objects.select_for_update(of=("self",)).select_related("party").get(pk=payout.pk)
@@ -330,10 +333,10 @@ def export_file(*, export: RailExport, user: User) -> Iterator[str]:
     """The file for the other rail, as CSV, streamed; that it was made, and by whom, is in the audit log.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: nobody approved the export.
     """
-    _require_staff(user)
+    require_staff(user=user, to="have an export’s file")
     export = RailExport.objects.get(pk=export.pk)
     if export.status != RailExport.Status.APPROVED:
         raise InvalidInput(f"Export {export.pk} is {export.status}; only an approved one is sent.")
@@ -462,8 +465,3 @@ def _undecided(export: RailExport, user: User) -> RailExport:
     if export.status != RailExport.Status.AWAITING:
         raise AlreadyDecided(f"Export {export.pk} is {export.status} already.")
     return export
-
-
-def _require_staff(user: User) -> None:
-    if not (user.is_active and user.is_staff):
-        raise FourEyes("Only staff send money over another rail.")

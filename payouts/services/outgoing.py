@@ -21,6 +21,7 @@ from marketplace.errors import InvalidInput
 from marketplace.models import User
 from marketplace.money import Money
 from marketplace.services import audit
+from marketplace.services.authority import require_staff
 from payouts import chart, ledger
 from payouts.errors import AlreadyDecided, FourEyes, TransferNotPossible
 from payouts.models import BankReceipt, JournalEntry, OutgoingTransfer, Payment, Refund
@@ -39,7 +40,7 @@ def record_refund_sent(*, refund: Refund, reference: str, sent_on: date, by: Use
         reference: the bank statement's own number of the transfer.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no reference, or a day to come.
         TransferNotPossible: the refund goes back to a card, has ended or has another transfer; or the reference is another's.
     """
@@ -61,7 +62,7 @@ def record_money_returned(
     """Write down that money that fits no invoice, or a part of it, has been sent back to its payer; nothing is booked.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no reference, a day to come, another currency or no positive amount.
         TransferNotPossible: less is left of it, or the reference is another's.
     """
@@ -88,10 +89,11 @@ def decide_transfer(*, transfer: OutgoingTransfer, approved: bool, by: User) -> 
     """Book a recorded transfer, or reject the record; the second call with the same decision finds it decided.
 
     Raises:
-        FourEyes: the user is not of the staff, or confirms what they recorded themselves.
+        NotAllowed: the user is not staff.
+        FourEyes: the user recorded it.
         AlreadyDecided: it was decided otherwise.
     """
-    _require_staff(by)
+    require_staff(user=by, to="confirm a transfer")
     payment, refund, transfer = _held_with_cause(transfer)
     wanted = Status.BOOKED if approved else Status.REJECTED
     if transfer.status == wanted:
@@ -122,11 +124,11 @@ def note_returned(*, transfer: OutgoingTransfer, reference: str, note: str, by: 
         note: why, as the bank says it; the buyer reads it.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no reference, or no reason.
         AlreadyDecided: it was never booked.
     """
-    _require_staff(by)
+    require_staff(user=by, to="say that a transfer came back")
     reference = checked_reference(reference)
     if not note.strip():
         raise InvalidInput("Say why it came back, as the bank says it.", pointers={"/note": "missing"})
@@ -155,11 +157,11 @@ def refuse_refund(*, refund: Refund, note: str, by: User) -> Refund:
         note: why; the buyer reads it.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no reason.
         TransferNotPossible: it is a card's, has been sent, or a recorded transfer carries it: reject that first.
     """
-    _require_staff(by)
+    require_staff(user=by, to="end a refund")
     if not note.strip():
         raise InvalidInput("Say why it cannot be sent: the buyer reads it.", pointers={"/note": "missing"})
     payment, refund = _hold(refund)
@@ -265,15 +267,10 @@ def _held_with_cause(transfer: OutgoingTransfer) -> tuple[Payment | None, Refund
 
 
 def _checked(reference: str, sent_on: date, by: User) -> str:
-    _require_staff(by)
+    require_staff(user=by, to="record a transfer")
     if sent_on > clock.today():
         raise InvalidInput(f"{sent_on} is still to come.", pointers={"/sent_on": "in the future"})
     return checked_reference(reference)
-
-
-def _require_staff(user: User) -> None:
-    if not (user.is_active and user.is_staff):
-        raise FourEyes("Only staff record and confirm transfers.")
 
 
 def _note(transfer: OutgoingTransfer, action: str, by: User, payment: Payment | None) -> None:

@@ -6,11 +6,12 @@ from datetime import date
 from django.db import IntegrityError, transaction
 
 from marketplace import clock
-from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, User
 from marketplace.money import Money
+from marketplace.services.authority import require_staff
 from payouts import chart, ledger
-from payouts.errors import AlreadyPaid, ReceiptNotPossible
+from payouts.errors import AlreadyPaid, FourEyes, ReceiptNotPossible
 from payouts.models import BankReceipt, Document, JournalEntry, Payment
 from payouts.services import checkouts, duties, royalties, sales
 
@@ -74,11 +75,12 @@ def decide_receipt(*, receipt: BankReceipt, approved: bool, by: User) -> BankRec
     One that fits no invoice is held for its payer.
 
     Raises:
-        NotAllowed: the user is not staff, or confirms what they recorded themselves.
+        NotAllowed: the user is not staff.
+        FourEyes: the user recorded it.
         ReceiptNotPossible: it was decided otherwise, or the payment was made on Stripe's page meanwhile.
         OrderNotPayable: the order was cancelled; reject it, and record the transfer as money that fits no invoice.
     """
-    _require_staff(by)
+    require_staff(user=by, to="confirm a transfer")
     payment = hold_payment(receipt.payment_id) if receipt.payment_id is not None else None
     receipt = BankReceipt.objects.select_for_update(of=("self",)).get(pk=receipt.pk)
     wanted = Status.BOOKED if approved else Status.REJECTED
@@ -87,7 +89,7 @@ def decide_receipt(*, receipt: BankReceipt, approved: bool, by: User) -> BankRec
     if receipt.status != Status.RECORDED:
         raise ReceiptNotPossible(f"This transfer was {receipt.status} already.")
     if approved and by.pk == receipt.recorded_by_id:
-        raise NotAllowed("Somebody else has to confirm it: you recorded it.")
+        raise FourEyes("Somebody else has to confirm it: you recorded it.")
     receipt.status, receipt.decided_by, receipt.decided_at = wanted, by, clock.now()
     receipt.save(update_fields=["status", "decided_by", "decided_at"])
     if approved and payment is not None:
@@ -141,7 +143,7 @@ def checked(reference: str, received_on: date, by: User) -> str:
         NotAllowed: the user is not staff.
         InvalidInput: no number, or a day to come.
     """
-    _require_staff(by)
+    require_staff(user=by, to="record a transfer")
     if received_on > clock.today():
         raise InvalidInput(f"{received_on} is still to come.", pointers={"/received_on": "in the future"})
     return checked_reference(reference)
@@ -156,11 +158,6 @@ def checked_reference(reference: str) -> str:
     if not 1 <= len(reference) <= MAX_REFERENCE:
         raise InvalidInput("Give the statement's number of the transfer.", pointers={"/reference": "missing"})
     return reference
-
-
-def _require_staff(user: User) -> None:
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed("Only staff can record a transfer.")
 
 
 def note(receipt: BankReceipt, action: str, by: User) -> None:

@@ -13,9 +13,10 @@ from django.db.models import Sum
 from django.utils import timezone
 
 from marketplace import clock, jobs
-from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.errors import InvalidInput
 from marketplace.models import AuditEvent, Party, User
 from marketplace.money import Money
+from marketplace.services.authority import require_staff
 from payouts import chart, gateway, ledger
 from payouts.errors import NothingOwed
 from payouts.models import Clawback, JournalEntry, Movement, Payout, TransferReversal, WriteOff
@@ -174,7 +175,7 @@ def request_reversal(*, payout: Payout, amount: Money, user: User | None, note: 
             f"Ask for a positive amount of {payout.currency} in whole cents; {amount} is not.",
             pointers={"/amount": "cannot be asked for"},
         )
-    _require_staff(user, to="ask for a transfer back")
+    require_staff(user=user, to="ask for a transfer back")
     lock(payout.currency)
     payout = Payout.objects.select_for_update(of=("self",)).select_related("party").get(pk=payout.pk)
     asked = _asked_back(payout.party_id, payout.currency)
@@ -301,7 +302,7 @@ def write_off(*, party: Party, amount: Money, user: User | None, reason: str) ->
         raise InvalidInput("Say why, in words: an auditor reads it.", pointers={"/reason": "missing"})
     if amount.micros <= 0:
         raise InvalidInput(f"Write off a positive amount; {amount} is not.", pointers={"/amount": "not positive"})
-    _require_staff(user, to="write off a debt")
+    require_staff(user=user, to="write off a debt")
     lock(amount.currency)
     asked = _asked_back(party.pk, amount.currency)  # may be on its way out of the payee's balance
     owed = Money(max(0, ledger.balance(chart.receivable(party, amount.currency)) - asked), amount.currency)
@@ -371,8 +372,3 @@ def _asked_back(party: int, currency: str) -> int:
         payout__party=party, currency=currency, state=TransferReversal.State.INTENDED
     )
     return int(asked.aggregate(sum=Sum("amount_micros", default=0))["sum"])
-
-
-def _require_staff(user: User | None, *, to: str) -> None:
-    if user is None or not (user.is_staff and user.is_active):
-        raise NotAllowed(f"Only staff can {to}.")

@@ -19,10 +19,10 @@ from django.db.models import QuerySet, Sum
 from django.utils import timezone
 
 from marketplace import clock, jobs
-from marketplace.errors import InvalidInput, KeyReused, NotAllowed
+from marketplace.errors import InvalidInput, KeyReused
 from marketplace.models import AuditEvent, License, Order, User
 from marketplace.money import Money
-from marketplace.services.authority import require_authority
+from marketplace.services.authority import require_authority, require_staff
 from payouts import chart, gateway, ledger
 from payouts.errors import NotRefundable, PaymentMismatch
 from payouts.models import (
@@ -104,8 +104,7 @@ def request_refund(
         NotRefundable: unpaid, disputed, or less is left.
         KeyReused: the key stands for another refund.
     """
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed("Only staff can refund what was downloaded.")
+    require_staff(user=user, to="refund what was downloaded")
     payment = Payment.objects.select_for_update(of=("self",)).select_related("order", "invoice").get(pk=payment.pk)
     asked = (amount.micros, amount.currency, reason.value, note.strip(), line)
     if known := payment.refunds.filter(key=f"staff:{key}").first():

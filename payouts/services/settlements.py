@@ -21,6 +21,7 @@ from marketplace.errors import InvalidInput
 from marketplace.models import User
 from marketplace.money import Money
 from marketplace.services import audit
+from marketplace.services.authority import require_staff
 from payouts import chart, gateway
 from payouts.errors import AlreadyDecided, FourEyes, SettlementNotPossible
 from payouts.models import EventSettlement, JournalEntry, Movement, Payment, StripeEvent, SurplusCharge
@@ -93,9 +94,9 @@ def retry(*, event: StripeEvent, user: User) -> bool:
     """Apply a failed event once more, whatever it failed by; False if it is not failed, or was settled.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
     """
-    _require_staff(user)
+    require_staff(user=user, to="try an event again")
     with transaction.atomic():
         before = {"status": event.status, "error_code": event.error_code}
         is_open = StripeEvent.unsettled().filter(pk=event.pk).exists()
@@ -110,12 +111,12 @@ def propose(*, event: StripeEvent, act: EventSettlement.Act, reason: str, user: 
     """Propose how a failed event is settled; nothing happens before another one of the staff confirms it.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no reason in words.
         SettlementNotPossible: it is not failed, is settled, waits for a decision already, or its charge is not surplus.
         gateway.StripeRefused, gateway.StripeUncertain: ask again.
     """
-    _require_staff(user)
+    require_staff(user=user, to="settle an event")
     reason = reason.strip()
     if not 1 <= len(reason) <= MAX_REASON:
         raise InvalidInput("Say why, in words: the auditor will ask.", pointers={"/reason": "missing"})
@@ -148,12 +149,13 @@ def confirm(*, settlement: EventSettlement, user: User, note: str = "") -> Event
     """Do what was proposed, once: nothing names the event any more, or its surplus charge is booked and goes back.
 
     Raises:
-        FourEyes: the user proposed it, or is not of the staff.
+        NotAllowed: the user is not staff.
+        FourEyes: the user proposed it.
         AlreadyDecided: another one was first.
         SettlementNotPossible: its charge is not surplus any more, or less of it is left; reject it.
         gateway.StripeRefused, gateway.StripeUncertain: ask again.
     """
-    _require_staff(user)
+    require_staff(user=user, to="settle an event")
     settlement.refresh_from_db()
     if settlement.act == Act.EXPLAINED or settlement.status != Status.PROPOSED:
         return _decide(settlement, user, Status.CONFIRMED, note)
@@ -184,7 +186,7 @@ def reject(*, settlement: EventSettlement, user: User, note: str) -> EventSettle
     """Decide that it is not settled so; whoever proposed it may take it back.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no reason was given.
         AlreadyDecided: another one was first.
     """
@@ -201,7 +203,7 @@ def settled_objects() -> set[str]:
 
 @transaction.atomic
 def _decide(settlement: EventSettlement, user: User, status: EventSettlement.Status, note: str) -> EventSettlement:
-    _require_staff(user)
+    require_staff(user=user, to="settle an event")
     held = EventSettlement.objects.select_for_update(of=("self",)).get(pk=settlement.pk)
     if status == Status.CONFIRMED and held.proposed_by_id == user.pk:
         raise FourEyes("You proposed it; another one of the staff must confirm it.")
@@ -277,8 +279,3 @@ def _note(
         after=after,
     )
     logger.info("%s settlement=%s event=%s by=%s", action, settlement.pk, settlement.event_id, user.pk)
-
-
-def _require_staff(user: User) -> None:
-    if not (user.is_active and user.is_staff):
-        raise FourEyes("Only staff settle Stripe's events.")

@@ -30,12 +30,13 @@ from django.db.models import Count, Q, QuerySet
 from django.utils import timezone
 
 from marketplace import clock, jobs
-from marketplace.errors import InvalidInput, NotAllowed
+from marketplace.errors import InvalidInput
 from marketplace.jobs import Job
 from marketplace.models import AuditEvent, User
 from marketplace.money import MINOR_DIGITS, Money
+from marketplace.services.authority import require_staff
 from payouts import chart, gateway, ledger
-from payouts.errors import PayoutRunNotStoppable, TransferMismatch
+from payouts.errors import FourEyes, PayoutRunNotStoppable, TransferMismatch
 from payouts.models import (
     Dispute,
     JournalEntry,
@@ -98,7 +99,7 @@ def request_payout_run(*, currency: str, key: str, user: User | None = None) -> 
     if currency not in MINOR_DIGITS:
         raise ValueError(f"No balance is held in {currency!r}")
     if user is not None:
-        _require_staff(user, to="start a payout run")
+        require_staff(user=user, to="start a payout run")
     defaults = {"currency": currency, "due_until": clock.now(), "started_by": user}
     run, is_new = PayoutRun.objects.get_or_create(key=key, defaults=defaults)
     if is_new:
@@ -120,12 +121,13 @@ def approve_payout_run(*, run: PayoutRun, by: User) -> PayoutRun:
     """A second person agrees to a run above the limit: it sends what was planned, and nothing more.
 
     Raises:
-        NotAllowed: not staff, or the person who started it.
+        NotAllowed: not staff.
+        FourEyes: the person who started it.
         PayoutRunNotStoppable: it does not wait for approval.
     """
-    _require_staff(by, to="approve a payout run")
+    require_staff(user=by, to="approve a payout run")
     if run.started_by_id is not None and run.started_by_id == by.pk:
-        raise NotAllowed("Whoever started a payout run cannot approve it; ask a colleague.")
+        raise FourEyes("Whoever started a payout run cannot approve it; ask a colleague.")
     wall = timezone.now()
     return _moved(run, by, "approved", [State.AWAITING_APPROVAL], State.SENDING, approved_by=by, approved_at=wall)
 
@@ -138,7 +140,7 @@ def reject_payout_run(*, run: PayoutRun, by: User, reason: str) -> PayoutRun:
         InvalidInput: no reason.
         PayoutRunNotStoppable: it does not wait for approval.
     """
-    _require_staff(by, to="reject a payout run")
+    require_staff(user=by, to="reject a payout run")
     return _moved(run, by, "rejected", [State.AWAITING_APPROVAL], State.REJECTED, note=_reason(reason))
 
 
@@ -150,7 +152,7 @@ def pause_payout_run(*, run: PayoutRun, by: User, reason: str) -> PayoutRun:
         InvalidInput: no reason.
         PayoutRunNotStoppable: it does not send, or has ended.
     """
-    _require_staff(by, to="pause a payout run")
+    require_staff(user=by, to="pause a payout run")
     states = [State.SENDING, State.SHORT_OF_FUNDS]
     return _moved(run, by, "paused", states, State.PAUSED, note=_reason(reason), paused_at=timezone.now())
 
@@ -162,7 +164,7 @@ def resume_payout_run(*, run: PayoutRun, by: User) -> PayoutRun:
         NotAllowed: not staff.
         PayoutRunNotStoppable: it is not paused.
     """
-    _require_staff(by, to="resume a payout run")
+    require_staff(user=by, to="resume a payout run")
     return _moved(run, by, "resumed", [State.PAUSED], State.SENDING, note="")
 
 
@@ -817,11 +819,6 @@ def _booked_refused(job: Job, payout: Payout, *, code: str, message: str) -> boo
         clawbacks.freeze_again(payment)
     logger.warning("Refused payout=%s code=%s", locked.pk, code)
     return True
-
-
-def _require_staff(user: User, *, to: str) -> None:
-    if not (user.is_staff and user.is_active):
-        raise NotAllowed(f"Only staff can {to}.")
 
 
 def _reason(text: str) -> str:

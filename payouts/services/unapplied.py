@@ -21,6 +21,7 @@ from marketplace.errors import InvalidInput
 from marketplace.models import User
 from marketplace.money import MINOR_DIGITS, Money
 from marketplace.services import audit
+from marketplace.services.authority import require_staff
 from payouts.errors import AlreadyDecided, AlreadyPaid, FourEyes, ReceiptNotPossible
 from payouts.models import BankReceipt, Document, Payment, ReceiptApplication, ReceiptUse
 from payouts.services import receipts
@@ -88,11 +89,11 @@ def propose_application(*, payment: Payment, money: Sequence[BankReceipt], by: U
     What arrived first is used first; of the last one what is over stays unapplied. The same proposal again is the same row.
 
     Raises:
-        FourEyes: the user is not of the staff.
+        NotAllowed: the user is not staff.
         InvalidInput: no money, another currency, or together less than the invoice asks for.
         AlreadyPaid, ReceiptNotPossible: the invoice is paid, cancelled, not invoiced, or a transfer for it waits already.
     """
-    _require_staff(by)
+    require_staff(user=by, to="say what money pays")
     payment = Payment.objects.select_for_update(of=("self",)).get(pk=payment.pk)
     wanted = {receipt.pk for receipt in money}
     known = payment.applications.exclude(status=Status.REJECTED).first()
@@ -141,12 +142,13 @@ def decide_application(*, application: ReceiptApplication, approved: bool, by: U
     """Book that the money pays the invoice, or reject it; the second call with the same decision finds it decided.
 
     Raises:
-        FourEyes: the user is not of the staff, or proposed it.
+        NotAllowed: the user is not staff.
+        FourEyes: the user proposed it.
         AlreadyDecided: it was decided otherwise.
         ReceiptNotPossible: the payment was made on Stripe's page meanwhile.
         OrderNotPayable: the order was cancelled meanwhile; reject it, and return the money.
     """
-    _require_staff(by)
+    require_staff(user=by, to="say what money pays")
     payment = receipts.hold_payment(application.payment_id)
     application = ReceiptApplication.objects.select_for_update(of=("self",)).get(pk=application.pk)
     wanted = Status.BOOKED if approved else Status.REJECTED
@@ -190,11 +192,6 @@ def applications_waiting() -> QuerySet[ReceiptApplication]:
         .prefetch_related("uses__receipt")
         .order_by("pk")
     )
-
-
-def _require_staff(user: User) -> None:
-    if not (user.is_active and user.is_staff):
-        raise FourEyes("Only staff say whose money it is.")
 
 
 def _note(application: ReceiptApplication, action: str, by: User) -> None:

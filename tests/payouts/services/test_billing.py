@@ -12,7 +12,7 @@ from marketplace.models import License, Order, User
 from marketplace.money import MAX_CHARGE_MINOR, Money
 from marketplace.services.orders import OrderNotPayable
 from payouts import books, ledger
-from payouts.errors import AlreadyPaid, PayByBankTransfer, ReceiptNotPossible
+from payouts.errors import AlreadyPaid, FourEyes, PayByBankTransfer, ReceiptNotPossible
 from payouts.models import BankReceipt, Document, DocumentSeries, Payment, Refund, TaxRate
 from payouts.services import billing, documents, manual_entries, receipts, refunds, sales
 from payouts.services.events import apply_event, book_checkout
@@ -284,7 +284,7 @@ def test_an_order_is_invoiced_and_paid_by_a_transfer_that_two_people_saw(carol: 
     receipt = receipts.record_receipt(amount=payment.amount, by=people[0], **told)
     assert receipts.record_receipt(amount=payment.amount, by=people[1], **told) == receipt
     assert License.objects.count() == 0
-    with pytest.raises(NotAllowed, match="Somebody else"):
+    with pytest.raises(FourEyes, match="Somebody else"):
         receipts.decide_receipt(receipt=receipt, approved=True, by=people[0])
     with pytest.raises(IntegrityError, match="receipt_needs_a_second_person"), transaction.atomic():
         BankReceipt.objects.update(status="booked", decided_by=people[0], decided_at=clock.now())

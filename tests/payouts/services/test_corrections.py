@@ -11,7 +11,7 @@ from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import License, User
 from marketplace.money import Money
 from payouts import chart, ledger
-from payouts.errors import CorrectionNotPossible
+from payouts.errors import CorrectionNotPossible, FourEyes
 from payouts.models import Division, DivisionCorrection, Payout, Refund
 from payouts.selectors import earnings_of, taken_back_of
 from payouts.services import corrections, recoveries, refunds
@@ -168,7 +168,7 @@ def test_one_person_cannot_correct_alone(wrong: Division, people: Any, bob: Any,
     result = right(wrong, shares={bob: 1})
     before = ledger.balances()
 
-    with pytest.raises(NotAllowed, match="Somebody else"), transaction.atomic():
+    with pytest.raises(FourEyes, match="Somebody else"), transaction.atomic():
         corrections.correct_division(
             division=wrong, result=result, reason="Alone.", by=people[0], approved_by=people[0]
         )

@@ -6,7 +6,7 @@ import pytest
 from django.db import DatabaseError, connection, transaction
 
 from marketplace import clock
-from marketplace.errors import InvalidInput
+from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import AuditEvent, User
 from payouts import ledger
 from payouts.errors import AlreadyDecided, BankShort, FourEyes
@@ -55,10 +55,10 @@ def test_a_proposal_books_nothing_until_another_person_approves_it_once(ann: Use
 def test_nobody_approves_their_own_and_nobody_outside_the_staff_any(ann: User, ben: User, alice: Any) -> None:
     manual = proposed(ann)
 
-    for user, match in ((ann, "another one of the staff"), (alice.user, "Only staff")):
-        with pytest.raises(FourEyes, match=match):
+    for user, refusal, match in ((ann, FourEyes, "another one of the staff"), (alice.user, NotAllowed, "Only staff")):
+        with pytest.raises(refusal, match=match):
             approve(manual=manual, user=user)
-    with pytest.raises(FourEyes):
+    with pytest.raises(NotAllowed):
         proposed(alice.user, key="mine")
 
     assert ledger.balances() == {} and not ManualDecision.objects.exists()

@@ -8,7 +8,7 @@ from django.test.utils import CaptureQueriesContext
 
 from marketplace import clock
 from marketplace.api.keys import create_api_key
-from marketplace.errors import InvalidInput
+from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import ApiKey, AuditEvent, User
 from marketplace.money import Money
 from payouts import ledger
@@ -173,8 +173,8 @@ def test_what_came_back_is_owed_again(unserved: Any, ann: User, ben: User) -> No
 def test_it_takes_two_people_and_money_in_the_bank(unserved: Any, ann: User, ben: User, alice: Any) -> None:
     export = propose_export(user=ann, currency="USD", key="e1")
 
-    for user in (ann, alice.user):
-        with pytest.raises(FourEyes):
+    for user, refusal in ((ann, FourEyes), (alice.user, NotAllowed)):
+        with pytest.raises(refusal):
             approve_export(export=export, user=user)
     with pytest.raises(NothingOwed, match=r"30\.00 USD too little"):
         approve_export(export=export, user=ben)

@@ -7,7 +7,7 @@ import pytest
 from django.db import DatabaseError, connection, transaction
 
 from marketplace import clock
-from marketplace.errors import InvalidInput
+from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import AuditEvent, License, Order, User
 from marketplace.money import Money
 from payouts import ledger
@@ -138,7 +138,7 @@ def test_what_cannot_be_sent_is_refused_with_the_reason(order: Order, carol: Any
     )  # nothing left: one's own record may be withdrawn
     with pytest.raises(AlreadyDecided):
         outgoing.decide_transfer(transfer=transfer, approved=True, by=ben)
-    with pytest.raises(FourEyes):
+    with pytest.raises(NotAllowed):
         outgoing.refuse_refund(refund=refund, note="no account", by=carol.user)
 
     for _ in range(2):
@@ -173,7 +173,7 @@ def test_a_part_of_it_goes_back_from_whom_it_went_to(order: Order, alice: Any, a
 def test_strangers_wrong_days_and_reused_references_are_refused(order: Order, carol: Any, ann: User, ben: User) -> None:
     refund = refunds.refund_of_right(order=order, user=carol.user)
 
-    with pytest.raises(FourEyes):
+    with pytest.raises(NotAllowed):
         sent(refund, carol.user)
     with pytest.raises(InvalidInput, match="still to come"):
         tomorrow = clock.today() + timedelta(days=1)

@@ -19,7 +19,7 @@ from marketplace.money import Money
 from marketplace.services.invitations import accept_invitation, invite, token_of
 from marketplace.services.parties import introduce_party
 from payouts import gateway, ledger, tasks
-from payouts.errors import PayoutRunNotStoppable
+from payouts.errors import FourEyes, PayoutRunNotStoppable
 from payouts.models import JournalEntry, PayeeAccount, Payout, PayoutRun, PayoutShard
 from payouts.services import attempts, events, pacing, plans, transfers
 from payouts.services.proofs import check_books
@@ -200,7 +200,7 @@ def test_a_run_above_the_limit_waits_for_a_second_person(told: Stripe, db: Any, 
     assert (run.state, run.planned, told.keys) == (State.AWAITING_APPROVAL, Money(15 * DOLLAR, "USD"), [])
     assert [standing.code for standing in standings_of(first)] == [Code.AWAITING_APPROVAL]
 
-    with pytest.raises(NotAllowed, match="ask a colleague"):
+    with pytest.raises(FourEyes, match="ask a colleague"):
         transfers.approve_payout_run(run=run, by=staff)
     with pytest.raises(NotAllowed, match="Only staff"):
         transfers.approve_payout_run(run=run, by=User.objects.create_user("eve@example.org", "x"))

@@ -60,7 +60,7 @@ def test_it_is_held_for_its_payer_once_two_have_seen_it(carol: Any, ann: User, b
     receipt = unapplied.record_unapplied(by=ann, note="half of INV-1?", **told)
     assert unapplied.record_unapplied(by=ben, **told) == receipt
     assert ledger.balances() == {} and receipt.left == usd("0")
-    with pytest.raises(NotAllowed, match="Somebody else"):
+    with pytest.raises(FourEyes, match="Somebody else"):
         receipts.decide_receipt(receipt=receipt, approved=True, by=ann)
 
     for _ in range(2):

@@ -47,7 +47,7 @@ def test_a_transfer_is_recorded_by_one_person_and_booked_by_another(
     path = f"receipts/{made['id']}/"
     assert made == again and (made["status"], made["recorded_by"]) == ("recorded", "ann@desk.example")
     for desk in (ann, ann_again):
-        assert desk.act(f"{path}approve/", None, 403)["code"] == "not_allowed"
+        assert desk.act(f"{path}approve/", None, 403)["code"] == "four_eyes"
     ben.refused(f"{path}approve/", None, "One-Time-Code", status=403, code="")
     assert Payment.objects.get().status == "open"
     booked = ben.act(f"{path}approve/")

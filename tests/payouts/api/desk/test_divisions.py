@@ -80,7 +80,7 @@ def test_a_correction_takes_two_people_who_saw_every_difference(
 
     before = ledger.balances()
     for desk in (ann, ann_again):
-        assert desk.act(f"{path}approve/", None, 403)["code"] == "not_allowed"
+        assert desk.act(f"{path}approve/", None, 403)["code"] == "four_eyes"
     ben.refused(f"{path}approve/", None, "One-Time-Code", status=403, code="")
     assert ledger.balances() == before
     booked = ben.act(f"{path}approve/")

@@ -87,7 +87,7 @@ def test_another_person_approves_and_no_second_key_makes_another_person(
     assert len(ann.get(f"{path}waiting/")["results"]) == 2
 
     for desk in (ann, ann_again):
-        assert desk.act(f"{path}approve/", None, 403)["code"] == "not_allowed"
+        assert desk.act(f"{path}approve/", None, 403)["code"] == "four_eyes"
     assert PayoutRun.objects.get().state == "awaiting_approval" and Payout.objects.count() == 0
     approved = ben.act(f"{path}approve/")
 
