@@ -116,6 +116,22 @@ def test_only_the_ledger_writes_postings() -> None:
     assert writers == {"payouts/ledger.py"}
 
 
+def test_only_the_audit_service_writes_the_log() -> None:
+    writers = {
+        str(path.relative_to(ROOT))
+        for path in _files(*STORY, "benchmarks")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("create", "bulk_create", "get_or_create", "update_or_create")
+            and ast.unparse(node.value) == "AuditEvent.objects"
+        )
+        or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("AuditEvent", "models.AuditEvent"))
+    }
+
+    assert writers == {"marketplace/services/audit.py"}
+
+
 def test_one_check_says_who_is_staff() -> None:
     askers = {
         str(path.relative_to(ROOT))

@@ -13,7 +13,8 @@ from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 
 from marketplace.errors import InvalidInput
-from marketplace.models import ApiKey, AuditEvent, Party, User
+from marketplace.models import ApiKey, Party, User
+from marketplace.services import audit
 from marketplace.services.authority import require_authority
 
 PREFIX = "rk_"
@@ -48,8 +49,12 @@ def create_api_key(
         spending_limit_micros=spending_limit_micros,
         created_by=user,
     )
-    AuditEvent.objects.create(
-        actor=user, party=party, action="key.made", target=f"key:{key.pk}", detail={"scopes": key.scopes}
+    audit.record(
+        actor=user,
+        party=party,
+        action="key.made",
+        target=f"key:{key.pk}",
+        scopes=key.scopes,
     )
     return key, text
 
@@ -63,7 +68,7 @@ def revoke_api_key(*, key: ApiKey, user: User) -> None:
     """
     require_authority(user=user, party=key.party, to="revoke its keys")
     if ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=timezone.now()):
-        AuditEvent.objects.create(actor=user, party=key.party, action="key.revoked", target=f"key:{key.pk}")
+        audit.record(actor=user, party=key.party, action="key.revoked", target=f"key:{key.pk}")
 
 
 def _digest(text: str) -> str:

@@ -19,7 +19,8 @@ from jsonschema.exceptions import ValidationError, best_match
 
 from marketplace import clock
 from marketplace.errors import DomainError, InvalidInput
-from marketplace.models import AuditEvent, Citation, DatasetVersion, Disclosure, License, Party, TrainedModel, User
+from marketplace.models import Citation, DatasetVersion, Disclosure, License, Party, TrainedModel, User
+from marketplace.services import audit
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +163,13 @@ def _write(
         )
         for position, (license, citation) in enumerate(zip(licenses, document["training_data"], strict=True))
     )
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
         party=owner,
         action="model.disclosed",
         target=f"model:{model.pk}",
-        detail={"number": disclosure.number, "document_sha256": digest},
+        number=disclosure.number,
+        document_sha256=digest,
     )
     return disclosure
 

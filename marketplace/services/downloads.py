@@ -14,7 +14,8 @@ from django.utils import timezone
 
 from marketplace import clock
 from marketplace.errors import DomainError
-from marketplace.models import AuditEvent, License
+from marketplace.models import License
+from marketplace.services import audit
 
 SALT = "download"
 
@@ -117,9 +118,7 @@ def note_first_download(*, license: License) -> None:
         if license.first_downloaded_at is None:
             _check_live(license)
     else:
-        AuditEvent.objects.create(
-            party_id=license.licensee_id, action="license.downloaded", target=f"license:{license.pk}"
-        )
+        audit.record(actor=None, party=license.licensee_id, action="license.downloaded", target=f"license:{license.pk}")
 
 
 def _check_live(license: License) -> None:

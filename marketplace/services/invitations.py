@@ -26,7 +26,6 @@ from marketplace import jobs
 from marketplace.errors import DomainError, InvalidInput, NotAllowed
 from marketplace.mail import send_mail
 from marketplace.models import (
-    AuditEvent,
     Contribution,
     DatasetVersion,
     Invitation,
@@ -36,6 +35,7 @@ from marketplace.models import (
     Party,
     User,
 )
+from marketplace.services import audit
 from marketplace.services.authority import require_editor
 
 logger = logging.getLogger(__name__)
@@ -144,12 +144,12 @@ def invite(*, party: Party, email: str, by: User | None) -> Invitation:
         created_at=now,
         expires_at=now + INVITATION_LIFE,
     )
-    AuditEvent.objects.create(
+    audit.record(
         actor=by,
         party=introducer,
         action="contributor.invited",
         target=f"party:{party.pk}",
-        detail={"invitation": invitation.pk},
+        invitation=invitation.pk,
     )
     jobs.wake(invitation)
     logger.info("Invited party=%s invitation=%s", party.pk, invitation.pk)
@@ -267,15 +267,13 @@ def accept_invitation(*, token: str, user: User) -> Party:
         raise InvitationNotValid(f"{party.name} has been claimed already.")
     Membership.objects.create(party=party, user=user, role=Membership.Role.OWNER)
     Invitation.objects.filter(pk=found.pk).update(accepted_at=now, accepted_by=user)
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
         party=party,
         action="party.claimed",
         target=f"party:{party.pk}",
-        detail={
-            "invitation": found.pk,
-            "labellers_bps": {str(part.offer.pk): part.offer.labellers_bps for part in labelled_parts(party)},
-        },
+        invitation=found.pk,
+        labellers_bps={str(part.offer.pk): part.offer.labellers_bps for part in labelled_parts(party)},
     )
     party.refresh_from_db()
     return party

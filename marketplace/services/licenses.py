@@ -7,7 +7,8 @@ from datetime import datetime
 from django.db import transaction
 from django.db.models import QuerySet
 
-from marketplace.models import AuditEvent, License, Order, OrderLine, Party
+from marketplace.models import License, Order, OrderLine, Party
+from marketplace.services import audit
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ def match_refunded(*, order: Order, refunded: Collection[int], at: datetime) -> 
     status = Order.Status.REFUNDED if lines <= set(refunded) else Order.Status.PAID
     paid = Order.objects.filter(pk=order.pk, status__in=[Order.Status.PAID, Order.Status.REFUNDED])
     if paid.exclude(status=status).update(status=status):
-        AuditEvent.objects.create(
-            party_id=order.buyer_id,
+        audit.record(
+            actor=None,
+            party=order.buyer_id,
             action="order.refunded" if status == Order.Status.REFUNDED else "order.refund_undone",
             target=f"order:{order.pk}",
         )
@@ -74,4 +76,4 @@ def match_arrears(*, licensee: Party, overdue: Collection[int], at: datetime) ->
 def _note(licenses: "QuerySet[License]", action: str, **changes: datetime | None) -> None:
     for license in licenses.select_for_update(of=("self",)).order_by("pk"):
         License.objects.filter(pk=license.pk).update(**changes)
-        AuditEvent.objects.create(party_id=license.licensee_id, action=action, target=f"license:{license.pk}")
+        audit.record(actor=None, party=license.licensee_id, action=action, target=f"license:{license.pk}")

@@ -9,9 +9,10 @@ from django.db import transaction
 
 from marketplace.errors import DomainError, InvalidInput
 from marketplace.export.odrl import ALLOWED_USES, Terms, contract_text, offer_policy, policy_sha256
-from marketplace.models import AuditEvent, Dataset, DatasetVersion, Offer, User
+from marketplace.models import Dataset, DatasetVersion, Offer, User
 from marketplace.models.offers import MIN_ORDER_MICROS
 from marketplace.money import MAX_MICROS, Money
+from marketplace.services import audit
 from marketplace.services.authority import require_authority
 
 logger = logging.getLogger(__name__)
@@ -111,12 +112,15 @@ def publish_offer(
         **fields,
     )
     Dataset.objects.filter(pk=dataset.pk).update(status=Dataset.Status.LISTED)
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
         party=dataset.owner,
         action="offer.published",
         target=f"offer:{offer.pk}",
-        detail={"dataset": dataset.pk, "number": number, "price": str(price), "policy_sha256": offer.policy_sha256},
+        dataset=dataset.pk,
+        number=number,
+        price=str(price),
+        policy_sha256=offer.policy_sha256,
     )
     logger.info("Published offer=%s dataset=%s number=%s micros=%s", offer.pk, dataset.pk, number, price.micros)
     return offer

@@ -12,7 +12,6 @@ from marketplace import clock
 from marketplace.errors import DomainError, InvalidInput, KeyReused
 from marketplace.models import (
     ApiKey,
-    AuditEvent,
     Dataset,
     DatasetVersion,
     License,
@@ -23,6 +22,7 @@ from marketplace.models import (
     User,
 )
 from marketplace.money import MAX_MICROS, Money
+from marketplace.services import audit
 from marketplace.services.authority import require_authority
 
 logger = logging.getLogger(__name__)
@@ -125,17 +125,15 @@ def place_order(
                 OrderLine(order=order, offer=offer, version_id=offer.version_id, price_micros=offer.price_micros)
                 for offer in offers
             )
-            AuditEvent.objects.create(
+            audit.record(
                 actor=user,
                 party=buyer,
                 action="order.placed",
                 target=f"order:{order.pk}",
-                detail={
-                    "offers": [offer.pk for offer in offers],
-                    "total_micros": order.total_micros,
-                    "currency": order.currency,
-                    "api_key": api_key and api_key.pk,
-                },
+                offers=[offer.pk for offer in offers],
+                total_micros=order.total_micros,
+                currency=order.currency,
+                api_key=api_key and api_key.pk,
             )
     except IntegrityError:
         # Another request with this key was first; anything else that the database refused is not ours to hide.
@@ -185,7 +183,7 @@ def cancel_order(*, order: Order) -> bool:
     """Cancel what was not paid in time; whether it was still unpaid. The caller has closed its page at Stripe."""
     cancelled = Order.objects.filter(pk=order.pk, status=Order.Status.PLACED).update(status=Order.Status.CANCELLED)
     if cancelled:
-        AuditEvent.objects.create(party_id=order.buyer_id, action="order.cancelled", target=f"order:{order.pk}")
+        audit.record(actor=None, party=order.buyer_id, action="order.cancelled", target=f"order:{order.pk}")
         logger.info("Cancelled order=%s micros=%s %s", order.pk, order.total_micros, order.currency)
     return bool(cancelled)
 
@@ -216,11 +214,12 @@ def mark_paid(*, order: Order, paid_at: datetime) -> list[License]:
             )
             for line in order.lines.select_related("offer").order_by("pk")
         )
-        AuditEvent.objects.create(
-            party_id=order.buyer_id,
+        audit.record(
+            actor=None,
+            party=order.buyer_id,
             action="order.paid",
             target=f"order:{order.pk}",
-            detail={"paid_at": f"{paid_at:%FT%TZ}"},
+            paid_at=f"{paid_at:%FT%TZ}",
         )
         logger.info("Paid order=%s micros=%s %s", order.pk, order.total_micros, order.currency)
     order.refresh_from_db(fields=["status", "paid_at"])

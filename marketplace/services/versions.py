@@ -26,7 +26,6 @@ from marketplace.ingest.process import Parsed, parsed
 from marketplace.ingest.readers import sniff
 from marketplace.models import (
     Attestation,
-    AuditEvent,
     Contribution,
     Dataset,
     DatasetVersion,
@@ -34,6 +33,7 @@ from marketplace.models import (
     Upload,
     User,
 )
+from marketplace.services import audit
 from marketplace.services.authority import require_authority, require_editor
 from marketplace.services.contributions import write_contributions
 from marketplace.services.copies import count_copies, hold_publication_lock, write_copies, write_fingerprints
@@ -118,7 +118,7 @@ def create_dataset(
                 )
         except IntegrityError:  # someone took the address since we looked
             continue
-        AuditEvent.objects.create(actor=user, party=owner, action="dataset.created", target=f"dataset:{dataset.pk}")
+        audit.record(actor=user, party=owner, action="dataset.created", target=f"dataset:{dataset.pk}")
         return dataset
 
 
@@ -132,9 +132,7 @@ def withdraw_dataset(*, dataset: Dataset, user: User) -> Dataset:
     require_authority(user=user, party=dataset.owner, to="withdraw it")
     withdrawn = Dataset.Status.WITHDRAWN
     if Dataset.objects.filter(pk=dataset.pk).exclude(status=withdrawn).update(status=withdrawn):
-        AuditEvent.objects.create(
-            actor=user, party=dataset.owner, action="dataset.withdrawn", target=f"dataset:{dataset.pk}"
-        )
+        audit.record(actor=user, party=dataset.owner, action="dataset.withdrawn", target=f"dataset:{dataset.pk}")
     dataset.refresh_from_db()
     return dataset
 
@@ -408,12 +406,14 @@ def publish_version(*, version: DatasetVersion, user: User, signed_name: str) ->
     version.published_at = clock.now()
     version.n_copies = copies.total
     version.save(update_fields=["status", "published_at", "n_copies"])
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
         party=owner,
         action="version.published",
         target=f"version:{version.pk}",
-        detail={"merkle_root": version.merkle_root, "n_records": version.n_records, "n_copies": copies.total},
+        merkle_root=version.merkle_root,
+        n_records=version.n_records,
+        n_copies=copies.total,
     )
     logger.info("Published version=%s records=%s copies=%s", version.pk, version.n_records, copies.total)
     return version

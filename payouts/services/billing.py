@@ -19,8 +19,9 @@ from stdnum.no import mva as norwegian_vat
 
 from marketplace import clock
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, Party, User
+from marketplace.models import Party, User
 from marketplace.money import Money
+from marketplace.services import audit
 from marketplace.services.authority import require_authority, require_staff
 from payouts import chart, gateway
 from payouts.models import BillingProfile, Payment, RoyaltyInvoice, TaxRate
@@ -188,7 +189,7 @@ def set_billing_profile(
             "vat_id": checked_vat_id(vat_id, country=country),
         },
     )
-    AuditEvent.objects.create(actor=user, party=party, action="billing.changed", target=f"party:{party.pk}")
+    audit.record(actor=user, party=party, action="billing.changed", target=f"party:{party.pk}")
     return profile
 
 
@@ -248,9 +249,7 @@ def add_tax_rate(
             "US-CA, or another one is valid then. End that one first.",
             pointers={"/jurisdiction": "overlaps, or is no rate"},
         ) from error
-    AuditEvent.objects.create(
-        actor=user, action="tax_rate.added", target=f"tax_rate:{rate.pk}", detail={"rate_bps": rate_bps}
-    )
+    audit.record(actor=user, action="tax_rate.added", target=f"tax_rate:{rate.pk}", rate_bps=rate_bps)
     return rate
 
 
@@ -275,7 +274,5 @@ def end_tax_rate(*, rate: TaxRate, last_day: date, user: User) -> TaxRate:
         )
     rate.valid_until = last_day
     rate.save(update_fields=["valid_until"])
-    AuditEvent.objects.create(
-        actor=user, action="tax_rate.ended", target=f"tax_rate:{rate.pk}", detail={"last_day": f"{last_day}"}
-    )
+    audit.record(actor=user, action="tax_rate.ended", target=f"tax_rate:{rate.pk}", last_day=f"{last_day}")
     return rate

@@ -13,8 +13,9 @@ from django.db.models import Max, Q, Sum
 from attribution.models import AttributionResult
 from marketplace import clock
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, User
+from marketplace.models import User
 from marketplace.money import Money
+from marketplace.services import audit
 from marketplace.services.authority import require_staff
 from payouts.errors import CorrectionNotPossible, FourEyes, ResultNotPublished
 from payouts.models import (
@@ -221,14 +222,12 @@ def _hold_payment(division: Division) -> Payment:
 
 
 def _note(correction: DivisionCorrection, action: str, by: User) -> None:
-    AuditEvent.objects.create(
+    audit.record(
         actor=by,
         action=action,
         target=f"division:{correction.division_id}",
-        detail={
-            "correction": correction.pk,
-            "version": correction.number,
-            "amount_micros": correction.amount_micros,
-            "currency": correction.division.currency,
-        },
+        correction=correction.pk,
+        version=correction.number,
+        amount_micros=correction.amount_micros,
+        currency=correction.division.currency,
     )

@@ -16,8 +16,9 @@ from django.db import transaction
 
 from marketplace import clock, jobs
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, User
+from marketplace.models import User
 from marketplace.money import Money
+from marketplace.services import audit
 from marketplace.services.authority import require_staff
 from marketplace.services.licenses import resume_licenses, suspend_licenses
 from payouts import chart, gateway
@@ -107,11 +108,11 @@ def answer_dispute(
     answer = DisputeAnswer.objects.create(
         dispute=dispute, gives_in=gives_in, evidence=texts, given_by=user, given_at=clock.now()
     )
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
         action="dispute.given_in" if gives_in else "dispute.answered",
         target=f"dispute:{dispute.pk}",
-        detail={"fields": sorted(texts)},
+        fields=sorted(texts),
     )
     jobs.wake(answer)
     return answer
@@ -158,16 +159,15 @@ def _write_down(answer: gateway.Dispute) -> Dispute:
             },
         )
         if is_new:
-            AuditEvent.objects.create(
-                party_id=payment.order.buyer_id if payment.order else None,
+            audit.record(
+                actor=None,
+                party=payment.order.buyer_id if payment.order else None,
                 action="dispute.opened",
                 target=f"dispute:{dispute.pk}",
-                detail={
-                    "payment": payment.pk,
-                    "amount_micros": dispute.amount_micros,
-                    "currency": dispute.currency,
-                    "reason": dispute.reason,
-                },
+                payment=payment.pk,
+                amount_micros=dispute.amount_micros,
+                currency=dispute.currency,
+                reason=dispute.reason,
             )
         for theirs in answer.movements:
             movements.record(
@@ -209,11 +209,14 @@ def _close(dispute: Dispute, payment: Payment) -> None:
         clawbacks.freeze(payment=payment, dispute=other, to_account=chart.dispute(other))
     if payment.order is not None and not still_open:
         resume_licenses(order=payment.order)
-    AuditEvent.objects.create(
-        party_id=payment.order.buyer_id if payment.order else None,
+    audit.record(
+        actor=None,
+        party=payment.order.buyer_id if payment.order else None,
         action=f"dispute.{dispute.status}"[:60],
         target=f"dispute:{dispute.pk}",
-        detail={"payment": payment.pk, "amount_micros": dispute.amount_micros, "currency": dispute.currency},
+        payment=payment.pk,
+        amount_micros=dispute.amount_micros,
+        currency=dispute.currency,
     )
     logger.info("Closed dispute=%s status=%s micros=%s", dispute.pk, dispute.status, dispute.amount_micros)
 

@@ -6,7 +6,8 @@ import logging
 from django.db import transaction
 
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, Membership, Party
+from marketplace.models import Membership, Party
+from marketplace.services import audit
 from payouts import gateway
 from payouts.errors import PayeeNotServed, StripeUnavailable
 from payouts.models import PayeeAccount
@@ -55,8 +56,9 @@ def refresh_payee(account_id: str) -> PayeeAccount | None:
         payee.requirements = state.requirements
         payee.save()
         if payee.is_ready != was_ready:
-            AuditEvent.objects.create(
-                party_id=payee.party_id,
+            audit.record(
+                actor=None,
+                party=payee.party_id,
                 action="payee.ready" if payee.is_ready else "payee.not_ready",
                 target=f"payee_account:{payee.pk}",
             )

@@ -15,8 +15,9 @@ from django.db import connection, transaction
 
 from marketplace import clock
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, Party, User
+from marketplace.models import Party, User
 from marketplace.money import MICROS, MINOR_DIGITS, Money
+from marketplace.services import audit
 from marketplace.templatetags.residual import exact_money, money
 from payouts import chart, ledger
 from payouts.models import ApprovalLimit, PayoutMinimum, PayoutRun, PlannedPayout
@@ -53,12 +54,13 @@ def set_minimum(*, party: Party, amount: Money, user: User | None) -> PayoutMini
         row, _ = PayoutMinimum.objects.update_or_create(
             party=party, currency=amount.currency, defaults={"amount_micros": amount.micros}
         )
-        AuditEvent.objects.create(
+        audit.record(
             actor=user,
             party=party,
             action="payout_minimum.changed",
             target=f"party:{party.pk}",
-            detail={"amount_micros": amount.micros, "currency": amount.currency},
+            amount_micros=amount.micros,
+            currency=amount.currency,
         )
     return row
 

@@ -7,8 +7,9 @@ from django.db import IntegrityError, transaction
 
 from marketplace import clock
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, User
+from marketplace.models import User
 from marketplace.money import Money
+from marketplace.services import audit
 from marketplace.services.authority import require_staff
 from payouts import chart, ledger
 from payouts.errors import AlreadyPaid, FourEyes, ReceiptNotPossible
@@ -163,10 +164,12 @@ def checked_reference(reference: str) -> str:
 def note(receipt: BankReceipt, action: str, by: User) -> None:
     """In the audit log."""
     payment = receipt.payment
-    AuditEvent.objects.create(
+    audit.record(
         actor=by,
         party=payment.asked_of if payment is not None else None,
         action=action,
         target=f"payment:{payment.pk}" if payment is not None else f"receipt:{receipt.pk}",
-        detail={"receipt": receipt.pk, "amount_micros": receipt.amount_micros, "currency": receipt.currency},
+        receipt=receipt.pk,
+        amount_micros=receipt.amount_micros,
+        currency=receipt.currency,
     )

@@ -14,8 +14,9 @@ from django.utils import timezone
 
 from marketplace import clock, jobs
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, Party, User
+from marketplace.models import Party, User
 from marketplace.money import Money
+from marketplace.services import audit
 from marketplace.services.authority import require_staff
 from payouts import chart, gateway, ledger
 from payouts.errors import NothingOwed
@@ -197,12 +198,14 @@ def request_reversal(*, payout: Payout, amount: Money, user: User | None, note: 
         note=note.strip(),
         intended_at=clock.now(),
     )
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
         party=payout.party,
         action="reversal.requested",
         target=f"payout:{payout.pk}",
-        detail={"reversal": reversal.pk, "amount_micros": amount.micros, "currency": amount.currency},
+        reversal=reversal.pk,
+        amount_micros=amount.micros,
+        currency=amount.currency,
     )
     jobs.wake(reversal)
     return reversal
@@ -317,12 +320,14 @@ def write_off(*, party: Party, amount: Money, user: User | None, reason: str) ->
         decided_at=clock.now(),
     )
     _book_write_off(row)
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
         party=party,
         action="debt.written_off",
         target=f"party:{party.pk}",
-        detail={"write_off": row.pk, "amount_micros": amount.micros, "currency": amount.currency},
+        write_off=row.pk,
+        amount_micros=amount.micros,
+        currency=amount.currency,
     )
     logger.info("Wrote off write_off=%s party=%s micros=%s", row.pk, party.pk, amount.micros)
     return row

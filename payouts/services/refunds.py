@@ -20,8 +20,9 @@ from django.utils import timezone
 
 from marketplace import clock, jobs
 from marketplace.errors import InvalidInput, KeyReused
-from marketplace.models import AuditEvent, License, Order, User
+from marketplace.models import License, Order, User
 from marketplace.money import Money
+from marketplace.services import audit
 from marketplace.services.authority import require_authority, require_staff
 from payouts import chart, gateway, ledger
 from payouts.errors import NotRefundable, PaymentMismatch
@@ -226,17 +227,15 @@ def _intend(
     )
     for inquiry in inquiries:
         clawbacks.freeze(payment=payment, dispute=inquiry, to_account=chart.dispute(inquiry))
-    AuditEvent.objects.create(
+    audit.record(
         actor=user,
-        party_id=payment.order.buyer_id if payment.order else None,
+        party=payment.order.buyer_id if payment.order else None,
         action="refund.requested",
         target=f"payment:{payment.pk}",
-        detail={
-            "refund": refund.pk,
-            "amount_micros": refund.amount_micros,
-            "currency": refund.currency,
-            "reason": refund.reason,
-        },
+        refund=refund.pk,
+        amount_micros=refund.amount_micros,
+        currency=refund.currency,
+        reason=refund.reason,
     )
     if is_job:
         jobs.wake(refund)

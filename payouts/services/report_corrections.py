@@ -14,8 +14,9 @@ from django.db.models import F, Sum
 
 from marketplace import clock
 from marketplace.errors import InvalidInput
-from marketplace.models import AuditEvent, Party
+from marketplace.models import Party
 from marketplace.money import Money
+from marketplace.services import audit
 from payouts.allocation import allocate
 from payouts.errors import NotFound, ReportNotCorrectable
 from payouts.models import (
@@ -136,16 +137,15 @@ def _replace(
     invoice = royalties.make_invoice(corrected, result, lines, more if grew else {}, purchase_order=number)
     if not grew:
         _give_back(corrected, standing, less)
-    AuditEvent.objects.create(
+    audit.record(
+        actor=None,
         party=report.licensee,
         action="report.corrected",
         target=f"report:{report.pk}",
-        detail={
-            "by": corrected.pk,
-            "from_micros": report.revenue_micros,
-            "to_micros": revenue.micros,
-            "currency": report.currency,
-        },
+        by=corrected.pk,
+        from_micros=report.revenue_micros,
+        to_micros=revenue.micros,
+        currency=report.currency,
     )
     logger.info("Corrected report=%s by=%s micros=%s", report.pk, corrected.pk, revenue.micros)
     return invoice

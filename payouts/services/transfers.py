@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
+from typing import Any
 
 from django.conf import settings
 from django.db import connection, transaction
@@ -32,8 +33,9 @@ from django.utils import timezone
 from marketplace import clock, jobs
 from marketplace.errors import InvalidInput
 from marketplace.jobs import Job
-from marketplace.models import AuditEvent, User
+from marketplace.models import User
 from marketplace.money import MINOR_DIGITS, Money
+from marketplace.services import audit
 from marketplace.services.authority import require_staff
 from payouts import chart, gateway, ledger
 from payouts.errors import FourEyes, PayoutRunNotStoppable, TransferMismatch
@@ -827,10 +829,12 @@ def _reason(text: str) -> str:
     return text.strip()
 
 
-def _audit(run: PayoutRun, user: User | None, action: str, **detail: object) -> None:
-    AuditEvent.objects.create(
+def _audit(run: PayoutRun, user: User | None, action: str, **detail: Any) -> None:
+    audit.record(
         actor=user,
         action=action,
         target=f"payout_run:{run.pk}",
-        detail={"key": run.key, "currency": run.currency} | detail,
+        key=run.key,
+        currency=run.currency,
+        **detail,
     )
