@@ -68,13 +68,14 @@ class WaitingPayee:
 
     party: Party
     amount: Money
+    details: BankDetails | None  # the latest, if they entered any
     sentence: str
 
 
-def waiting_for_details() -> list[WaitingPayee]:
-    """Whose money waits for bank details, or for the end of their hold; by currency, then party."""
+def waiting_for_details(currency: str | None = None) -> list[WaitingPayee]:
+    """Whose money waits for bank details, or for the end of their hold; of one currency, or by currency; then by party."""
     found = []
-    for currency in MINOR_DIGITS:
+    for currency in MINOR_DIGITS if currency is None else [currency]:
         dues = _dues(currency)
         usable = bank_details.usable_of([party.pk for party, _ in dues])
         latest = {
@@ -82,7 +83,7 @@ def waiting_for_details() -> list[WaitingPayee]:
             for one in BankDetails.objects.filter(party__in=[party for party, _ in dues]).order_by("pk")
         }
         found += [
-            WaitingPayee(party, due, waits_for(latest.get(party.pk), "their"))
+            WaitingPayee(party, due, latest.get(party.pk), waits_for(latest.get(party.pk), "their"))
             for party, due in dues
             if party.pk not in usable
         ]

@@ -9,6 +9,7 @@ from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework import serializers
 from rest_framework.request import Request
+from rest_framework.response import Response
 
 from marketplace.api.fields import MoneyField
 from payouts.api.desk.base import (
@@ -19,6 +20,7 @@ from payouts.api.desk.base import (
     DeskList,
     DeskPartyOutput,
     DeskView,
+    OffsetPages,
     OldestFirst,
     PersonField,
 )
@@ -46,6 +48,9 @@ class RailPayoutOutput(serializers.ModelSerializer):
     """proposed → intended → sent; or returned, or dropped where nothing was due any more."""
 
     party = DeskPartyOutput()
+    account_ends_in = serializers.CharField(
+        source="details.last_four", default=None, allow_null=True, help_text="Of the payee's account; null: one that is not kept."
+    )
     amount = MoneyField()
     confirmed_by = PersonField("confirmed_by")
 
@@ -55,6 +60,7 @@ class RailPayoutOutput(serializers.ModelSerializer):
             "id",
             "export",
             "party",
+            "account_ends_in",
             "amount",
             "status",
             "reference",
@@ -62,6 +68,24 @@ class RailPayoutOutput(serializers.ModelSerializer):
             "confirmed_by",
             "confirmed_at",
         ]
+
+
+class RailWaitingOutput(serializers.Serializer):
+    """A payee to whom something is due over another rail and cannot be sent yet. Their account is named by its last four alone."""
+
+    party = DeskPartyOutput()
+    amount = MoneyField()
+    account_ends_in = serializers.CharField(
+        source="details.last_four", default=None, allow_null=True, help_text="null: they have entered none."
+    )
+    usable_from = serializers.DateTimeField(
+        source="details.usable_from", default=None, allow_null=True, help_text="When what they entered is used."
+    )
+    sentence = serializers.CharField(help_text="What it waits for, in words.")
+
+
+class RailWaitingFilter(serializers.Serializer):
+    currency = CurrencyField(required=False)
 
 
 class RailExportInput(serializers.Serializer):
@@ -157,7 +181,22 @@ class RailExportPayouts(DeskList):
 
     def get_queryset(self) -> QuerySet[RailPayout]:
         export = get_object_or_404(RailExport, pk=self.kwargs["id"])
-        return export.payouts.select_related("party", "confirmed_by")
+        return export.payouts.select_related("party", "details", "confirmed_by")
+
+
+class RailWaiting(DeskView):
+    serializer_class = RailWaitingOutput
+    filter_class = RailWaitingFilter
+    pagination_class = OffsetPages
+
+    @extend_schema(
+        summary="Payees whose money waits for bank details, or for the end of their hold",
+        operation_id="desk_rail_waiting_list",
+        responses=RailWaitingOutput(many=True),
+    )
+    def get(self, request: Request) -> Response:
+        page = self.paginate_queryset(other_rails.waiting_for_details(**self.asked()))
+        return self.get_paginated_response(RailWaitingOutput(page, many=True).data)
 
 
 class RailExportCsv(DeskView):

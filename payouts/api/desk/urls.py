@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from payouts.api.desk import bank, billing, books, divisions, givebacks, rails, runs, watch
+from payouts.api.desk import arrears, bank, billing, books, divisions, givebacks, rails, runs, watch
 
 paths = [
     path("payout-runs/", runs.PayoutRunList.as_view()),
@@ -43,6 +43,8 @@ paths = [
     path("corrections/<int:id>/lines/", divisions.CorrectionLines.as_view()),
     path("corrections/<int:id>/approve/", divisions.CorrectionApprove.as_view()),
     path("corrections/<int:id>/reject/", divisions.CorrectionReject.as_view()),
+    path("owed-reports/", arrears.OwedReportList.as_view()),
+    path("unpaid-royalties/", arrears.UnpaidRoyaltyList.as_view()),
     path("invoices/", billing.InvoiceList.as_view()),
     path("invoices/<str:reference>/", billing.InvoiceDetail.as_view()),
     path("receipts/", billing.ReceiptList.as_view()),
@@ -73,6 +75,7 @@ paths = [
     path("rail-confirmations/<int:id>/", rails.RailConfirmationDetail.as_view()),
     path("rail-confirmations/<int:id>/approve/", rails.RailConfirmationApprove.as_view()),
     path("rail-confirmations/<int:id>/reject/", rails.RailConfirmationReject.as_view()),
+    path("rail-waiting/", rails.RailWaiting.as_view()),
     path("rail-payouts/<int:id>/sent/", rails.RailPayoutSent.as_view()),
     path("rail-payouts/<int:id>/returned/", rails.RailPayoutReturned.as_view()),
     path("manual-entries/", books.ManualEntryList.as_view()),

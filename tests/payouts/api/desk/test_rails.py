@@ -45,6 +45,7 @@ def test_what_stripe_does_not_reach_is_exported_by_two_people_and_confirmed(
     assert made == again and (made["status"], made["proposed_by"]) == ("awaiting", "ann@desk.example")
     (payout,) = ann.get(f"{path}payouts/")["results"]
     assert (payout["party"]["id"], payout["amount"]["amount"]) == (unserved.pk, "36.00")
+    assert payout["account_ends_in"] == "3000"
     ann.act(f"{path}csv/", None, 404)  # nothing is promised yet
     for desk in (ann, ann_again):
         assert desk.act(f"{path}approve/", None, 403)["code"] == "four_eyes"
@@ -97,6 +98,30 @@ def test_an_export_is_rejected_by_another_person_without_a_code(unserved: Any, a
     assert ben.act(f"{path}reject/", code="")["status"] == "rejected"
     assert RailPayout.objects.get().status == "dropped"
     assert ben.act(f"{path}approve/", None, 409)["code"] == "already_decided"
+
+
+def test_whose_money_waits_for_an_account_is_listed_with_its_last_digits_alone(
+    unserved: Any, bob: Any, ann: Desk
+) -> None:
+    assert ann.get("rail-waiting/")["results"] == []  # what she entered can be used
+    changed = set_details(party=unserved, user=unserved.user, **ACCOUNT | {"address": "2 Calle, La Habana"})
+    type(bob).objects.filter(pk=bob.pk).update(country="CU")
+    earn({bob: 1}, price="40")
+
+    hers, his = ann.get("rail-waiting/")["results"]
+
+    assert (hers["party"]["id"], hers["amount"], hers["account_ends_in"]) == (
+        unserved.pk,
+        {"amount": "36.00", "currency": "USD"},
+        "3000",
+    )
+    assert hers["usable_from"] == f"{changed.usable_from:%Y-%m-%dT%H:%M:%S.%fZ}" and "were changed" in hers["sentence"]
+    assert (his["party"]["id"], his["account_ends_in"], his["usable_from"]) == (bob.pk, None, None)
+    assert his["sentence"] == "Waits for their bank details."
+    assert "DE89" not in str(hers)
+    assert ann.get("rail-waiting/", currency="USD", page_size=1)["results"] == [hers]
+    assert ann.get("rail-waiting/", currency="EUR")["results"] == []
+    ann.get("rail-waiting/", 422, currency="CHF")
 
 
 def test_an_export_of_nothing_or_in_no_currency_is_refused(ann: Desk) -> None:
