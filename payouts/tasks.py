@@ -10,6 +10,7 @@ from payouts import ledger
 from payouts.models import (
     BankDetailsNotice,
     BooksProof,
+    DebitRefusal,
     DisputeAnswer,
     PayoutRun,
     PayoutShard,
@@ -25,6 +26,7 @@ from payouts.services import (
     balance_checks,
     bank_details,
     closing,
+    debits,
     disputes,
     duties,
     events,
@@ -185,6 +187,14 @@ def send_bank_details_notice(notice_id: int) -> None:
     with jobs.claimed(BankDetailsNotice, notice_id) as notice:
         if notice:
             bank_details.send_notice(notice)
+
+
+@shared_task(acks_late=True)
+def send_debit_refusal(refusal_id: int) -> None:
+    """Harmless to run twice, at once, or after a crash; a worker that dies right after the mail went out sends it again."""
+    with jobs.claimed(DebitRefusal, refusal_id) as refusal:
+        if refusal:
+            debits.send_refusal(refusal)
 
 
 @shared_task

@@ -146,6 +146,7 @@ CELERY_TASK_ROUTES = {
     "payouts.tasks.send_statement_notice": {"queue": "default"},
     "payouts.tasks.execute_proof": {"queue": "default"},  # it may take long, and asks Stripe nothing
     "payouts.tasks.send_bank_details_notice": {"queue": "default"},
+    "payouts.tasks.send_debit_refusal": {"queue": "default"},
     "payouts.tasks.*": {"queue": "payments"},
 }
 CELERY_BEAT_SCHEDULE_FILENAME = str(VAR / "celerybeat-schedule")

@@ -10,6 +10,7 @@ from payouts.models.ledger import Account, BalanceSnapshot, JournalEntry, Postin
 from payouts.models.payees import PayeeAccount
 from payouts.models.payments import (
     BankReceipt,
+    DebitRefusal,
     EventSettlement,
     EventSweep,
     Payment,
@@ -57,6 +58,7 @@ __all__ = [
     "ClosedBalance",
     "ClosedPeriod",
     "CorrectionLine",
+    "DebitRefusal",
     "Dispute",
     "DisputeAnswer",
     "Division",

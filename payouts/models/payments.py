@@ -113,6 +113,24 @@ class Payment(models.Model):
         return licensee
 
 
+class DebitRefusal(Job):
+    """A debit that a buyer's bank refused, told to the buyer once, however often Stripe tells us. As a job: the mail."""
+
+    task_name: ClassVar[str] = "payouts.tasks.send_debit_refusal"
+
+    payment = models.ForeignKey(Payment, models.PROTECT, related_name="debit_refusals")
+    checkout_id = models.CharField(max_length=255, unique=True)  # the page on which the debit was given
+    reason = models.TextField(blank=True)  # Stripe's words
+    refused_at = models.DateTimeField()  # business time
+    mailed_at = models.DateTimeField(null=True)  # business time; null when done: it was paid otherwise before
+
+    class Meta(Job.Meta):
+        pass
+
+    def __str__(self) -> str:
+        return f"Refused debit of {self.payment}"
+
+
 class BankReceiptQuerySet(models.QuerySet["BankReceipt"]):
     def with_left(self) -> "BankReceiptQuerySet":
         """Money that fits no invoice and is not used up, by the database's own rule (migration `0031_bank_rules`); see `left`."""

@@ -23,6 +23,7 @@ from payouts.errors import (
     StripeUnavailable,
 )
 from payouts.models import Payment, SurplusCharge
+from payouts.services import debits
 from payouts.services.refusals import declined
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ def _note_bank(payment: Payment, known: gateway.PaidCheckout) -> None:
         payment.awaits_bank_since, payment.bank_refused_at, payment.bank_refusal = None, clock.now(), known.failure
         if payment.order is not None:
             extend_payment(order=payment.order, until=max(payment.order.expires_at, clock.now() + PAYMENT_TERM))
+        debits.note_refused(payment, checkout_id=known.id)
         logger.info("Bank refused payment=%s checkout=%s", payment.pk, known.id)
     else:
         return

@@ -23,6 +23,7 @@ from payouts import gateway, tasks
 from payouts.models import (
     BankDetailsNotice,
     BooksProof,
+    DebitRefusal,
     DisputeAnswer,
     EventSweep,
     Payout,
@@ -64,6 +65,7 @@ WORK: dict[type[Job], Callable[[int], None]] = {
     StatementRun: tasks.issue_statements,
     StatementNotice: tasks.send_statement_notice,
     BankDetailsNotice: tasks.send_bank_details_notice,
+    DebitRefusal: tasks.send_debit_refusal,
 }
 #: What a task may end with and come back for.
 COMES_BACK = (

@@ -4,12 +4,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.core import mail
 
 from marketplace import clock
 from marketplace.models import Order
 from payouts import gateway, tasks
 from payouts.errors import PaymentUnderWay
-from payouts.models import Payment, StripeEvent
+from payouts.models import DebitRefusal, Payment, StripeEvent
 from payouts.services import sales
 from payouts.services.events import sweep_events
 from payouts.services.reconciliation import settle_funds
@@ -77,6 +78,59 @@ def test_an_order_whose_debit_was_refused_can_be_paid_otherwise(db: Any, stripe:
     assert Order.objects.get().status == Order.Status.PAID
     settle_funds()
     clean()
+
+
+def mails() -> list[str]:
+    """Send what is queued, as the workers do."""
+    for refusal in DebitRefusal.objects.order_by("pk"):
+        tasks.send_debit_refusal(refusal.pk)
+    return [f"{sent.to[0]}: {sent.subject}" for sent in mail.outbox]
+
+
+def test_each_refused_debit_is_mailed_about_once_however_often_it_is_heard_of(
+    db: Any, stripe: Any, carol: Any
+) -> None:
+    order = OrderFactory(buyer=carol)
+    stripe.debit(sales.start_checkout(order=order, **BACK), account=REFUSED)
+    hear_all()
+    assert mails() == []  # the bank has not answered
+    days_go_by(stripe, 4.1)
+    hear_all()
+    heard = StripeEvent.objects.latest("pk")
+    assert heard.type == "checkout.session.async_payment_failed"
+    for number in range(2):  # Stripe tells it again, and we ask by ourselves
+        again = {"endpoint": heard.endpoint, "type": heard.type, "payload": heard.payload}
+        StripeEvent.objects.create(event_id=f"evt_again_{number}", **again)
+    hear_all()
+    sales.cancel_expired_orders()
+
+    for _ in range(2):
+        sent = mails()
+
+    payment, refusal = Payment.objects.get(), DebitRefusal.objects.get()
+    assert sent == [f"{carol.user.email}: Your bank refused the debit of {payment.amount}"]
+    assert refusal.mailed_at is not None and refusal.reason == payment.bank_refusal
+    order.refresh_from_db()
+    (letter,) = mail.outbox
+    for told in (letter.body, str(letter.alternatives[0].content)):
+        assert "insufficient funds" in told and f"{order.expires_at:%-d %B %Y, %H:%M} UTC" in told
+        assert f"/orders/{order.public_id}/" in told
+    stripe.debit(sales.start_checkout(order=order, **BACK), account=REFUSED)
+    days_go_by(stripe, 4.1)
+    hear_all()
+    assert len(mails()) == 2  # another debit, another refusal
+
+
+def test_who_has_paid_otherwise_meanwhile_gets_no_mail(db: Any, stripe: Any, carol: Any) -> None:
+    order = OrderFactory(buyer=carol)
+    stripe.debit(sales.start_checkout(order=order, **BACK), account=REFUSED)
+    days_go_by(stripe, 4.1)
+    hear_all()
+    stripe.pay(sales.start_checkout(order=order, **BACK))
+    hear_all()
+
+    assert Payment.objects.get().status == "paid"
+    assert mails() == [] and DebitRefusal.objects.get().mailed_at is None
 
 
 def test_a_refused_debit_whose_events_were_all_lost_does_not_block_its_order(db: Any, stripe: Any, carol: Any) -> None:
