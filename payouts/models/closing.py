@@ -1,7 +1,7 @@
 """Closed months, entries made by hand, and what was looked at: evidence, append-only but for the jobs.
 
     ClosedPeriod      a month into which nothing is posted any more; ClosedBalance keeps its trial balance
-    ManualEntry       proposed by one of the staff with its legs; ManualDecision: another one posts or rejects it
+    ManualEntry       proposed by one of the staff with its legs; ManualDecision: another one approves or rejects it
     BalanceCheck      snapshots of balances, summed up again from the postings
 
 PostgreSQL itself refuses an entry in a closed month, a decision by whoever proposed, and a manual entry that was not

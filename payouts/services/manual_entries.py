@@ -1,4 +1,4 @@
-"""Entries that no service makes, with four eyes: one of the staff proposes, another one posts or rejects.
+"""Entries that no service makes, with four eyes: one of the staff proposes, another one approves or rejects.
 
 Payables, pools and what is on its way cannot be moved by hand: rows of other services prove them, and a refund, a write-off or
 a correction is the way. Cash at Stripe moves only with the balance transaction that it books, which reconciliation then finds. Our
@@ -146,7 +146,7 @@ def _decide(manual: ManualEntry, user: User, *, is_approved: bool, note: str) ->
     if known is not None:
         if known.decided_by_id == user.pk and known.is_approved == is_approved:
             return known  # a second click
-        done = "posted" if known.is_approved else "rejected"
+        done = "approved" if known.is_approved else "rejected"
         raise AlreadyDecided(f"{known.decided_by} has {done} it.")
     entry = None
     if is_approved:

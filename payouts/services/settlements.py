@@ -191,7 +191,8 @@ def reject(*, settlement: EventSettlement, user: User, note: str) -> EventSettle
         AlreadyDecided: another one was first.
     """
     if not note.strip():
-        raise InvalidInput("Say why it is rejected.", pointers={"/note": "missing"})
+        what = "withdrawn" if settlement.proposed_by_id == user.pk else "rejected"
+        raise InvalidInput(f"Say why it is {what}.", pointers={"/note": "missing"})
     return _decide(settlement, user, Status.REJECTED, note)
 
 
@@ -210,7 +211,8 @@ def _decide(settlement: EventSettlement, user: User, status: EventSettlement.Sta
     if held.status != Status.PROPOSED:
         if (held.status, held.decided_by_id) == (status, user.pk):
             return held  # a second click
-        raise AlreadyDecided(f"{held.decided_by} has {held.status} it.")
+        is_own = held.status == Status.REJECTED and held.decided_by_id == held.proposed_by_id
+        raise AlreadyDecided(f"{held.decided_by} has {'withdrawn' if is_own else held.status} it.")
     held.status, held.decided_by, held.decided_at, held.note = status, user, clock.now(), note.strip()[:MAX_REASON]
     held.save(update_fields=["status", "decided_by", "decided_at", "note"])
     _note(held, f"stripe_event.settlement_{status.value}", user, before={"status": "proposed"})

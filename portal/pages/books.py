@@ -270,7 +270,7 @@ def manual(request: StaffRequest, manual_id: int) -> HttpResponseBase:
         try:
             if request.POST.get("act") == "approve":
                 manual_entries.approve(manual=found, user=request.user, note=note)
-                messages.success(request, "Posted.")
+                messages.success(request, "Approved and booked.")
             else:
                 manual_entries.reject(manual=found, user=request.user, note=note)
                 messages.success(request, "Rejected.")
@@ -401,12 +401,13 @@ def rail_export(request: StaffRequest, export_id: int) -> HttpResponseBase:
         try:
             if request.POST.get("act") == "approve":
                 other_rails.approve_export(export=found, user=request.user)
+                messages.success(request, "Approved and booked.")
             else:
                 other_rails.reject_export(export=found, user=request.user)
+                messages.success(request, "Rejected.")
         except DomainError as error:
             problem = error.message
         else:
-            messages.success(request, "Decided.")
             return redirect("desk-rail-export", export_id=found.pk)
     recorded = Prefetch("confirmations", other_rails.confirmations_waiting(), to_attr="waiting_confirmations")
     of_export = found.payouts.select_related("party", "details", "confirmed_by").prefetch_related(recorded)

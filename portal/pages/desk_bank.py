@@ -84,7 +84,7 @@ def receipt(request: StaffRequest, receipt_id: int) -> HttpResponseBase:
             money = [found, *BankReceipt.objects.filter(pk__in=apply.cleaned_data["together"])]
             payment = apply.cleaned_data["invoice"].payment
             unapplied.propose_application(payment=payment, money=money, by=request.user)
-            messages.success(request, "Proposed. Somebody else books it.")
+            messages.success(request, "Proposed. Somebody else approves it before anything is booked.")
             return redirect("desk-bank")
         if returning.is_valid():
             outgoing.record_money_returned(receipt=found, by=request.user, **returning.given)
@@ -170,7 +170,7 @@ def refund(request: StaffRequest, refund_id: int) -> HttpResponseBase:
 @staff_only
 @require_POST
 def transfer(request: StaffRequest, transfer_id: int) -> HttpResponseBase:
-    """Confirm a recorded transfer or reject the record; or, of money that fitted no invoice, that it came back."""
+    """Confirm a recorded transfer, or turn the record down; or, of money that fitted no invoice, that it came back."""
     found = get_object_or_404(OutgoingTransfer, pk=transfer_id)
     form = ReturnedForm(request.POST)
     try:

@@ -104,5 +104,6 @@ def _acted(
         messages.success(request, "Confirmed.")
     elif act == "reject":
         settlements.reject(settlement=proposal, user=request.user, note=note)
-        messages.success(request, "Rejected.")
+        is_own = proposal.proposed_by_id == request.user.pk
+        messages.success(request, "Withdrawn." if is_own else "Rejected.")
     return True

@@ -121,7 +121,7 @@ def payee(request: StaffRequest, party_id: int) -> HttpResponse:
         "account": account,
         "at_stripe": AT_STRIPE[payouts.onboarding_of(account).state],
         "is_unserved": reach.is_unserved(party),
-        "earnings": [(of, chart.payable(party.pk, of.currency)) for of in earned],
+        "earnings": [(of, of.in_transit + of.sent, chart.payable(party.pk, of.currency)) for of in earned],
         "standings": standings_of(party, earned),
         "page": page,
         "reasons": [(payout, payout_problem(payout)) for payout in page],

@@ -25,7 +25,7 @@ MAX_ID = 2**63 - 1
 
 # --- what is said, and what is asked ----------------------------------------------------------------------------------
 class OutgoingTransferOutput(serializers.ModelSerializer):
-    """recorded → booked → perhaps returned; or rejected. It carries a refund, or money of a receipt back to its payer."""
+    """recorded → booked → perhaps returned; or rejected (withdrawn, where `decided_by` recorded it). It carries a refund, or money of a receipt back to its payer."""
 
     amount = MoneyField()
     recorded_by = PersonField("recorded_by")
@@ -62,7 +62,7 @@ class ReceiptUseOutput(serializers.ModelSerializer):
 
 
 class ApplicationOutput(serializers.ModelSerializer):
-    """proposed → booked or rejected: money that fitted no invoice pays one, exactly. `uses`: how much of which receipt."""
+    """proposed → booked or rejected (withdrawn, where `decided_by` proposed it): money that fitted no invoice pays one, exactly. `uses`: how much of which receipt."""
 
     amount = MoneyField()
     uses = ReceiptUseOutput(many=True)
@@ -305,7 +305,7 @@ class ApplicationApprove(_DecideApplication):
 
 @extend_schema_view(
     post=extend_schema(
-        summary="Reject a use",
+        summary="Reject a use, or withdraw one's own",
         description="Nothing is booked. Needs no one-time code.",
         operation_id="desk_applications_reject",
         request=None,
@@ -411,7 +411,7 @@ class OutgoingTransferApprove(_OutgoingAct):
 
 @extend_schema_view(
     post=extend_schema(
-        summary="Reject the record of a transfer out",
+        summary="Reject the record of a transfer out, or withdraw one's own",
         description="Nothing is booked, and what it was for waits for a transfer again. Needs no one-time code.",
         operation_id="desk_outgoing_transfers_reject",
         request=None,

@@ -47,7 +47,7 @@ class DeskInvoiceOutput(serializers.ModelSerializer):
 
 
 class ReceiptOutput(serializers.ModelSerializer):
-    """recorded → booked or rejected. Without a payment it fits no invoice: `payer` is whom the statement names."""
+    """recorded → booked or rejected (withdrawn, where `decided_by` recorded it). Without a payment it fits no invoice: `payer` is whom the statement names."""
 
     buyer = DeskPartyOutput(source="payment.asked_of", default=None, allow_null=True)
     amount = MoneyField()
@@ -230,7 +230,7 @@ class ReceiptApprove(_Decide):
 
 @extend_schema_view(
     post=extend_schema(
-        summary="Reject a transfer",
+        summary="Reject a transfer, or withdraw one's own record",
         description="Nothing is booked. Needs no one-time code.",
         operation_id="desk_receipts_reject",
         request=None,

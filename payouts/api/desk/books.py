@@ -492,7 +492,7 @@ class ManualLegOutput(serializers.ModelSerializer):
 
 
 class ManualEntryOutput(serializers.ModelSerializer):
-    """`state`: awaiting → approved, that is posted, or rejected."""
+    """`state`: awaiting → approved, that is booked, or rejected."""
 
     state = serializers.CharField()
     legs = ManualLegOutput(many=True)

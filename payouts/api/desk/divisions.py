@@ -85,7 +85,7 @@ class DeskDivisionOutput(serializers.ModelSerializer):
 
 
 class DeskCorrectionOutput(serializers.ModelSerializer):
-    """A division anew: proposed → booked or rejected."""
+    """A division anew: proposed → booked or rejected (withdrawn, where `decided_by` proposed it)."""
 
     amount = MoneyField(help_text="What the division still gives, and is divided anew.")
     model = serializers.CharField(source="result.model.slug", default=None, allow_null=True)
@@ -309,7 +309,7 @@ class CorrectionApprove(_Decide):
 
 @extend_schema_view(
     post=extend_schema(
-        summary="Reject a correction",
+        summary="Reject a correction, or withdraw one's own",
         description="Nothing is booked. Needs no one-time code.",
         operation_id="desk_corrections_reject",
         request=None,

@@ -290,7 +290,7 @@ class StripeEventOutput(serializers.ModelSerializer):
 
 
 class SettlementOutput(serializers.ModelSerializer):
-    """proposed → confirmed or rejected. refund: the charge behind the event is for nothing that we sell, and goes back."""
+    """proposed → confirmed or rejected (withdrawn, where `decided_by` proposed it). refund: the charge behind the event is for nothing that we sell, and goes back."""
 
     amount = MoneyField(allow_null=True, help_text="What of the charge goes back.")
     proposed_by = PersonField("proposed_by")
@@ -481,7 +481,7 @@ class SettlementConfirm(_DecideSettlement):
 
 @extend_schema_view(
     post=extend_schema(
-        summary="Reject a settlement",
+        summary="Reject a settlement, or withdraw one's own",
         description="Whoever proposed it may take it back. Nothing is booked. Needs no one-time code.",
         operation_id="desk_settlements_reject",
         request=SettlementRejectInput,

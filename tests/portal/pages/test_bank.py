@@ -71,8 +71,10 @@ def test_a_buyer_who_paid_by_transfer_gets_it_back_by_transfer(paid: Order, caro
     )
     decide = f"/desk/bank/transfers/{OutgoingTransfer.objects.get().pk}/"
     assert ann.post(decide, {"act": "approve"}).status_code == 403
-    assert "somebody else confirms" in assert_page(ann.get("/desk/bank/"))
-    assert "I have seen it" in assert_page(ben.get(to_send))
+    for shown in (assert_page(ann.get("/desk/bank/")), assert_page(ann.get(to_send))):
+        assert "somebody else confirms" in shown and "Withdraw" in shown and "Reject" not in shown
+    for shown in (assert_page(ben.get("/desk/bank/")), assert_page(ben.get(to_send))):
+        assert "Confirm" in shown and "Reject" in shown and "Withdraw" not in shown
     assert ben.post(decide, {"act": "approve"}).url == "/desk/bank/"
 
     assert ledger.balances(prefix="bank") == {} and check_books().findings == []
@@ -135,7 +137,10 @@ def test_money_that_fits_no_invoice_is_recorded_confirmed_and_applied(order: Ord
 
     assert ann.post(page, apply | {"apply-together": [second.pk]}).url == "/desk/bank/"
 
-    assert "somebody else books it" in assert_page(ann.get("/desk/bank/"))
+    shown = assert_page(ann.get("/desk/bank/"))
+    assert "somebody else approves" in shown and "Withdraw" in shown and "Reject" not in shown
+    shown = assert_page(ben.get("/desk/bank/"))
+    assert "Approve and book" in shown and "Reject" in shown and "Withdraw" not in shown
     decide = f"/desk/bank/applications/{ReceiptApplication.objects.get().pk}/"
     assert ann.post(decide, {"act": "approve"}).status_code == 403
     assert ben.post(decide, {"act": "approve"}).url == "/desk/bank/"

@@ -117,7 +117,7 @@ def proposal(**changes: str) -> dict[str, str]:
     } | changes
 
 
-def test_a_manual_entry_is_proposed_by_one_and_posted_by_another(desk: Client, other_desk: Client) -> None:
+def test_a_manual_entry_is_proposed_by_one_and_booked_by_another(desk: Client, other_desk: Client) -> None:
     form = proposal()
     for _ in range(2):
         page = desk.post("/desk/entries/", form).url
@@ -126,11 +126,11 @@ def test_a_manual_entry_is_proposed_by_one_and_posted_by_another(desk: Client, o
     assert "another one of the staff must decide" in assert_page(desk.post(page, {"act": "approve"}), 422)
     assert ledger.balances() == {}
 
-    assert "Approve and post" in assert_page(other_desk.get(page))
+    assert "Approve and book" in assert_page(other_desk.get(page))
     assert other_desk.post(page, {"act": "approve"}).url == page
 
     assert ledger.balances() == {"equity:owners:USD": -3_000_000, "expense:other:USD": 3_000_000}
-    assert "posted" in assert_page(desk.get("/desk/entries/"))
+    assert "booked" in assert_page(desk.get("/desk/entries/"))
 
 
 @pytest.mark.parametrize(
