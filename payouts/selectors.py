@@ -797,7 +797,7 @@ def reportable_models_of(party: Party) -> QuerySet[TrainedModel]:
     return TrainedModel.objects.filter(owner=party).order_by("-pk")
 
 
-def months_of(party: Party) -> list[tuple[int, int]]:
+def _months_of(party: Party) -> list[tuple[int, int]]:
     """Years and months in which something moved, latest first."""
     months = {
         (moment.year, moment.month)
@@ -818,7 +818,7 @@ def open_months_of(party: Party) -> list[tuple[int, int]]:
     issued = {
         (day.year, day.month) for day in statements_of(party).order_by().values_list("period__starts_on", flat=True)
     }
-    return [month for month in months_of(party) if month not in issued]
+    return [month for month in _months_of(party) if month not in issued]
 
 
 def _earnings(

@@ -134,19 +134,6 @@ def decide_correction(*, correction: DivisionCorrection, approved: bool, by: Use
     return correction
 
 
-@transaction.atomic
-def correct_division(
-    *, division: Division, result: AttributionResult | None, reason: str, by: User, approved_by: User
-) -> DivisionCorrection:
-    """Propose and approve in one, for two people who looked at it together.
-
-    Raises:
-        See `propose_correction` and `decide_correction`.
-    """
-    proposed = propose_correction(division=division, result=result, reason=reason, by=by)
-    return decide_correction(correction=proposed, approved=True, by=approved_by)
-
-
 def _book(correction: DivisionCorrection, payment: Payment) -> None:
     recoveries.lock(payment.currency)
     division = correction.division

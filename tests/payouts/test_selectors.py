@@ -8,7 +8,7 @@ from payouts.models import JournalEntry, Payout, PayoutRun
 from payouts.selectors import (
     earnings_of,
     lines_of,
-    months_of,
+    open_months_of,
     next_payout,
     payouts_of,
     royalty_invoices_of,
@@ -76,7 +76,7 @@ def test_a_contributor_sees_the_pools_that_wait(db: Any, alice: Any, mallory: An
     sell(OrderFactory(offers=[OfferFactory(version=version)]))
 
     assert [pool.amount for pool in waiting_pools_of(alice)] == [usd("60")]
-    assert [(year, month) for year, month in months_of(alice)] == [(clock.now().year, clock.now().month)]
+    assert [(year, month) for year, month in open_months_of(alice)] == [(clock.now().year, clock.now().month)]
     assert not waiting_pools_of(mallory).exists()
 
 
@@ -85,6 +85,6 @@ def test_a_stranger_sees_nothing(db: Any, alice: Any, mallory: Any) -> None:
 
     assert earnings_of(mallory) == []
     assert next_payout(mallory) == []
-    assert months_of(mallory) == []
+    assert open_months_of(mallory) == []
     for rows in (lines_of(mallory), payouts_of(mallory), royalty_invoices_of(mallory)):
         assert list(rows) == []

@@ -54,9 +54,9 @@ def right(division: Division, **weights: Any) -> AttributionResult:
 def correct(
     division: Division, people: tuple[User, User], result: Any, reason: str = "The labels were swapped."
 ) -> Any:
-    return corrections.correct_division(
-        division=division, result=result, reason=reason, by=people[0], approved_by=people[1]
-    )
+    """Proposed by one, approved by another."""
+    proposed = corrections.propose_correction(division=division, result=result, reason=reason, by=people[0])
+    return corrections.decide_correction(correction=proposed, approved=True, by=people[1])
 
 
 def test_a_correction_moves_the_difference_and_leaves_the_division(
@@ -169,9 +169,7 @@ def test_one_person_cannot_correct_alone(wrong: Division, people: Any, bob: Any,
     before = ledger.balances()
 
     with pytest.raises(FourEyes, match="Somebody else"), transaction.atomic():
-        corrections.correct_division(
-            division=wrong, result=result, reason="Alone.", by=people[0], approved_by=people[0]
-        )
+        correct(wrong, (people[0], people[0]), result)
     with pytest.raises(NotAllowed, match="Only staff"):
         corrections.propose_correction(division=wrong, result=result, reason="Mine.", by=mallory.user)
     proposed = corrections.propose_correction(division=wrong, result=result, reason="For later.", by=people[0])
