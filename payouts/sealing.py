@@ -29,6 +29,7 @@ def unseal(text: str, *, party: int) -> dict[str, str]:
 
 
 def _cipher() -> Fernet:
+    assert settings.BANK_DETAILS_KEY, "only the web process has the key"
     return Fernet(
         base64.urlsafe_b64encode(hashlib.sha256(f"bank details:{settings.BANK_DETAILS_KEY}".encode()).digest())
     )

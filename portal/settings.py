@@ -4,6 +4,7 @@
 back to play money or an empty database (DESIGN §2).
 """
 
+import hashlib
 from pathlib import Path
 
 import environ
@@ -245,7 +246,15 @@ if not IS_DEMO:
     if RESIDUAL_PROCESS == "web" and not (STRIPE_WEBHOOK_SECRET and STRIPE_CONNECT_WEBHOOK_SECRET):
         raise ImproperlyConfigured("STRIPE_WEBHOOK_SECRET and STRIPE_CONNECT_WEBHOOK_SECRET are missing")
 #: Seals the bank details of payees whom Stripe does not reach; never changed: nobody could be paid over another rail.
-BANK_DETAILS_KEY = env("BANK_DETAILS_KEY", default="") or FINGERPRINT_KEY
+BANK_DETAILS_KEY = env("BANK_DETAILS_KEY", default="")
+if IS_DEMO and not BANK_DETAILS_KEY:  # of its own, and kept as long as the demo's one secret is
+    BANK_DETAILS_KEY = hashlib.sha256(f"bank details {SECRET_KEY}".encode()).hexdigest()
+if RESIDUAL_PROCESS == "web" and not BANK_DETAILS_KEY:  # no other process seals or opens them, so none is given the key
+    raise ImproperlyConfigured(
+        "BANK_DETAILS_KEY is missing: the web process seals payees’ bank details under it. Make one, and keep it for ever: "
+        "python -c 'import secrets; print(secrets.token_urlsafe(50))'. If payees entered theirs while it was unset, it is the "
+        "value of FINGERPRINT_KEY."
+    )
 PLATFORM_FEE_BPS = 1_000
 #: Who sells: as every invoice names it, and where a bank transfer goes.
 SELLER_NAME = env("SELLER_NAME", default="Residual (demo)" if IS_DEMO else "")

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from cryptography.fernet import InvalidToken
 from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
 
@@ -335,12 +336,13 @@ def export_file(*, export: RailExport, user: User) -> Iterator[str]:
 
     Raises:
         NotAllowed: the user is not staff.
-        InvalidInput: nobody approved the export.
+        InvalidInput: nobody approved the export, or an account in it was sealed under another key.
     """
     require_staff(user=user, to="have an export’s file")
     export = RailExport.objects.get(pk=export.pk)
     if export.status != RailExport.Status.APPROVED:
         raise InvalidInput(f"Export {export.pk} is {export.status}; only an approved one is sent.")
+    _refuse_unreadable(export)
     audit.record(
         actor=user,
         action="rail_export.downloaded",
@@ -348,6 +350,23 @@ def export_file(*, export: RailExport, user: User) -> Iterator[str]:
         after={"payouts": export.payouts.filter(status=RailPayout.Status.INTENDED).count()},
     )
     return _export_rows(export)
+
+
+def _refuse_unreadable(export: RailExport) -> None:
+    """Before the first line goes out: a file that broke off in the middle would pay some and not the others.
+
+    Raises:
+        InvalidInput: see `export_file`.
+    """
+    open_ones = export.payouts.filter(status=RailPayout.Status.INTENDED, details__isnull=False)
+    for payout in open_ones.select_related("details").order_by("pk").iterator(chunk_size=500):
+        try:
+            bank_details.opened(payout.details)
+        except InvalidToken as error:
+            raise InvalidInput(
+                f"The account of rail payout {payout.pk} was sealed under another BANK_DETAILS_KEY. Set that one again, or confirm "
+                "the payout as returned and ask the payee to enter their account anew."
+            ) from error
 
 
 def _export_rows(export: RailExport) -> Iterator[str]:

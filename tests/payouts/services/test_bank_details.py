@@ -132,6 +132,18 @@ def test_what_was_sealed_opens_for_its_party_under_its_key_alone(alice: Any, bob
         sealing.unseal(sealed, party=alice.pk)
 
 
+def test_who_enters_them_again_after_the_key_was_lost_has_a_new_row(alice: Any, settings: Any) -> None:
+    first = set_details(party=alice, user=alice.user, **ACCOUNT)
+    settings.BANK_DETAILS_KEY = "another"
+
+    second = set_details(party=alice, user=alice.user, **ACCOUNT)
+
+    assert second.pk > first.pk and set_details(party=alice, user=alice.user, **ACCOUNT) == second
+    settings.BANK_DETAILS_KEY = ""
+    with pytest.raises(AssertionError, match="only the web process"):
+        opened(second)
+
+
 def test_the_database_keeps_them_and_their_hold(alice: Any) -> None:
     details = set_details(party=alice, user=alice.user, **ACCOUNT)
     attempts: list[Any] = [

@@ -146,6 +146,20 @@ def test_who_is_not_reached_accrues_and_is_paid_over_another_rail(unserved: Any,
     }
 
 
+def test_a_file_whose_accounts_cannot_be_opened_does_not_begin(
+    unserved: Any, ann: User, ben: User, settings: Any
+) -> None:
+    export = propose_export(user=ann, currency="USD", key="e1")
+    funded(ann, ben, 30)
+    approve_export(export=export, user=ben)
+    settings.BANK_DETAILS_KEY = "another"
+
+    with pytest.raises(InvalidInput, match="sealed under another BANK_DETAILS_KEY"):
+        export_file(export=export, user=ann)
+
+    assert not AuditEvent.objects.filter(action="rail_export.downloaded").exists()
+
+
 @pytest.mark.as_owner
 def test_what_came_back_is_owed_again(unserved: Any, ann: User, ben: User) -> None:
     export = propose_export(user=ann, currency="USD", key="e1")
