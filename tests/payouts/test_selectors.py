@@ -8,8 +8,8 @@ from payouts.models import JournalEntry, Payout, PayoutRun
 from payouts.selectors import (
     earnings_of,
     lines_of,
-    open_months_of,
     next_payout,
+    open_months_of,
     payouts_of,
     royalty_invoices_of,
     waiting_pools_of,

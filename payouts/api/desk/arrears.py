@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from django.db.models import Q, QuerySet
+from django.db.models import BooleanField, ExpressionWrapper, Q, QuerySet
 from drf_spectacular.utils import extend_schema, extend_schema_field, extend_schema_view
 from rest_framework import serializers
 
@@ -21,12 +21,8 @@ class NearestFirst(CreatedCursorPagination):
 
 # --- what is said, and what is asked ----------------------------------------------------------------------------------
 class _Owed(serializers.ModelSerializer):
-    is_overdue = serializers.SerializerMethodField()
+    is_overdue = serializers.BooleanField()
     reminded_at = serializers.SerializerMethodField(help_text="When mails about it went out, to the minute.")
-
-    @extend_schema_field(serializers.BooleanField())
-    def get_is_overdue(self, row: Any) -> bool:
-        return bool(row.due_on < clock.today())
 
     @extend_schema_field(serializers.ListField(child=serializers.DateTimeField()))
     def get_reminded_at(self, row: Any) -> list[datetime]:
@@ -99,11 +95,10 @@ class UnpaidRoyaltyFilter(OwedReportFilter):
     currency = CurrencyField(required=False)
 
 
-def _due(*, overdue: bool | None) -> Q:
-    """The rows that the filter asks for, by their due day."""
-    if overdue is None:
-        return Q()
-    return Q(due_on__lt=clock.today()) if overdue else Q(due_on__gte=clock.today())
+def _told(found: QuerySet[Any], *, overdue: bool | None) -> QuerySet[Any]:
+    """Each row with whether it is past its day, as it is asked for."""
+    found = found.annotate(is_overdue=ExpressionWrapper(Q(due_on__lt=clock.today()), output_field=BooleanField()))
+    return found if overdue is None else found.filter(is_overdue=overdue)
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -118,7 +113,7 @@ class OwedReportList(DeskList):
     pagination_class = NearestFirst
 
     def get_queryset(self) -> QuerySet[ReportDuty]:
-        return reports_open().filter(_due(**self.asked()))
+        return _told(reports_open(), **self.asked())
 
 
 @extend_schema_view(
@@ -133,4 +128,4 @@ class UnpaidRoyaltyList(DeskList):
 
     def get_queryset(self) -> QuerySet[RoyaltyInvoice]:
         asked = self.asked()
-        return royalties_open().filter(_due(overdue=asked.pop("overdue")), **asked)
+        return _told(royalties_open(), overdue=asked.pop("overdue")).filter(**asked)

@@ -87,9 +87,7 @@ def mails() -> list[str]:
     return [f"{sent.to[0]}: {sent.subject}" for sent in mail.outbox]
 
 
-def test_each_refused_debit_is_mailed_about_once_however_often_it_is_heard_of(
-    db: Any, stripe: Any, carol: Any
-) -> None:
+def test_each_refused_debit_is_mailed_about_once_however_often_it_is_heard_of(db: Any, stripe: Any, carol: Any) -> None:
     order = OrderFactory(buyer=carol)
     stripe.debit(sales.start_checkout(order=order, **BACK), account=REFUSED)
     hear_all()
