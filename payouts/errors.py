@@ -126,6 +126,12 @@ class ReceiptNotPossible(DomainError):
     code = "receipt_not_possible"
 
 
+class BankDetailsInUse(DomainError):
+    """A transfer to the account is under way; nothing was erased."""
+
+    code = "bank_details_in_use"
+
+
 class PaidByStripe(DomainError):
     """Stripe reaches the payee; no bank account is kept here."""
 

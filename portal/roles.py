@@ -45,6 +45,7 @@ APPEND_ONLY = frozenset(
         "payouts_writeoff",
         "payouts_receiptuse",
         "payouts_bankdetails",
+        "payouts_bankdetailserasure",
         "payouts_document",
         "payouts_correctionline",
         "payouts_closedperiod",

@@ -1,7 +1,7 @@
 """Who is owed what, and what has been paid."""
 
 from payouts.models.bank import OutgoingTransfer, ReceiptApplication, ReceiptUse
-from payouts.models.bank_details import BankDetails, BankDetailsNotice
+from payouts.models.bank_details import BankDetails, BankDetailsErasure, BankDetailsNotice
 from payouts.models.billing import BillingProfile, Document, DocumentSeries, TaxRate
 from payouts.models.closing import BalanceCheck, ClosedBalance, ClosedPeriod, ManualDecision, ManualEntry, ManualLeg
 from payouts.models.corrections import CorrectionLine, DivisionCorrection
@@ -48,6 +48,7 @@ __all__ = [
     "BalanceCheck",
     "BalanceSnapshot",
     "BankDetails",
+    "BankDetailsErasure",
     "BankDetailsNotice",
     "BankReceipt",
     "BillingProfile",

@@ -12,7 +12,10 @@ HOLD = timedelta(hours=72)
 
 
 class BankDetails(models.Model):
-    """Where a payee whom Stripe does not reach is paid, sealed (`payouts.sealing`). Append-only: a change is another row."""
+    """Where a payee whom Stripe does not reach is paid, sealed (`payouts.sealing`). Append-only: a change is another row.
+
+    Erased, it is empty, and its erasure says since when.
+    """
 
     party = models.ForeignKey("marketplace.Party", models.PROTECT, related_name="bank_details")
     sealed = models.TextField()  # account_holder, iban or account_number, bic, bank, address
@@ -30,7 +33,25 @@ class BankDetails(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"Account ending in {self.last_four}"
+        return f"Account ending in {self.last_four}" if self.last_four else "An account that was erased"
+
+
+class BankDetailsErasure(models.Model):
+    """That a payee's bank details were erased, by whom and why; writing it empties the row (migration `0042_erasure_rules`).
+
+    Append-only: all that is left of them.
+    """
+
+    details = models.OneToOneField(BankDetails, models.PROTECT, related_name="erasure")
+    erased_by = models.ForeignKey("marketplace.User", models.PROTECT, related_name="+")
+    erased_at = models.DateTimeField()  # business time
+    reason = models.TextField(blank=True)  # of the staff; empty: an owner of the payee did it
+
+    class Meta:
+        ordering = ["-pk"]
+
+    def __str__(self) -> str:
+        return f"Erasure of bank details {self.details_id}"
 
 
 class BankDetailsNotice(Job):

@@ -1,4 +1,4 @@
-"""Where payees whom Stripe does not reach are paid: entered by an owner, held for 72 hours, mailed about, and shown only masked."""
+"""Where payees whom Stripe does not reach are paid: entered by an owner, held for 72 hours, mailed about, shown only masked, erased."""
 
 import logging
 import re
@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from cryptography.fernet import InvalidToken
 from django.conf import settings
 from django.db import transaction
+from django.db.models import QuerySet
 from django.urls import reverse
 from stdnum import bic as stdnum_bic
 from stdnum import exceptions as stdnum_errors
@@ -17,19 +18,21 @@ from marketplace import clock, jobs
 from marketplace.errors import InvalidInput
 from marketplace.mail import send_mail
 from marketplace.models import Membership, Party, User
+from marketplace.money import MINOR_DIGITS
 from marketplace.services import audit
-from marketplace.services.authority import require_authority
+from marketplace.services.authority import require_authority, require_staff
 from payouts import sealing
-from payouts.errors import PaidByStripe
-from payouts.models import BankDetails, BankDetailsNotice
+from payouts.errors import BankDetailsInUse, PaidByStripe
+from payouts.models import BankDetails, BankDetailsErasure, BankDetailsNotice, RailPayout
 from payouts.models.bank_details import HOLD
+from payouts.services import recoveries
 from payouts.services.reach import is_unserved
 
 logger = logging.getLogger(__name__)
 
 LOOKS_LIKE_IBAN = re.compile(r"[A-Z]{2}[0-9]{2}")
 ACCOUNT_NUMBER = re.compile(r"[A-Z0-9]{4,34}")
-MAX_NAME, MAX_ADDRESS = 140, 500
+MAX_NAME, MAX_ADDRESS, MAX_REASON = 140, 500, 500
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,79 @@ def set_details(
     return details
 
 
+def erase_details(*, party: Party, user: User) -> int:
+    """Forget where the party is paid, whatever it ever entered: what is due waits until it enters an account; how many were erased.
+
+    Harmless to call twice: nothing is left to erase.
+
+    Raises:
+        NotAllowed: the user may not act for the party.
+        BankDetailsInUse: a transfer to one of the accounts is under way.
+    """
+    require_authority(user=user, party=party, to="erase where it is paid")
+    return _erase(party, user, "")
+
+
+def erase_on_request(*, party: Party, by: User, reason: str) -> int:
+    """The same by the staff, where the payee asked for it otherwise.
+
+    Args:
+        reason: in words; an auditor reads it.
+
+    Raises:
+        NotAllowed: not staff.
+        InvalidInput: no reason.
+        BankDetailsInUse: see `erase_details`.
+    """
+    require_staff(user=by, to="erase a payee’s bank details")
+    if not 1 <= len(reason.strip()) <= MAX_REASON:
+        raise InvalidInput(
+            f"Say who asked for it and how, in at most {MAX_REASON} characters.",
+            pointers={"/reason": "too long" if reason.strip() else "missing"},
+        )
+    return _erase(party, by, reason.strip())
+
+
+@transaction.atomic
+def _erase(party: Party, user: User, reason: str) -> int:
+    for currency in sorted(MINOR_DIGITS):
+        recoveries.lock(currency)  # no export is approved meanwhile
+    Party.objects.select_for_update(of=("self",)).get(pk=party.pk)
+    kept = list(kept_of([party.pk]).order_by("pk"))
+    under_way = RailPayout.objects.filter(details__in=kept, status=RailPayout.Status.INTENDED).order_by("pk").first()
+    if under_way is not None:
+        raise BankDetailsInUse(
+            f"Transfer {under_way.pk} of {under_way.amount} to this account is under way. Erase it once that is confirmed as sent, "
+            "or as returned."
+        )
+    now = clock.now()
+    for details in kept:
+        BankDetailsErasure.objects.create(details=details, erased_by=user, erased_at=now, reason=reason)
+    if kept:
+        audit.record(
+            actor=user,
+            action="bank_details.erased",
+            target=f"party:{party.pk}",
+            party=party,
+            before={"details": [details.pk for details in kept]},
+            reason=reason,
+        )
+        logger.info("Erased bank details party=%s n=%s", party.pk, len(kept))
+    return len(kept)
+
+
+def kept_of(parties: Collection[int]) -> QuerySet[BankDetails]:
+    """Whatever these parties entered and was not erased, newest first."""
+    return BankDetails.objects.filter(party__in=parties, erasure=None)
+
+
 def latest_of(party: Party) -> BankDetails | None:
-    return BankDetails.objects.filter(party=party).first()
+    return kept_of([party.pk]).first()
 
 
 def usable_of(parties: Collection[int]) -> dict[int, BankDetails]:
     """Party → where it is paid now; not those without details, nor those whose latest change is still held."""
-    latest = BankDetails.objects.filter(party__in=parties).order_by("party", "-pk").distinct("party")
+    latest = kept_of(parties).order_by("party", "-pk").distinct("party")
     now = clock.now()
     return {details.party_id: details for details in latest if details.usable_from <= now}
 

@@ -76,13 +76,10 @@ class WaitingPayee:
 def waiting_for_details(currency: str | None = None) -> list[WaitingPayee]:
     """Whose money waits for bank details, or for the end of their hold; of one currency, or by currency; then by party."""
     found = []
-    for currency in MINOR_DIGITS if currency is None else [currency]:
-        dues = _dues(currency)
+    for one in MINOR_DIGITS if currency is None else [currency]:
+        dues = _dues(one)
         usable = bank_details.usable_of([party.pk for party, _ in dues])
-        latest = {
-            one.party_id: one
-            for one in BankDetails.objects.filter(party__in=[party for party, _ in dues]).order_by("pk")
-        }
+        latest = {one.party_id: one for one in bank_details.kept_of([party.pk for party, _ in dues]).order_by("pk")}
         found += [
             WaitingPayee(party, due, latest.get(party.pk), waits_for(latest.get(party.pk), "their"))
             for party, due in dues

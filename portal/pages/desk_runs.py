@@ -6,7 +6,7 @@ from django.contrib import messages
 from django.core.paginator import Paginator
 from django.http import HttpResponse, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
-from django.views.decorators.http import require_GET, require_http_methods
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from marketplace.errors import DomainError
 from marketplace.models import Party
@@ -14,7 +14,7 @@ from marketplace.money import Money
 from payouts import chart
 from payouts import selectors as payouts
 from payouts.models import PayoutRun
-from payouts.services import reach, transfers
+from payouts.services import bank_details, reach, transfers
 from payouts.standing import payout_problem, standings_of
 from portal.pages.desk import PER_PAGE
 from portal.pages.forms import ReasonForm, StartRunForm
@@ -121,9 +121,24 @@ def payee(request: StaffRequest, party_id: int) -> HttpResponse:
         "account": account,
         "at_stripe": AT_STRIPE[payouts.onboarding_of(account).state],
         "is_unserved": reach.is_unserved(party),
+        "details": bank_details.latest_of(party),
         "earnings": [(of, of.in_transit + of.sent, chart.payable(party.pk, of.currency)) for of in earned],
         "standings": standings_of(party, earned),
         "page": page,
         "reasons": [(payout, payout_problem(payout)) for payout in page],
     }
     return render(request, "portal/desk_payee.html", context)
+
+
+@staff_only
+@require_POST
+def erase_bank_details(request: StaffRequest, party_id: int) -> HttpResponseBase:
+    """Where a payee asked us to, instead of doing it on their own page."""
+    party = get_object_or_404(Party, pk=party_id)
+    try:
+        bank_details.erase_on_request(party=party, by=request.user, reason=request.POST.get("reason", ""))
+    except DomainError as error:
+        messages.error(request, error.message)
+    else:
+        messages.success(request, "Erased. What is due waits until the payee enters an account.")
+    return redirect("desk-payee", party_id=party.pk)

@@ -1,4 +1,4 @@
-"""Where a payee whom Stripe does not reach is paid: an owner with a fresh second factor says it; it is shown only masked."""
+"""Where a payee whom Stripe does not reach is paid: an owner with a fresh second factor says it; it is shown only masked, and erased on their word."""
 
 from django.contrib import messages
 from django.http import HttpResponseBase
@@ -17,7 +17,17 @@ from portal.second_factor import fresh_factor
 @require_http_methods(["GET", "POST"])
 def payee_bank(request: ActingRequest) -> HttpResponseBase:
     latest = bank_details.latest_of(request.party)
-    form = BankDetailsForm(request.POST or None, initial={"account_holder": request.party.name})
+    problem = ""
+    if request.POST.get("act") == "erase":
+        try:
+            bank_details.erase_details(party=request.party, user=request.user)
+        except DomainError as error:
+            problem = error.message
+        else:
+            messages.success(request, "Erased. What is due to you waits until you enter an account.")
+            return redirect("payee-bank")
+    given = request.POST if request.method == "POST" and not problem else None
+    form = BankDetailsForm(given, initial={"account_holder": request.party.name})
     if form.is_valid():
         try:
             made = bank_details.set_details(party=request.party, user=request.user, **form.cleaned_data)
@@ -33,6 +43,7 @@ def payee_bank(request: ActingRequest) -> HttpResponseBase:
         "section": "earnings",
         "form": form,
         "details": latest,
+        "problem": problem,
         "waits": other_rails.waits_for(latest, "your") if latest else "",
     }
-    return render(request, "portal/payee_bank.html", context, status=422 if form.errors else 200)
+    return render(request, "portal/payee_bank.html", context, status=422 if problem or form.errors else 200)

@@ -62,6 +62,9 @@ urlpatterns = [
     path("desk/payout-runs/", desk_runs.payout_runs, name="desk-payout-runs"),
     path("desk/payout-runs/<int:run_id>/", desk_runs.payout_run, name="desk-payout-run"),
     path("desk/payees/<int:party_id>/", desk_runs.payee, name="desk-payee"),
+    path(
+        "desk/payees/<int:party_id>/bank-details/erase/", desk_runs.erase_bank_details, name="desk-erase-bank-details"
+    ),
     path("desk/payments/", desk.payments, name="desk-payments"),
     path("desk/disputes/", desk.dispute_list, name="desk-disputes"),
     path("desk/overdue/", desk.overdue, name="desk-overdue"),

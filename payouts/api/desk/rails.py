@@ -6,12 +6,13 @@ from django.db.models import QuerySet
 from django.http import StreamingHttpResponse
 from django.shortcuts import get_object_or_404
 from drf_spectacular.types import OpenApiTypes
-from drf_spectacular.utils import extend_schema, extend_schema_view
+from drf_spectacular.utils import extend_schema, extend_schema_field, extend_schema_view
 from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from marketplace.api.fields import MoneyField
+from marketplace.models import Party
 from payouts.api.desk.base import (
     ONE_TIME_CODE,
     CurrencyField,
@@ -23,11 +24,12 @@ from payouts.api.desk.base import (
     OffsetPages,
     OldestFirst,
     PersonField,
+    ReasonInput,
 )
 from payouts.book_files import as_download
 from payouts.models import RailConfirmation, RailExport, RailPayout
 from payouts.selectors import rail_confirmations_found
-from payouts.services import other_rails
+from payouts.services import bank_details, other_rails
 
 MAX_ID = 2**63 - 1
 
@@ -48,8 +50,8 @@ class RailPayoutOutput(serializers.ModelSerializer):
     """proposed → intended → sent; or returned, or dropped where nothing was due any more."""
 
     party = DeskPartyOutput()
-    account_ends_in = serializers.CharField(
-        source="details.last_four", default=None, allow_null=True, help_text="Of the payee's account; null: one that is not kept."
+    account_ends_in = serializers.SerializerMethodField(
+        help_text="Of the payee's account; null: one that is not kept, or was erased."
     )
     amount = MoneyField()
     confirmed_by = PersonField("confirmed_by")
@@ -68,6 +70,10 @@ class RailPayoutOutput(serializers.ModelSerializer):
             "confirmed_by",
             "confirmed_at",
         ]
+
+    @extend_schema_field(serializers.CharField(allow_null=True))
+    def get_account_ends_in(self, payout: RailPayout) -> str | None:
+        return (payout.details.last_four or None) if payout.details is not None else None
 
 
 class RailWaitingOutput(serializers.Serializer):
@@ -360,3 +366,33 @@ class RailConfirmationApprove(_DecideConfirmation):
 class RailConfirmationReject(_DecideConfirmation):
     needs_code = False
     approved = False
+
+
+class ErasedOutput(serializers.Serializer):
+    """Of how many accounts, changes included, nothing but that they were erased is kept now; 0: there were none."""
+
+    party = DeskPartyOutput()
+    n_erased = serializers.IntegerField()
+
+
+@extend_schema_view(
+    post=extend_schema(
+        summary="Erase a payee's bank details, because they asked for it",
+        description="Every account that they entered, for good; what is due to them waits until they enter another. Refused while a "
+        "transfer to one of them is under way (`bank_details_in_use`).",
+        operation_id="desk_payees_erase_bank_details",
+        request=ReasonInput,
+        responses=ErasedOutput,
+    )
+)
+class PayeeBankDetailsErase(DeskAct):
+    serializer_class = ErasedOutput
+    input_class = ReasonInput
+
+    def get_queryset(self) -> QuerySet[Party]:
+        return Party.objects.all()
+
+    def act(self, **given: Any) -> Any:
+        party = self.get_object()
+        n_erased = bank_details.erase_on_request(party=party, by=self.person, reason=given["reason"])
+        return ErasedOutput({"party": party, "n_erased": n_erased}).data

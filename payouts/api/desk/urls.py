@@ -17,6 +17,7 @@ paths = [
     path("payout-runs/<int:id>/reject/", runs.PayoutRunReject.as_view()),
     path("payees/<int:id>/", runs.PayeeView.as_view()),
     path("payees/<int:id>/payouts/", runs.PayeePayouts.as_view()),
+    path("payees/<int:id>/bank-details/erase/", rails.PayeeBankDetailsErase.as_view()),
     path("payments/", givebacks.PaymentList.as_view()),
     path("payments/<int:id>/", givebacks.PaymentDetail.as_view()),
     path("payments/<int:id>/refunds/", givebacks.PaymentRefunds.as_view()),

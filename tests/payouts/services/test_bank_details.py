@@ -14,9 +14,18 @@ from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import AuditEvent
 from payouts import sealing
 from payouts.errors import PaidByStripe
-from payouts.models import BankDetails, BankDetailsNotice, ServedCountries
+from payouts.models import BankDetails, BankDetailsErasure, BankDetailsNotice, ServedCountries
 from payouts.services import bank_details
-from payouts.services.bank_details import Details, opened, set_details, usable_of
+from payouts.services.bank_details import (
+    Details,
+    erase_details,
+    erase_on_request,
+    latest_of,
+    opened,
+    set_details,
+    usable_of,
+)
+from tests.factories.marketplace import UserFactory
 from tests.factories.payouts import PayeeAccountFactory
 
 IBAN = "DE89 3704 0044 0532 0130 00"
@@ -163,3 +172,62 @@ def test_the_database_keeps_them_and_their_hold(alice: Any) -> None:
         with pytest.raises(DatabaseError), transaction.atomic():
             attempt()
     assert BankDetails.objects.get() == details
+
+
+def test_an_owner_erases_every_account_and_only_that_it_happened_stays(alice: Any, bob: Any) -> None:
+    other = set_details(party=bob, user=bob.user, **ACCOUNT)
+    rows = [set_details(party=alice, user=alice.user, **ACCOUNT | {"address": f"{n} Road, Berlin"}) for n in (1, 2)]
+    clock.advance(timedelta(hours=72))
+
+    assert [erase_details(party=alice, user=alice.user) for _ in range(2)] == [2, 0]
+
+    kept = BankDetails.objects.filter(party=alice).values_list("sealed", "last_four", "erasure__erased_by")
+    assert list(kept) == [("", "", alice.user.pk)] * 2
+    assert latest_of(alice) is None and usable_of([alice.pk, bob.pk]) == {bob.pk: other}
+    (event,) = AuditEvent.objects.filter(action="bank_details.erased", actor=alice.user, party=alice)
+    assert event.detail == {"before": {"details": [row.pk for row in rows]}, "reason": ""}
+    again = set_details(party=alice, user=alice.user, **ACCOUNT)
+    assert usable_of([alice.pk]) == {} and latest_of(alice) == again  # held anew
+
+
+def test_the_staff_erase_on_request_and_strangers_never(alice: Any, mallory: Any) -> None:
+    details = set_details(party=alice, user=alice.user, **ACCOUNT)
+    staff = UserFactory(is_staff=True)
+    with pytest.raises(NotAllowed, match="Only an owner"):
+        erase_details(party=alice, user=staff)
+    with pytest.raises(NotAllowed, match="Only staff"):
+        erase_on_request(party=alice, by=mallory.user, reason="Please.")
+    for reason, wrong in ((" ", "missing"), ("x" * 501, "too long")):
+        with pytest.raises(InvalidInput) as refused:
+            erase_on_request(party=alice, by=staff, reason=reason)
+        assert refused.value.pointers == {"/reason": wrong}
+    assert latest_of(alice) == details and not BankDetailsErasure.objects.exists()
+
+    assert erase_on_request(party=alice, by=staff, reason=" By mail, ticket 7. ") == 1
+
+    erasure = BankDetailsErasure.objects.get()
+    assert (erasure.details, erasure.erased_by, erasure.reason) == (details, staff, "By mail, ticket 7.")
+
+
+def test_the_database_empties_them_by_an_erasure_alone_and_keeps_it(alice: Any) -> None:
+    details = set_details(party=alice, user=alice.user, **ACCOUNT)
+    row = BankDetails.objects.filter(pk=details.pk)
+    with pytest.raises(DatabaseError, match="never changed"), transaction.atomic():
+        row.update(sealed="", last_four="")
+    with transaction.atomic(), connection.cursor() as cursor:  # the application may write the erasure, not the details
+        cursor.execute("SET LOCAL ROLE residual_app")
+        with pytest.raises(DatabaseError, match="permission denied"), transaction.atomic():
+            row.update(sealed="", last_four="")
+        BankDetailsErasure.objects.create(details=details, erased_by=alice.user, erased_at=clock.now())
+
+    assert row.values_list("sealed", "last_four").get() == ("", "")
+    attempts: list[Any] = [
+        lambda: row.update(sealed="x"),
+        lambda: row.update(sealed="", entered_at=clock.now()),
+        lambda: row.delete(),
+        lambda: BankDetailsErasure.objects.update(reason="x"),
+        lambda: BankDetailsErasure.objects.all().delete(),
+    ]
+    for attempt in attempts:
+        with pytest.raises(DatabaseError), transaction.atomic():
+            attempt()

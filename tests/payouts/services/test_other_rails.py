@@ -3,7 +3,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, IntegrityError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 
 from marketplace import clock
@@ -12,8 +12,9 @@ from marketplace.errors import InvalidInput, NotAllowed
 from marketplace.models import ApiKey, AuditEvent, User
 from marketplace.money import Money
 from payouts import ledger
-from payouts.errors import AlreadyDecided, FourEyes, NothingOwed, TransferNotPossible
+from payouts.errors import AlreadyDecided, BankDetailsInUse, FourEyes, NothingOwed, TransferNotPossible
 from payouts.models import (
+    BankDetailsErasure,
     JournalEntry,
     OutgoingTransfer,
     PayoutRun,
@@ -24,7 +25,7 @@ from payouts.models import (
 )
 from payouts.selectors import earnings_of, open_months_of, paid_out_of
 from payouts.services import outgoing
-from payouts.services.bank_details import set_details
+from payouts.services.bank_details import erase_details, set_details
 from payouts.services.manual_entries import approve, propose
 from payouts.services.other_rails import (
     approve_export,
@@ -158,6 +159,46 @@ def test_a_file_whose_accounts_cannot_be_opened_does_not_begin(
         export_file(export=export, user=ann)
 
     assert not AuditEvent.objects.filter(action="rail_export.downloaded").exists()
+
+
+def test_an_account_is_not_erased_while_a_transfer_to_it_is_under_way(unserved: Any, ann: User, ben: User) -> None:
+    export = propose_export(user=ann, currency="USD", key="e1")
+    funded(ann, ben, 30)
+    approve_export(export=export, user=ben)
+    payout = export.payouts.get()
+    with pytest.raises(BankDetailsInUse, match=rf"Transfer {payout.pk} of 30\.00 USD"):
+        erase_details(party=unserved, user=unserved.user)
+    erasure = {"details": payout.details, "erased_by": ann, "erased_at": clock.now()}
+    with pytest.raises(IntegrityError, match="is under way"), transaction.atomic():
+        BankDetailsErasure.objects.create(**erasure)
+    assert not BankDetailsErasure.objects.exists() and len(list(export_file(export=export, user=ann))) == 2
+    confirmed(record_sent, payout, ann, ben, "SWIFT 1")
+
+    assert erase_details(party=unserved, user=unserved.user) == 1
+
+    payout = export.payouts.get()
+    assert str(payout.details) == "An account that was erased"
+    confirmed(record_returned, payout, ann, ben, "SWIFT 2")  # owed again, and nobody knows where to
+    assert [one.sentence for one in waiting_for_details("USD")] == ["Waits for their bank details."]
+    with pytest.raises(NothingOwed, match="waits for their bank details"):
+        propose_export(user=ann, currency="USD", key="e2")
+    assert [one for one in check_books().findings if one.code != "cash_negative"] == []
+
+
+def test_an_account_that_was_erased_after_the_proposal_is_dropped_from_the_export(
+    unserved: Any, ann: User, ben: User
+) -> None:
+    export = propose_export(user=ann, currency="USD", key="e1")
+    funded(ann, ben, 30)
+    assert erase_details(party=unserved, user=unserved.user) == 1
+    with pytest.raises(IntegrityError, match="the account was erased"), transaction.atomic():
+        RailExport.objects.update(status="approved", decided_by=ben, decided_at=clock.now())
+        export.payouts.update(status="intended", intended_at=clock.now())
+
+    approve_export(export=export, user=ben)
+
+    assert export.payouts.get().status == "dropped"
+    assert ledger.balances(prefix="in_transit_rail") == {}
 
 
 @pytest.mark.as_owner

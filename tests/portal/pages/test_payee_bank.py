@@ -9,7 +9,7 @@ from django.test import Client
 from marketplace import clock
 from marketplace.models import AuditEvent
 from payouts.models import BankDetails, RailExport, ServedCountries
-from payouts.services import manual_entries, other_rails
+from payouts.services import bank_details, manual_entries, other_rails
 from tests.factories.marketplace import OfferFactory, OrderFactory, PublishedVersionFactory, UserFactory
 from tests.factories.payouts import sell
 from tests.pages import assert_page, signed_in, with_second_factor
@@ -94,3 +94,43 @@ def test_the_file_takes_a_fresh_second_factor_and_each_is_in_the_audit_log(earni
     text = assert_page(browser.get("/earnings/"))
     assert "sent by bank transfer, SWIFT 1" in text and "Sent to your bank by ours" in text
     assert "Confirmed by Stripe" not in text and "The payouts" in text
+
+
+def test_a_payee_erases_what_they_entered_and_staff_do_on_request(earning: Any, browser: Client) -> None:
+    assert "Erase" not in assert_page(browser.get(PAGE))
+    browser.post(PAGE, GIVEN)
+    stale = with_second_factor(Client(), earning.user, seconds_ago=700)
+    assert "Erase the account" in assert_page(browser.get(PAGE))
+    stale.post(PAGE, {"act": "erase"})
+    assert bank_details.latest_of(earning) is not None
+
+    answer = browser.post(PAGE, {"act": "erase"}, follow=True)
+
+    assert "Erased. What is due to you waits" in assert_page(answer)
+    assert bank_details.latest_of(earning) is None and BankDetails.objects.get().sealed == ""
+    assert "Waits for your bank details" in assert_page(browser.get("/earnings/"))
+    browser.post(PAGE, GIVEN)
+    desk, page = with_second_factor(Client(), UserFactory(is_staff=True)), f"/desk/payees/{earning.pk}/"
+    assert "Account ending in 3000" in assert_page(desk.get(page))
+    erase = f"{page}bank-details/erase/"
+    assert "Say who asked for it" in assert_page(desk.post(erase, {"reason": " "}, follow=True))
+    assert browser.post(erase, {"reason": "Please."}).status_code == 404
+    assert bank_details.latest_of(earning) is not None
+    assert "Erased." in assert_page(desk.post(erase, {"reason": "Ticket 7."}, follow=True))
+    assert bank_details.latest_of(earning) is None and "Bank details" not in assert_page(desk.get(page))
+
+
+def test_a_payee_reads_why_nothing_was_erased(earning: Any, browser: Client) -> None:
+    ann, ben = UserFactory(is_staff=True), UserFactory(is_staff=True)
+    browser.post(PAGE, GIVEN)
+    clock.advance(timedelta(hours=72))
+    export = other_rails.propose_export(user=ann, currency="USD", key="e1")
+    legs = {"bank:USD": 30_000_000, "cash:available:USD": -30_000_000}
+    manual = manual_entries.propose(user=ann, key="f", legs=legs, reason="W", balance_transaction_id="txn_1")
+    manual_entries.approve(manual=manual, user=ben)
+    other_rails.approve_export(export=export, user=ben)
+
+    shown = assert_page(browser.post(PAGE, {"act": "erase"}), 422)
+
+    assert "is under way" in shown and "Nothing was saved" not in shown
+    assert bank_details.latest_of(earning) is not None

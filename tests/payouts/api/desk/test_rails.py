@@ -9,7 +9,7 @@ import pytest
 from marketplace import clock
 from marketplace.models import AuditEvent
 from payouts import ledger
-from payouts.models import RailExport, RailPayout, ServedCountries
+from payouts.models import BankDetails, RailExport, RailPayout, ServedCountries
 from payouts.models.bank_details import HOLD
 from payouts.services.bank_details import set_details
 from payouts.services.manual_entries import approve, propose
@@ -104,9 +104,9 @@ def test_whose_money_waits_for_an_account_is_listed_with_its_last_digits_alone(
     unserved: Any, bob: Any, ann: Desk
 ) -> None:
     assert ann.get("rail-waiting/")["results"] == []  # what she entered can be used
-    changed = set_details(party=unserved, user=unserved.user, **ACCOUNT | {"address": "2 Calle, La Habana"})
     type(bob).objects.filter(pk=bob.pk).update(country="CU")
     earn({bob: 1}, price="40")
+    changed = set_details(party=unserved, user=unserved.user, **ACCOUNT | {"address": "2 Calle, La Habana"})
 
     hers, his = ann.get("rail-waiting/")["results"]
 
@@ -122,6 +122,27 @@ def test_whose_money_waits_for_an_account_is_listed_with_its_last_digits_alone(
     assert ann.get("rail-waiting/", currency="USD", page_size=1)["results"] == [hers]
     assert ann.get("rail-waiting/", currency="EUR")["results"] == []
     ann.get("rail-waiting/", 422, currency="CHF")
+
+
+def test_a_payees_account_is_erased_on_request_by_a_code(unserved: Any, ann: Desk, ben: Desk) -> None:
+    path, why = f"payees/{unserved.pk}/bank-details/erase/", {"reason": "By mail, ticket 7."}
+    ann.refused(path, why, "One-Time-Code", status=403, code="")
+    ann.refused(path, {"reason": " "}, "/reason")
+    made = ann.act("rail-exports/", USD, 201, code="")
+    ben.act(f"rail-exports/{made['id']}/approve/")
+    assert ann.act(path, why, 409)["code"] == "bank_details_in_use"
+    assert BankDetails.objects.get().sealed
+    ann.act(f"rail-payouts/{RailPayout.objects.get().pk}/sent/", {"reference": "B-1"})
+
+    told, again = (ann.act(path, why, key="erase") for _ in range(2))
+
+    assert told == again and (told["party"]["id"], told["n_erased"]) == (unserved.pk, 1)
+    assert BankDetails.objects.get().sealed == ""
+    event = AuditEvent.objects.get(action="bank_details.erased")
+    assert (event.actor, event.detail["reason"]) == (ann.user, "By mail, ticket 7.")
+    assert ann.act(path, why)["n_erased"] == 0
+    (payout,) = ann.get(f"rail-exports/{made['id']}/payouts/")["results"]
+    assert payout["account_ends_in"] is None
 
 
 def test_an_export_of_nothing_or_in_no_currency_is_refused(ann: Desk) -> None:
