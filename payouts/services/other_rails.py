@@ -357,6 +357,7 @@ def _refuse_unreadable(export: RailExport) -> None:
     """
     open_ones = export.payouts.filter(status=RailPayout.Status.INTENDED, details__isnull=False)
     for payout in open_ones.select_related("details").order_by("pk").iterator(chunk_size=500):
+        assert payout.details is not None  # as asked for
         try:
             bank_details.opened(payout.details)
         except InvalidToken as error:
