@@ -332,7 +332,7 @@ def test_a_payee_sees_three_figures_the_lines_behind_them_and_where_stripe_does_
 
     text = assert_page(browser.get("/earnings/"))
 
-    assert "Earned $22.50" in text and "Still to come $22.50 Held until 9 Apr 2028" in text and "Paid $0.00" in text
+    assert "Earned $22.50" in text and "Still to come $22.50 Held until 9 Apr 2028" in text and "Paid out $0.00" in text
     assert "Stripe does not pay to DE" in text and "Enter your bank details" in text
     assert "the lines that wait" in assert_page(browser.get("/earnings/?show=pending"))
     assert "Sale, upfront" not in assert_page(browser.get("/earnings/?show=due"))

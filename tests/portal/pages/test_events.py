@@ -117,6 +117,20 @@ def test_an_event_is_settled_otherwise_by_two(desk: Client, other_desk: Client) 
     assert "decided already" in assert_page(other_desk.get(other_desk.post(page, {"act": "confirm"}).url))
 
 
+def test_whoever_proposed_a_settlement_withdraws_it_and_another_rejects_it(desk: Client, other_desk: Client) -> None:
+    page = f"/desk/events/{refused(1).pk}/"
+    for decider, button, said in ((desk, "Withdraw", "withdrawn"), (other_desk, "Reject", "rejected")):
+        desk.post(page, {"act": "propose", "how": "explained", "reason": "Of our other shop."})
+        shown = assert_page(decider.get(page))
+        assert button in shown and not {"Withdraw", "Reject"} - {button} <= set(shown.split())
+        assert f"why it is {said}" in assert_page(decider.post(page, {"act": "reject"}), 422)
+
+        answer = decider.post(page, {"act": "reject", "note": "No."}, follow=True)
+
+        text = assert_page(answer)
+        assert f"{said.capitalize()}." in text and f": {said}. No." in text
+
+
 def test_an_event_is_tried_again(desk: Client) -> None:
     event = refused(1)
     assert desk.post(f"/desk/events/{event.pk}/", {"act": "retry"}).url == f"/desk/events/{event.pk}/"

@@ -12,7 +12,7 @@ from payouts import gateway
 from payouts.models import Payout, PayoutMinimum, PayoutRun
 from payouts.services import attempts, pacing
 from payouts.services.transfers import request_payout_run
-from tests.factories.payouts import PayeeAccountFactory
+from tests.factories.payouts import PayeeAccountFactory, pay_out
 from tests.pages import assert_page, signed_in, with_second_factor
 from tests.payouts.api.test_royalties import client_of
 from tests.payouts.services.test_transfers import Stripe, earn, execute
@@ -127,3 +127,17 @@ def test_the_api_tells_payouts_standings_and_the_minimum(told: Stripe, alice: An
     assert client.get(f"/api/v1/payouts/{payout['id']}/").json() == payout
     assert client_of(mallory).get(f"/api/v1/payouts/{payout['id']}/").status_code == 404
     assert client.get("/api/v1/payout-minimums/CHF/").status_code == 404
+
+
+def test_the_desk_and_the_payee_read_the_same_figures_by_the_same_names(told: Stripe, finance: Any, alice: Any) -> None:
+    PayeeAccountFactory(party=alice)
+    pay_out(alice, Money.parse("12", "USD"), is_owed=False)  # promised, and Stripe has not answered
+    earn({alice: 1}, price="30")
+
+    theirs, ours = (
+        assert_page(signed_in(alice).get("/earnings/")),
+        assert_page(finance.get(f"/desk/payees/{alice.pk}/")),
+    )
+
+    assert "On its way $12.00" in theirs and "Earned Went back On hold Due On its way In the bank" in ours
+    assert "$12.00" in ours
