@@ -17,7 +17,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, public, pg_temp AS $$
 $$;
 """
 
-# As in 0029, but for the limit.
+# As in 0029, but for the limit and for how the run's row is held.
 CHECKS = """
 CREATE OR REPLACE FUNCTION payouts_check_payout() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
@@ -32,7 +32,13 @@ BEGIN
         RAISE EXCEPTION 'payout refused: it begins as intended, not as %', NEW.status USING ERRCODE = 'restrict_violation';
     END IF;
     -- The row is held, so that who pauses or rejects the run waits for what is being intended, or is seen here.
-    SELECT state, currency INTO run_state, run_currency FROM payouts_payoutrun WHERE id = NEW.run_id FOR SHARE;
+    -- Before there is a plan it is held alone, so that the sum below is whole; at once, for two that hold it and want more wait in a ring.
+    SELECT state INTO run_state FROM payouts_payoutrun WHERE id = NEW.run_id;
+    IF run_state = 'planning' THEN
+        SELECT state, currency INTO run_state, run_currency FROM payouts_payoutrun WHERE id = NEW.run_id FOR NO KEY UPDATE;
+    ELSE
+        SELECT state, currency INTO run_state, run_currency FROM payouts_payoutrun WHERE id = NEW.run_id FOR SHARE;
+    END IF;
     IF run_state IN ('awaiting_approval', 'paused', 'rejected') THEN
         RAISE EXCEPTION 'payout refused: run % is %', NEW.run_id, run_state USING ERRCODE = 'restrict_violation';
     END IF;
@@ -52,7 +58,6 @@ BEGIN
         END IF;
         RETURN NEW;
     END IF;
-    PERFORM 1 FROM payouts_payoutrun WHERE id = NEW.run_id FOR NO KEY UPDATE;  -- one at a time, so that the sum is whole
     SELECT coalesce(sum(amount_micros), 0) INTO intended FROM payouts_payout WHERE run_id = NEW.run_id AND status <> 'refused';
     above := THE_LIMIT(run_currency);
     IF intended + NEW.amount_micros > coalesce(above, 0) THEN

@@ -37,7 +37,7 @@ class BankDetails(models.Model):
 
 
 class BankDetailsErasure(models.Model):
-    """That a payee's bank details were erased, by whom and why; writing it empties the row (migration `0042_erasure_rules`).
+    """That a payee's bank details were erased, by whom and why; writing it empties the row (migration `0041_erasure_rules`).
 
     Append-only: all that is left of them.
     """

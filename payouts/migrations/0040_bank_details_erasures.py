@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('payouts', '0040_debit_refusals'),
+        ('payouts', '0039_debit_refusals'),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 

@@ -58,6 +58,6 @@ END $$;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0033_bank_details_rules")]
+    dependencies = [("payouts", "0041_erasure_rules")]
 
     operations = [migrations.RunSQL(RULES, UNDO_RULES)]

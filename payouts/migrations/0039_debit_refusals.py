@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('payouts', '0033_bank_details_rules'),
+        ('payouts', '0038_approval_rules_by_currency'),
     ]
 
     operations = [

@@ -76,6 +76,6 @@ ALTER TABLE payouts_bankdetails ENABLE ALWAYS TRIGGER append_only;
 
 
 class Migration(migrations.Migration):
-    dependencies = [("payouts", "0041_bank_details_erasures")]
+    dependencies = [("payouts", "0040_bank_details_erasures")]
 
     operations = [migrations.RunSQL(RULES, UNDO_RULES)]
