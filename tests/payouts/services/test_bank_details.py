@@ -209,6 +209,7 @@ def test_the_staff_erase_on_request_and_strangers_never(alice: Any, mallory: Any
     assert (erasure.details, erasure.erased_by, erasure.reason) == (details, staff, "By mail, ticket 7.")
 
 
+@pytest.mark.as_owner
 def test_the_database_empties_them_by_an_erasure_alone_and_keeps_it(alice: Any) -> None:
     details = set_details(party=alice, user=alice.user, **ACCOUNT)
     row = BankDetails.objects.filter(pk=details.pk)

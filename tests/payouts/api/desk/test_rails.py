@@ -132,7 +132,8 @@ def test_a_payees_account_is_erased_on_request_by_a_code(unserved: Any, ann: Des
     ben.act(f"rail-exports/{made['id']}/approve/")
     assert ann.act(path, why, 409)["code"] == "bank_details_in_use"
     assert BankDetails.objects.get().sealed
-    ann.act(f"rail-payouts/{RailPayout.objects.get().pk}/sent/", {"reference": "B-1"})
+    sent = ann.act(f"rail-payouts/{RailPayout.objects.get().pk}/sent/", {"reference": "B-1"}, 201, code="")
+    ben.act(f"rail-confirmations/{sent['id']}/approve/")
 
     told, again = (ann.act(path, why, key="erase") for _ in range(2))
 
