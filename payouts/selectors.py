@@ -228,10 +228,13 @@ class PaidOut:
 
 def paid_out_of(party: Party) -> "PaidOutList":
     """Every payment to the party's bank, newest first, by Stripe and over other rails alike."""
-    return PaidOutList(
-        Payout.objects.filter(party=party),
-        RailPayout.objects.filter(party=party).exclude(status__in=["proposed", "dropped"]),
-    )
+    return PaidOutList(Payout.objects.filter(party=party), rail_payouts_of(party))
+
+
+def rail_payouts_of(party: Party) -> QuerySet[RailPayout]:
+    """What was promised to the party over other rails than Stripe, newest first."""
+    promised = RailPayout.objects.filter(party=party).exclude(status__in=["proposed", "dropped"])
+    return promised.select_related("export").order_by("-pk")
 
 
 class PaidOutList:
@@ -252,14 +255,14 @@ class PaidOutList:
     def find(self, *, rail: str, id: int) -> PaidOut | None:
         if rail == "bank":
             over_a_rail = self.rails.filter(pk=id).first()
-            return _over_a_rail(over_a_rail) if over_a_rail else None
+            return paid_over_a_rail(over_a_rail) if over_a_rail else None
         by_stripe = self.payouts.filter(pk=id).first()
         return _by_stripe(by_stripe) if by_stripe else None
 
     def __getitem__(self, wanted: slice) -> list[PaidOut]:
         order = ("-created_at", "-pk") if self.is_reversed else ("created_at", "pk")
         found = [_by_stripe(one) for one in self.payouts.order_by(*order)[: wanted.stop]]
-        found += [_over_a_rail(one) for one in self.rails.order_by(*order)[: wanted.stop]]
+        found += [paid_over_a_rail(one) for one in self.rails.order_by(*order)[: wanted.stop]]
         found.sort(key=lambda one: (one.created_at, one.rail, one.id), reverse=self.is_reversed)
         return found[wanted.start : wanted.stop]
 
@@ -280,7 +283,8 @@ def _by_stripe(payout: Payout) -> PaidOut:
     )
 
 
-def _over_a_rail(payout: RailPayout) -> PaidOut:
+def paid_over_a_rail(payout: RailPayout) -> PaidOut:
+    """As its payee is told of it."""
     assert payout.intended_at is not None  # what is only proposed is left out
     is_sent = payout.status == RailPayout.Status.SENT
     return PaidOut(

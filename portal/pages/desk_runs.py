@@ -116,6 +116,7 @@ def payee(request: StaffRequest, party_id: int) -> HttpResponse:
     account = payouts.payee_of(party)
     earned = payouts.earnings_of(party)
     page = Paginator(payouts.payouts_of(party).select_related("run"), PER_PAGE).get_page(request.GET.get("page"))
+    rails = Paginator(payouts.rail_payouts_of(party), PER_PAGE).get_page(request.GET.get("rails"))
     context = {
         "party": party,
         "account": account,
@@ -126,6 +127,8 @@ def payee(request: StaffRequest, party_id: int) -> HttpResponse:
         "standings": standings_of(party, earned),
         "page": page,
         "reasons": [(payout, payout_problem(payout)) for payout in page],
+        "rails": rails,
+        "over_rails": [(payout, payouts.paid_over_a_rail(payout)) for payout in rails],
     }
     return render(request, "portal/desk_payee.html", context)
 

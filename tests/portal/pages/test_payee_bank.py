@@ -133,4 +133,6 @@ def test_a_payee_reads_why_nothing_was_erased(earning: Any, browser: Client) -> 
     shown = assert_page(browser.post(PAGE, {"act": "erase"}), 422)
 
     assert "is under way" in shown and "Nothing was saved" not in shown
+    desk = assert_page(with_second_factor(Client(), ann).get(f"/desk/payees/{earning.pk}/"))
+    assert f"Export {export.pk} " in desk and "to be sent by our bank" in desk
     assert bank_details.latest_of(earning) is not None
