@@ -72,7 +72,7 @@ def set_details(
         raise PaidByStripe(f"Stripe pays {party.name}, and asks for its bank account on its own pages.")
     given = _checked(account_holder, account, bic, bank, address)
     with transaction.atomic():
-        Party.objects.select_for_update(of=("self",)).get(pk=party.pk)  # one change after the other
+        Party.objects.select_for_update(of=("self",), no_key=True).get(pk=party.pk)  # one change after the other
         latest = latest_of(party)
         if latest is not None and _says(latest, given):
             return latest
@@ -133,9 +133,10 @@ def erase_on_request(*, party: Party, by: User, reason: str) -> int:
 
 @transaction.atomic
 def _erase(party: Party, user: User, reason: str) -> int:
+    # The party first, as whoever gives money back to a buyer holds it first, and not against what merely refers to it.
+    Party.objects.select_for_update(of=("self",), no_key=True).get(pk=party.pk)
     for currency in sorted(MINOR_DIGITS):
         recoveries.lock(currency)  # no export is approved meanwhile
-    Party.objects.select_for_update(of=("self",)).get(pk=party.pk)
     kept = list(kept_of([party.pk]).order_by("pk"))
     under_way = RailPayout.objects.filter(details__in=kept, status=RailPayout.Status.INTENDED).order_by("pk").first()
     if under_way is not None:
@@ -190,6 +191,8 @@ def _says(details: BankDetails, given: Details) -> bool:
 def send_notice(notice: BankDetailsNotice) -> None:
     """Tell every owner of the party."""
     details = notice.details
+    if not details.sealed:  # erased before anybody was told: there is nothing to warn of
+        return
     owners = Membership.objects.filter(party=details.party_id, role=Membership.Role.OWNER, user__is_active=True)
     context = {
         "party": details.party,

@@ -5,7 +5,7 @@ from django.urls import reverse
 
 from marketplace import clock, jobs
 from marketplace.mail import send_mail
-from marketplace.models import Membership
+from marketplace.models import Membership, Order
 from payouts.models import DebitRefusal, Payment
 
 
@@ -25,9 +25,10 @@ def note_refused(payment: Payment, *, checkout_id: str) -> DebitRefusal:
 
 
 def send_refusal(refusal: DebitRefusal) -> None:
-    """Tell every owner of the buyer, unless it was paid otherwise meanwhile."""
+    """Tell every owner of the buyer, unless it was paid or cancelled meanwhile, or another debit is on its way."""
     payment = refusal.payment
-    if payment.status == Payment.Status.PAID:
+    is_over = payment.order is not None and payment.order.status != Order.Status.PLACED
+    if payment.status == Payment.Status.PAID or payment.awaits_bank_since is not None or is_over:
         return
     if payment.order is not None:
         what, pay_until = "your order", payment.order.expires_at

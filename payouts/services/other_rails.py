@@ -185,7 +185,7 @@ def approve_export(*, export: RailExport, user: User) -> RailExport:
         ledger.post_many([_intent_of(payout) for payout in batch])
     promised = sum(payout.amount_micros for payout in intended)
     held, promised_to_all = plans.bank_micros(export.currency)
-    if held < promised_to_all:
+    if promised and held < promised_to_all:
         short = Money(promised_to_all - held, export.currency)
         raise NothingOwed(
             f"The bank account holds {short} too little for it. Withdraw that from Stripe, book it by a manual entry "

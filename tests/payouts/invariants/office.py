@@ -287,6 +287,32 @@ class Office(RuleBasedStateMachine):
             act(lambda run=run: transfers.resume_payout_run(run=run, by=self.staff))  # type: ignore[misc]
             act(lambda run=run: transfers.approve_payout_run(run=run, by=self.second))  # type: ignore[misc]
 
+    def do_what_waits_at_the_bank(self) -> None:
+        """The same for what people send, and see on the bank's statement."""
+        for receipt in BankReceipt.objects.filter(status=BankReceipt.Status.RECORDED).order_by("pk"):
+            act(lambda receipt=receipt: receipts.decide_receipt(receipt=receipt, approved=True, by=self.second))
+            act(lambda receipt=receipt: receipts.decide_receipt(receipt=receipt, approved=False, by=self.second))
+        for application in ReceiptApplication.objects.filter(status="proposed").order_by("pk"):
+            act(lambda one=application: unapplied.decide_application(application=one, approved=True, by=self.second))
+        for one in unapplied.with_age(unapplied.unapplied()):
+            back = {"receipt": one.receipt, "amount": one.left, "reference": self.next_key(), "sent_on": clock.today()}
+            act(lambda back=back: outgoing.record_money_returned(**back, by=self.staff))
+        for refund in outgoing.refunds_to_send():
+            sent = {"refund": refund, "reference": self.next_key(), "sent_on": clock.today()}
+            act(lambda sent=sent: outgoing.record_refund_sent(**sent, by=self.staff))
+        for transfer in outgoing.transfers_waiting():
+            act(lambda one=transfer: outgoing.decide_transfer(transfer=one, approved=True, by=self.second))
+        for payout in RailPayout.objects.filter(status=RailPayout.Status.INTENDED).order_by("pk"):
+            act(
+                lambda one=payout: other_rails.record_sent(payout=one, user=self.staff, reference=f"B-{one.pk}-{False}")
+            )
+        for confirmation in other_rails.confirmations_waiting():
+            act(
+                lambda one=confirmation: other_rails.decide_confirmation(
+                    confirmation=one, approved=True, user=self.second
+                )
+            )
+
     @rule(currency=st.sampled_from(CURRENCIES))
     def gather_what_another_rail_pays(self, currency: str) -> None:
         act(lambda: other_rails.propose_export(user=self.staff, currency=currency, key=self.next_key()))

@@ -467,6 +467,7 @@ class History(Office):
         self.let_every_run_go()
         self.world.settle_up()
         self.staff_settle_what_failed()
+        self.do_what_waits_at_the_bank()
         self.world.settle_up()
         assert faults_in_order() == []
         assert [str(difference) for difference in reconcile().differences] == []

@@ -121,7 +121,7 @@ def test_an_event_about_money_that_is_not_ours_fails_for_a_person_to_see(
 ) -> None:
     order = OrderFactory(buyer=carol)
     stripe.pay(start_checkout(order=order, success_url="http://a.test/", cancel_url="http://a.test/"))
-    Payment.objects.update(amount_micros=99_990_000)  # as if the order had been changed behind the checkout's back
+    Payment.objects.update(amount_micros=100_010_000)  # as if the order had been changed behind the checkout's back
     (event,) = stripe.events("checkout.session.completed")
 
     row = deliver(client, PLATFORM, event)
