@@ -461,7 +461,8 @@ def rail_confirmation(request: StaffRequest, confirmation_id: int) -> HttpRespon
     except DomainError as error:
         messages.error(request, error.message)
     else:
-        messages.success(request, "Booked." if is_approved else "Rejected; nothing was booked.")
+        turned_down = "Withdrawn" if found.recorded_by_id == request.user.pk else "Rejected"
+        messages.success(request, "Booked." if is_approved else f"{turned_down}; nothing was booked.")
     return redirect("desk-rail-export", export_id=found.payout.export_id)
 
 

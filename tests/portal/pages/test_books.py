@@ -293,7 +293,12 @@ def test_what_the_bank_did_is_recorded_by_one_and_confirmed_by_another(
     assert "statement" in assert_page(desk.post(act, {"act": "sent", "reference": " "}, follow=True))
     assert "Somebody else confirms it" in assert_page(desk.post(act, {"act": "sent", "reference": "S 1"}, follow=True))
 
-    decide = f"/desk/rails/confirmations/{RailConfirmation.objects.get().pk}/"
+    mistaken = f"/desk/rails/confirmations/{RailConfirmation.objects.get().pk}/"
+    assert "Withdraw" in assert_page(desk.get(page)) and "Reject" in assert_page(other_desk.get(page))
+    assert "Withdrawn; nothing was booked" in assert_page(desk.post(mistaken, {"act": "reject"}, follow=True))
+    desk.post(act, {"act": "sent", "reference": "S 1"})
+
+    decide = f"/desk/rails/confirmations/{RailConfirmation.objects.get(status='recorded').pk}/"
     for shown in ("/desk/rails/", page):
         assert "somebody else confirms" in assert_page(desk.get(shown))
         assert "Confirm" in assert_page(other_desk.get(shown)) and "S 1" in assert_page(other_desk.get(shown))
