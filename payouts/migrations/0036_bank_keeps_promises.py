@@ -6,9 +6,10 @@ The functions pin their search path and the trigger fires always, as those of `0
 from django.db import migrations
 
 RULES = """
--- An account's balance: its latest snapshot and the later postings, by pairs (see `ledger.postings_between`).
+-- An account's balance: its latest snapshot and the later postings, by pairs (see `ledger.postings_between`). Stable, so that balances
+-- that one statement asks for are of one moment.
 CREATE FUNCTION payouts_balance_of(code_of text) RETURNS numeric
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     of_account bigint;
     since bigint := 0;
@@ -44,9 +45,10 @@ BEGIN
         RETURN NULL;
     END IF;
     PERFORM pg_advisory_xact_lock(hashtextextended('payouts:' || NEW.currency, 0));
-    promised := -(payouts_balance_of('in_transit_rail:' || NEW.currency) + payouts_balance_of('refunding_bank:' || NEW.currency)
-        + payouts_balance_of('unapplied:' || NEW.currency));
-    held := payouts_balance_of('bank:' || NEW.currency);
+    SELECT payouts_balance_of('bank:' || NEW.currency),
+        -(payouts_balance_of('in_transit_rail:' || NEW.currency) + payouts_balance_of('refunding_bank:' || NEW.currency)
+            + payouts_balance_of('unapplied:' || NEW.currency))
+        INTO held, promised;
     IF promised > 0 AND held < promised THEN
         RAISE EXCEPTION 'entry % refused: it takes % from the bank account and leaves %, of which % are promised or held for others',
             NEW.key, taken, held, promised USING ERRCODE = 'check_violation', CONSTRAINT = 'bank_keeps_promises';
