@@ -233,8 +233,7 @@ def paid_out_of(party: Party) -> "PaidOutList":
 
 def rail_payouts_of(party: Party) -> QuerySet[RailPayout]:
     """What was promised to the party over other rails than Stripe, newest first."""
-    promised = RailPayout.objects.filter(party=party).exclude(status__in=["proposed", "dropped"])
-    return promised.select_related("export").order_by("-pk")
+    return RailPayout.objects.filter(party=party).exclude(status__in=["proposed", "dropped"]).order_by("-pk")
 
 
 class PaidOutList:
