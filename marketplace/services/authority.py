@@ -29,6 +29,12 @@ def require_editor(*, user: User, party: Party, to: str) -> Membership:
     return membership
 
 
+def owners_emails(party: Party) -> list[str]:
+    """Of everybody who owns the party and may sign in, those first that joined first: whom its mails are for."""
+    owners = Membership.objects.filter(party=party, role=Membership.Role.OWNER, user__is_active=True)
+    return list(owners.order_by("pk").values_list("user__email", flat=True))
+
+
 def require_staff(*, user: User | None, to: str) -> None:
     """Let only active staff go on; that two of them take part is for the service to ask (`payouts.errors.FourEyes`).
 

@@ -17,10 +17,10 @@ from stdnum import iban as stdnum_iban
 from marketplace import clock, jobs
 from marketplace.errors import InvalidInput
 from marketplace.mail import send_mail
-from marketplace.models import Membership, Party, User
+from marketplace.models import Party, User
 from marketplace.money import MINOR_DIGITS
 from marketplace.services import audit
-from marketplace.services.authority import require_authority, require_staff
+from marketplace.services.authority import owners_emails, require_authority, require_staff
 from payouts import sealing
 from payouts.errors import BankDetailsInUse, PaidByStripe
 from payouts.models import BankDetails, BankDetailsErasure, BankDetailsNotice, RailPayout
@@ -193,16 +193,15 @@ def send_notice(notice: BankDetailsNotice) -> None:
     details = notice.details
     if not details.sealed:  # erased before anybody was told: there is nothing to warn of
         return
-    owners = Membership.objects.filter(party=details.party_id, role=Membership.Role.OWNER, user__is_active=True)
     context = {
         "party": details.party,
         "details": details,
         "link": f"{settings.BASE_URL}{reverse('payee-bank')}",
     }
-    for membership in owners.select_related("user").order_by("pk"):
+    for email in owners_emails(details.party):
         send_mail(
             "bank_details_changed",
-            to=membership.user.email,
+            to=email,
             subject=f"The bank account of {details.party.name} was changed",
             context=context,
         )

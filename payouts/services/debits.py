@@ -5,7 +5,8 @@ from django.urls import reverse
 
 from marketplace import clock, jobs
 from marketplace.mail import send_mail
-from marketplace.models import Membership, Order
+from marketplace.models import Order
+from marketplace.services.authority import owners_emails
 from payouts.models import DebitRefusal, Payment
 
 
@@ -45,9 +46,7 @@ def send_refusal(refusal: DebitRefusal) -> None:
         "pay_until": pay_until,
         "link": f"{settings.BASE_URL}{path}",
     }
-    buyer = payment.asked_of
-    owners = Membership.objects.filter(party=buyer, role=Membership.Role.OWNER, user__is_active=True)
-    for email in owners.order_by("pk").values_list("user__email", flat=True):
+    for email in owners_emails(payment.asked_of):
         subject = f"Your bank refused the debit of {payment.amount}"
         send_mail("debit_refused", to=email, subject=subject, context=context)
     refusal.write(mailed_at=clock.now())

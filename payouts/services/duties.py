@@ -21,7 +21,8 @@ from django.db.models import Q, QuerySet
 from attribution.models import AttributionResult
 from marketplace import clock, jobs
 from marketplace.mail import send_mail
-from marketplace.models import License, Membership, Party, TrainedModel
+from marketplace.models import License, Party, TrainedModel
+from marketplace.services.authority import owners_emails
 from marketplace.services.licenses import match_arrears
 from payouts.models import Reminder, ReportDuty, RoyaltyInvoice, RoyaltyInvoiceLine
 
@@ -212,8 +213,7 @@ def send_reminder(reminder: Reminder) -> None:
         what = f"royalty invoice of {invoice.demand} for {invoice.report.model.name}"
     if not is_open:
         return
-    owners = Membership.objects.filter(party=licensee, role=Membership.Role.OWNER, user__is_active=True)
-    for email in owners.order_by("pk").values_list("user__email", flat=True):
+    for email in owners_emails(licensee):
         context = {
             "what": what,
             "due_on": due_on,

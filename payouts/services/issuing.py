@@ -25,6 +25,7 @@ from marketplace.jobs import Job
 from marketplace.mail import send_mail
 from marketplace.models import Membership, Party
 from marketplace.services import audit
+from marketplace.services.authority import owners_emails
 from marketplace.templatetags.residual import bps, exact_money, percent, ppq
 from payouts.documents import compile_pdf
 from payouts.models import (
@@ -120,7 +121,6 @@ def issue_statement(*, party: Party, period: ClosedPeriod) -> IssuedStatement:
 def send_notice(notice: StatementNotice) -> None:
     """Tell every owner of the party that the statement is there."""
     statement = notice.statement
-    owners = Membership.objects.filter(party=statement.party_id, role=Membership.Role.OWNER, user__is_active=True)
     link = f"{settings.BASE_URL}{reverse('issued-statement', args=[statement.number])}"
     context = {
         "statement": statement,
@@ -128,10 +128,10 @@ def send_notice(notice: StatementNotice) -> None:
         "month": statement.period.starts_on,
         "link": link,
     }
-    for membership in owners.select_related("user").order_by("pk"):
+    for email in owners_emails(statement.party):
         send_mail(
             "statement_ready",
-            to=membership.user.email,
+            to=email,
             subject=f"Statement {statement.number} for {statement.period.starts_on:%B %Y}",
             context=context,
         )
